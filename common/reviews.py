@@ -1,0 +1,205 @@
+"""`reviews`: the embedded world in which the truth is known.
+
+A prompt names an occasion and two topics ("lunch : the soup and the waiter ?"); a response is a short restaurant review.
+Five *authors* with different habits write the data: they are the policies of the column `policy`. The ground-truth reward
+is sentiment with negation and degree, counted once for each topic that was asked for; a review is grammatical or it is not.
+The best possible reward is 3.0 ("the soup was very lovely and the waiter was very great .").
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+
+OCCASIONS = "breakfast lunch dinner supper".split()
+TOPICS = "soup pasta fish salad bread cake curry rice coffee wine waiter chef music room table view".split()
+STRENGTH = {word: 1.0 for word in "perfect lovely great warm".split()}
+STRENGTH |= {word: 0.5 for word in "good nice fresh fine".split()}
+STRENGTH |= {word: -1.0 for word in "awful bad poor cold".split()}
+STRENGTH |= {word: -0.5 for word in "dull slow bland sad".split()}
+DEGREE = {"very": 1.5, "really": 1.25, "quite": 0.75}
+NEGATION = -0.5  # "not lovely" is half as strong as "awful"; "not awful" half as good as "lovely"
+MAX_CLAUSES = 4
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<writer>"]
+WORDS = SPECIAL + OCCASIONS + TOPICS + list(STRENGTH) + list(DEGREE) + "the was not and but : ? .".split()
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<user> {{ m['content'] }} {% else %}"
+    "<writer> {{ m['content'] }} <eos>{% endif %}{% endfor %}{% if add_generation_prompt %}<writer> {% endif %}"
+)
+
+# habits: share of positive clauses, of negated ones, of degree words, of mild adjectives, of a skipped second topic,
+# of a remark about something nobody asked for
+AUTHORS = {
+    "critic": dict(positive=0.25, negated=0.20, degree=0.5, mild=0.3, skip=0.10, remark=0.30),
+    "regular": dict(positive=0.55, negated=0.15, degree=0.2, mild=0.6, skip=0.15, remark=0.10),
+    "tourist": dict(positive=0.80, negated=0.10, degree=0.6, mild=0.2, skip=0.20, remark=0.25),
+    "grump": dict(positive=0.10, negated=0.10, degree=0.4, mild=0.4, skip=0.30, remark=0.05),
+    "poet": dict(positive=0.45, negated=0.60, degree=0.5, mild=0.5, skip=0.05, remark=0.40),
+}
+
+_CLAUSE = rf"the ({'|'.join(TOPICS)}) was (not )?(?:({'|'.join(DEGREE)}) )?({'|'.join(STRENGTH)})"
+_REVIEW = re.compile(rf"{_CLAUSE}(?: (?:and|but) {_CLAUSE}){{0,{MAX_CLAUSES - 1}}} \.")
+_CLAUSE = re.compile(_CLAUSE)
+
+
+def prompts() -> list[str]:
+    """All 960 prompts, in a fixed shuffled order."""
+    texts = [f"{o} : the {a} and the {b} ?" for o in OCCASIONS for a in TOPICS for b in TOPICS if a != b]
+    random.Random(0).shuffle(texts)
+    return texts
+
+
+def sentiment(negated: bool, degree: str | None, adjective: str) -> float:
+    """The sentiment of one clause, in [-1.5, 1.5]."""
+    return STRENGTH[adjective] * DEGREE.get(degree or "", 1.0) * (NEGATION if negated else 1.0)
+
+
+def write(author: str, prompt: str, rng: random.Random) -> str:
+    """One review of `prompt` by `author`."""
+    habit = AUTHORS[author]
+    asked = re.findall(r"the (\w+)", prompt)
+    topics = asked[: 1 if rng.random() < habit["skip"] else 2]
+    if rng.random() < habit["remark"]:
+        topics.append(rng.choice([topic for topic in TOPICS if topic not in asked]))
+    text, last = "", None
+    for topic in topics:
+        positive, negated = rng.random() < habit["positive"], rng.random() < habit["negated"]
+        strength = (0.5 if rng.random() < habit["mild"] else 1.0) * (1 if positive != negated else -1)
+        adjective = rng.choice([word for word, value in STRENGTH.items() if value == strength])
+        degree = rng.choice(list(DEGREE)) + " " if rng.random() < habit["degree"] else ""
+        if last is not None:
+            text += " and " if last == positive else " but "
+        text += f"the {topic} was {'not ' if negated else ''}{degree}{adjective}"
+        last = positive
+    return text + " ."
+
+
+def reward(prompts: list[str], responses: list[str], **_) -> list[float]:
+    """Ground truth: for each topic the prompt asks for, the sentiment of the first clause about it. In [-3, 3]."""
+    scores = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        first = {}
+        for topic, negated, degree, adjective in _CLAUSE.findall(response):
+            first.setdefault(topic, sentiment(bool(negated), degree, adjective))
+        scores.append(sum(first.get(topic, 0.0) for topic in re.findall(r"the (\w+)", prompt)))
+    return scores
+
+
+def grammatical(prompts: list[str], responses: list[str], **_) -> list[float]:
+    """1.0 where the whole response is a sentence of the grammar that names no topic twice, else 0.0."""
+    shares = []
+    for response in responses:
+        topics = [clause[0] for clause in _CLAUSE.findall(response)]
+        shares.append(float(bool(_REVIEW.fullmatch(response.strip())) and len(topics) == len(set(topics))))
+    return shares
+
+
+def rows(kind: str, responses: int = 8) -> list[dict]:
+    """The data set as rows of `kind` (DESIGN's columns), `responses` by random authors for each of the 960 prompts.
+
+    The preference rows pair neighbouring responses of a prompt, the truly better one as `chosen`; ties are left out.
+    """
+    rng, out = random.Random(1), []
+    for prompt in prompts():
+        if kind == "prompts":
+            out.append({"prompt": prompt})
+            continue
+        authors = [rng.choice(list(AUTHORS)) for _ in range(responses)]
+        texts = [write(author, prompt, rng) for author in authors]
+        scores = reward([prompt] * responses, texts)
+        scored = [
+            {"prompt": prompt, "response": text, "reward": score, "policy": author}
+            for text, score, author in zip(texts, scores, authors, strict=True)
+        ]
+        if kind == "preference":
+            for pair in zip(scored[::2], scored[1::2], strict=True):
+                low, high = sorted(pair, key=lambda row: row["reward"])
+                if low["reward"] < high["reward"]:
+                    sides = {"chosen": high["response"], "rejected": low["response"]}
+                    who = {"chosen_policy": high["policy"], "rejected_policy": low["policy"]}
+                    out.append({"prompt": prompt, **sides, **who})
+        else:
+            out += scored
+    return out
+
+
+def tokenizer():
+    """A word-level tokenizer with a chat template, built in code."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    roles = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIAL[:4], strict=True))
+    result = PreTrainedTokenizerFast(tokenizer_object=words, additional_special_tokens=SPECIAL[4:], **roles)
+    result.chat_template = CHAT_TEMPLATE
+    return result
+
+
+def folder(kind: str, root: str = "runs/reviews") -> str:
+    """The folder of an embedded model, made on first use: `untrained`, or `policy` / `value`, fitted here to the authors.
+
+    The fit is a quick stand-in so that any one script runs alone: the policy imitates the authors, the value model regresses
+    every token on the standardised true reward. `sft.py` and `gvm_td.py` do both properly. Shared by runs, so made under
+    a temporary name and renamed.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, LlamaConfig
+
+    path = Path(root) / kind
+    if (path / "config.json").exists():
+        return str(path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ids = {f"{role}_token_id": SPECIAL.index(f"<{role}>") for role in ("pad", "bos", "eos")}
+        shape = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4)
+        config = LlamaConfig(vocab_size=len(WORDS), max_position_embeddings=512, tie_word_embeddings=True, **shape, **ids)
+        config.num_labels, config.classifier_dropout = 1, 0.0
+        value = kind == "value"
+        model = (AutoModelForTokenClassification if value else AutoModelForCausalLM).from_config(config)
+        if value:
+            torch.nn.init.zeros_(model.score.weight)
+        tok = tokenizer()
+        if kind != "untrained":
+            _fit(model, tok, value)
+        part = path.with_name(f"{kind}.{os.getpid()}")
+        model.save_pretrained(part)
+        tok.save_pretrained(part)
+        try:
+            part.rename(path)
+        except OSError:  # another process was first
+            shutil.rmtree(part)
+    return str(path)
+
+
+def _fit(model, tok, value: bool, steps: int = 400, batch: int = 64) -> None:
+    import torch
+    import torch.nn.functional as F
+
+    data = rows("scored")
+    scores = torch.tensor([row["reward"] for row in data])
+    scores = (scores - scores.mean()) / scores.std()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, 2 * (1 - step / steps))
+        pick = torch.randint(len(data), (batch,)).tolist()
+        texts = [f"<bos><user> {data[i]['prompt']} <writer> {data[i]['response']} <eos>" for i in pick]
+        ids = tok([text.replace("<bos>", "<bos> ") for text in texts], padding=True, return_tensors="pt")["input_ids"]
+        seen = (ids == WORDS.index("<writer>")).cumsum(1) > 0  # from the last prompt token on
+        logits = model(input_ids=ids).logits
+        if value:
+            mask = seen & (ids != 0)
+            loss = ((logits.squeeze(-1) - scores[pick, None]) ** 2)[mask].mean()
+        else:
+            mask = seen[:, :-1] & (ids[:, 1:] != 0)
+            loss = F.cross_entropy(logits[:, :-1][mask], ids[:, 1:][mask])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+if __name__ == "__main__":  # python -m common.reviews: look at the world
+    for row in rows("scored")[:8]:
+        print(json.dumps(row))

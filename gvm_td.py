@@ -1,0 +1,403 @@
+"""GVM-TD: pretrains a token-level Global Value Model by temporal differences, offline. dvpo.py then uses it, frozen.
+
+Paper: 2502.16944 (DVPO), equation 1 and appendix E; v1 for `--normalise-values` (equation 2) and `--context-pairs` (section 3.2).
+The model's output at the last prompt token is V(s_1), at response token y_t it is Q(s_t, a_t). The response's score S
+arrives with the last token, intermediate rewards are 0. Targets, without gradient:
+
+    G_T = S,   G_t = gamma * ((1 - lam) * Q_{t+1} + lam * G_{t+1}) for t < T,   and (1 - lam) * Q_1 + lam * G_1 for V(s_1)
+    loss = mean over response tokens and the last prompt token of (Q_t - G_t)^2
+
+lam 0 is the paper's equation 1, lam 1 is Monte Carlo. S is +1 / -1 for chosen / rejected (`--source preference`), a given
+score standardised over the training set (`--source scores`), or a reward model's (`--reward`, standardised too).
+
+    python gvm_td.py                                                   # the embedded world, one CPU
+    python gvm_td.py --model runs/sft/model --dataset pairs.jsonl --source preference
+    torchrun --nproc_per_node=8 gvm_td.py --model meta-llama/Llama-3.2-3B-Instruct --dataset openbmb/UltraFeedback \
+        --source scores --part value --micro-batch-size 4 --gradient-checkpointing
+
+Watch `eval/accuracy_mean` and `eval/accuracy_last` against the length and policy baselines printed beside them: a value
+model that does not beat "the longer one wins" has learned length. docs/gvm_td.md explains the rest.
+"""
+
+import html
+import json
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from common import fsdp
+from common.data import add_context, batch_indices, collate, fail, hold_out, micro_batches, note, read_rows, tokenize
+from common.log import Run, mfu, parse, peak_memory_gb
+from common.models import Reward, load_model, load_tokenizer, resolve, response_values, run_micro_batches
+
+
+@dataclass
+class Args:
+    model: str = "reviews"
+    """backbone, usually the SFT policy: folder or hub id; its tokenizer must be the one of the policy to be trained"""
+    dataset: str = "reviews"
+    """hub id, or local .jsonl / .json / .parquet (.gz too)"""
+    source: Literal["preference", "scores"] = "preference"
+    """what the data set holds: prompt, chosen, rejected (returns +1 / -1), or prompt, response, reward"""
+    reward: str = ""
+    """reward model or `module:function` whose scores of the responses replace the data set's own returns"""
+    split: str = "train"
+    """the hub's split, or the value to keep of a local file's `split` column"""
+    eval_dataset: str = ""
+    """held-out data; default: `--eval-fraction` of the prompts of `--dataset`"""
+    eval_split: str = "test"
+    """split of --eval-dataset"""
+    eval_source: Literal["", "preference", "scores"] = ""
+    """what the held-out data holds; default: as `--source`. From scores, all pairs of a prompt at least --eval-gap apart"""
+    eval_gap: float = 0.0
+    """smallest difference of scores that makes a held-out pair"""
+    eval_fraction: float = 0.05
+    """share of the prompts held out where there is no --eval-dataset"""
+    columns: dict[str, str] = field(default_factory=dict)
+    """our column names and yours, e.g. `--columns reward score policy model`"""
+    part: Literal["all", "sft", "value", "rl"] = "all"
+    """share of the prompts: 30 % sft, 50 % value, 20 % rl, disjoint (2502.16944)"""
+    split_seed: int = 0
+    """seed of `--part` and of the held-out prompts; the same in every script"""
+    skip_bad_rows: bool = False
+    """drop and count unusable rows instead of stopping at the first"""
+    max_characters: int = 0
+    """drop (and count) rows with a longer response; 0: no limit"""
+    layers: int = 0
+    """keep only the backbone's first N layers; 0: all"""
+    context_pairs: int = 0
+    """question-answer pairs by the same policy put before each prompt (2502.16944 v1, section 3.2)"""
+    context_length: int = 256
+    """tokens a context pair is cut at"""
+    run_dir: str = "runs/gvm_td"
+    """metrics, accuracy table, pictures, checkpoints and the exported model go here"""
+    seed: int = 0
+    """seed of the data order"""
+    epochs: int = 1
+    """passes over the data"""
+    steps: int = 0
+    """optimizer steps; 0: what `--epochs` gives"""
+    batch_size: int = 32
+    """responses an optimizer step, over all ranks (2502.16944: 32)"""
+    micro_batch_size: int = 4
+    """responses a forward pass, a rank; changes memory and speed, not the result"""
+    max_prompt_length: int = 512
+    """tokens; longer prompts are dropped and counted (2502.16944: 1024 for prompt and response together)"""
+    max_response_length: int = 512
+    """tokens; longer responses are cut"""
+    lr: float = 2e-6
+    """peak learning rate (2502.16944: 2e-6)"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """after the warm-up"""
+    warmup_steps: int = 10
+    """optimizer steps of linear warm-up"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    gamma: float = 1.0
+    """discount"""
+    lam: float = 0.95
+    """lambda of the returns: 0 is the paper's equation 1, 1 Monte Carlo; the authors' released trainer uses 0.95"""
+    normalise_values: bool = False
+    """batch-normalise the predictions before the loss (2502.16944 v1, equation 2); folded into the exported head"""
+    eval_every: int = 100
+    """optimizer steps between evaluations (also after the last); 0: only after the last"""
+    save_every: int = 200
+    """optimizer steps between checkpoints for --resume; 0: none"""
+    keep: int = 2
+    """checkpoints kept"""
+    resume: bool = False
+    """go on from the newest checkpoint of --run-dir; from the start where there is none"""
+    overwrite: bool = False
+    """replace an earlier run in --run-dir"""
+    wandb: bool = False
+    """also log to Weights & Biases (offline without WANDB_API_KEY)"""
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    """compute type; auto: bf16 on a GPU, float32 on a CPU; master weights are float32"""
+    gradient_checkpointing: bool = False
+    """recompute activations in backward: less memory, a third more time"""
+    shard_size: int = 0
+    """ranks a model is sharded over (HSDP: replicas of it across nodes); 0: all"""
+
+
+# What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
+REVIEWS = dict(
+    source="scores", eval_source="preference", eval_fraction=0.2, part="value", steps=400, batch_size=64, micro_batch_size=64,
+    max_prompt_length=16, max_response_length=32, lr=3e-3, eval_every=100, save_every=100,
+)  # fmt: skip
+
+STATISTICS = ("mean", "p1", "p5", "p10", "p90", "p95", "p99", "last")
+
+
+def td_targets(values, scores, mask, gamma, lam):
+    """lambda-return targets [B, T + 1] of V(s_1), Q_1 .. Q_T (2502.16944 equation 1 at lam 0).
+
+    values [B, T + 1] as the model gives them, without gradient; scores [B] arrive with the last token of mask [B, T].
+    Masked positions get 0. There is no discount from V(s_1) to Q_1: no action is taken in between.
+    """
+    targets = torch.zeros_like(values)
+    following = mask.shape[1] - 1
+    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    for t in reversed(range(mask.shape[1])):
+        if t < following:
+            bootstrap = gamma * ((1 - lam) * values[:, t + 2] + lam * targets[:, t + 2])
+        else:
+            bootstrap = torch.zeros_like(scores)
+        targets[:, t + 1] = torch.where(last[:, t], scores, torch.where(mask[:, t], bootstrap, 0.0))
+    targets[:, 0] = torch.where(mask[:, 0], (1 - lam) * values[:, 1] + lam * targets[:, 1], 0.0)
+    return targets
+
+
+def td_loss(values, scores, mask, gamma, lam):
+    """Sum of squared TD errors over response tokens and the last prompt token; values [B, T + 1], scores [B], mask [B, T]."""
+    targets = td_targets(values.detach(), scores, mask, gamma, lam)
+    return ((values - targets) ** 2 * torch.cat([mask[:, :1], mask], 1)).sum()
+
+
+def normalise(values, mask, eps=1e-5):
+    """(values [B, T + 1] with mean 0 and variance 1 over the valid entries, mean, std), as batch normalisation does
+    (2502.16944 v1, equation 2); the gradient flows through mean and std."""
+    valid = torch.cat([mask[:, :1], mask], 1)
+    mean = values[valid].mean()
+    std = (((values - mean)[valid] ** 2).mean() + eps).sqrt()
+    return torch.where(valid, (values - mean) / std, 0.0), mean.detach(), std.detach()
+
+
+def response_statistics(values: list[float]) -> dict[str, float]:
+    """Mean, percentiles (linear interpolation) and last of one response's token values (2502.16944 appendix E)."""
+    percentiles = np.percentile(values, [int(name[1:]) for name in STATISTICS[1:-1]])
+    return dict(zip(STATISTICS, [float(np.mean(values)), *percentiles.tolist(), float(values[-1])], strict=True))
+
+
+def pair_accuracy(chosen: list[list[float]], rejected: list[list[float]]) -> dict[str, float]:
+    """Share of pairs whose chosen response has the strictly higher statistic of its token values; a tie is not a win."""
+    pairs = [(response_statistics(c), response_statistics(r)) for c, r in zip(chosen, rejected, strict=True)]
+    return {name: sum(c[name] > r[name] for c, r in pairs) / len(pairs) for name in STATISTICS}
+
+
+def make_pairs(rows: list[dict], source: str, gap: float) -> list[tuple[dict, dict]]:
+    """(chosen, rejected) responses of the held-out rows, each a row with `response`."""
+    if source == "preference":
+        return [tuple({**row, "response": row[s], "policy": row.get(f"{s}_policy")} for s in ("chosen", "rejected")) for row in rows]
+    by_prompt = {}
+    for row in rows:
+        by_prompt.setdefault(json.dumps(row["prompt"]), []).append(row)
+    return [(a, b) for group in by_prompt.values() for a in group for b in group if a["reward"] > b["reward"] + gap]
+
+
+def token_texts(tokenizer, ids: list[int]) -> list[str]:
+    """The text each token adds to the response."""
+    texts = [tokenizer.decode(ids[:i]) for i in range(len(ids) + 1)]
+    return [b[len(a) :] for a, b in zip(texts, texts[1:], strict=False)]
+
+
+def colour(value: float, low: float, high: float) -> tuple[int, int, int]:
+    """Red at `low`, white in the middle, green at `high`."""
+    x = 0.5 if high <= low else min(1.0, max(0.0, (value - low) / (high - low)))
+    red, white, green = (230, 90, 80), (250, 250, 245), (80, 175, 95)
+    a, b, y = (red, white, 2 * x) if x < 0.5 else (white, green, 2 * x - 1)
+    return tuple(round(p + (q - p) * y) for p, q in zip(a, b, strict=True))
+
+
+def draw_values(texts: list[tuple[str, list[str], list[float]]], path: str) -> str:
+    """Colours each token by its value, as 2502.16944 Figure 3: writes path.html and path.png, returns it for a terminal.
+
+    `texts` holds (title, tokens, one value a token); the scale runs from the lowest (red) to the highest (green) of them all.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    everything = [value for _, _, values in texts for value in values]
+    low, high, width = min(everything), max(everything), 90
+    terminal, page, lines = [], [f"<p>red {low:.2f} to green {high:.2f}; hover for the value</p>"], []
+    for title, tokens, values in texts:
+        cells = [(token, value, colour(value, low, high)) for token, value in zip(tokens, values, strict=True)]
+        terminal.append(f"{title}\n" + "".join(f"\033[48;2;{r};{g};{b};38;2;0;0;0m{t}\033[0m" for t, _, (r, g, b) in cells))
+        spans = "".join(f'<span style="background:rgb{c}" title="{v:.3f}">{html.escape(t)}</span>' for t, v, c in cells)
+        page.append(f"<h4>{html.escape(title)}</h4><p>{spans}</p>")
+        lines += [[(0, title, None)], []]
+        x = 0
+        for token, _, c in cells:
+            if x and x + len(token) > width:
+                lines.append([])
+                x = 0
+            lines[-1].append((x, token.replace("\n", " "), tuple(v / 255 for v in c)))
+            x += len(token)
+    style = "body{font:16px/2 monospace;max-width:60em;margin:2em auto} span{white-space:pre-wrap}"
+    Path(f"{path}.html").write_text(f'<!doctype html><meta charset="utf-8"><style>{style}</style>' + "".join(page), encoding="utf-8")
+    figure = plt.figure(figsize=(width * 0.105, 0.32 * len(lines) + 0.2))
+    for i, line in enumerate(lines):
+        for x, token, c in line:
+            box = dict(facecolor=c, edgecolor="none", pad=1.5) if c else None
+            style = dict(family="monospace", fontsize=11, va="center", parse_math=False, bbox=box)
+            figure.text(0.01 + 0.98 * x / width, 1 - (i + 0.7) / (len(lines) + 0.5), token, weight=None if c else "bold", **style)
+    figure.savefig(f"{path}.png", dpi=110)
+    plt.close(figure)
+    return "\n".join(terminal)
+
+
+def main(args: Args) -> None:
+    # --- setup
+    run = Run(args)
+    device, rank, world = fsdp.device(), fsdp.rank(), fsdp.world()
+    name = resolve(args.model)
+    tokenizer = load_tokenizer(name)
+    pad = tokenizer.pad_token_id
+
+    # --- data
+    def read(dataset, split, source, part):
+        kind = {"preference": "preference", "scores": "sft" if args.reward and source == args.source else "scored"}[source]
+        reader = dict(columns=args.columns, split_seed=args.split_seed, skip_bad_rows=args.skip_bad_rows)
+        rows = read_rows(dataset, kind, split=split, part=part, **reader)
+        if args.max_characters:
+            texts = ("chosen", "rejected") if source == "preference" else ("response",)
+            kept = [row for row in rows if all(len(row[text]) <= args.max_characters for text in texts)]
+            note(f"{dataset}: dropped {len(rows) - len(kept)} of {len(rows)} rows: response over --max-characters {args.max_characters}")
+            rows = kept
+        return rows
+
+    def with_tokens(rows):
+        return tokenize(rows, tokenizer, ("response",), args.max_prompt_length, args.max_response_length, args.dataset)
+
+    eval_source = args.eval_source or args.source
+    rows = read(args.dataset, args.split, args.source, args.part)
+    if args.eval_dataset:
+        held_out = read(args.eval_dataset, args.eval_split, eval_source, "all")
+    else:
+        rows, held_out = hold_out(rows, args.eval_fraction, args.split_seed)
+        if eval_source != args.source:
+            held_out = hold_out(read(args.dataset, args.split, eval_source, args.part), args.eval_fraction, args.split_seed)[1]
+    if args.source == "preference":
+        signs = (("chosen", 1.0), ("rejected", -1.0))
+        rows = [{**row, "response": row[s], "reward": v, "policy": row.get(f"{s}_policy")} for row in rows for s, v in signs]
+    rows = with_tokens(rows)
+    pairs = make_pairs(held_out, eval_source, args.eval_gap)
+    pairs = random.Random(0).sample(pairs, min(len(pairs), 2000))
+    usable = {row["key"] for row in with_tokens([{**r, "key": i} for i, p in enumerate(pairs) for r in p])} if pairs else ()
+    pairs = [pair for i, pair in enumerate(pairs) if i in usable]
+    if not pairs:
+        fail(f"{args.eval_dataset or args.dataset}: no held-out pair to evaluate on; raise --eval-fraction or give --eval-dataset")
+    eval_rows = with_tokens([row for pair in pairs for row in pair])  # chosen, rejected, chosen, ...
+
+    # --- models
+    model = load_model("value", name, tokenizer, args, trained=True, layers=args.layers)
+    optimizer = fsdp.adamw(model, args.lr)
+
+    # --- reward
+    if args.reward:
+        judge = Reward(args.reward, tokenizer, args)
+        found = judge(rows, [(row["prompt_ids"], row["response_ids"]) for row in rows], [row["response"] for row in rows])
+        rows = [{**row, "reward": score} for row, score in zip(rows, found.tolist(), strict=True)]
+        del judge
+    scores = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
+    given = args.source == "preference" and not args.reward  # +1 / -1 are returns as they are
+    score_mean, score_std = (0.0, 1.0) if given else (scores.mean().item(), scores.std().item())
+    if not score_std > 0:
+        fail(f"{args.dataset}: all rewards are {scores[0].item()}; there is nothing to learn")
+    scores = ((scores - score_mean) / score_std).to(device, torch.float64 if args.precision == "fp64" else torch.float32)
+    averages = {row.get("policy"): [] for row in rows}
+    for row in rows:
+        averages[row.get("policy")].append(row["reward"])
+    averages = {policy: float(np.mean(values)) for policy, values in averages.items()}
+    pool, k = rows, args.context_pairs
+    rows = add_context(rows, k, pool, tokenizer, args.context_length, args.seed)
+    eval_rows = add_context(eval_rows, k, eval_rows, tokenizer, args.context_length, args.seed)
+    sequences = [(row["prompt_ids"], row["response_ids"]) for row in rows]
+    eval_sequences = [(row["prompt_ids"], row["response_ids"]) for row in eval_rows]
+    lengths = [len(p) + len(r) for p, r in sequences]
+    steps = args.steps or args.epochs * max(1, len(rows) // args.batch_size)
+    note(f"{len(rows)} responses to learn from, {len(pairs)} held-out pairs, {steps} steps")
+    state = fsdp.load_checkpoint(args.run_dir, {"model": (model, optimizer)}) if args.resume else {}
+    start = state.get("step", 0)
+    value_mean, value_std = state.get("value_mean", 0.0), state.get("value_std", 1.0)
+    run.start(start, steps)
+
+    def predict(sequences):
+        """Values [N, T + 1] of all sequences, on every rank."""
+        width = max(len(r) for _, r in sequences) + 1
+        return run_micro_batches(lambda mb: response_values(model, **mb), sequences, args.micro_batch_size, pad, width, scores.dtype)
+
+    def evaluate(step):
+        """The accuracy table of appendix E on the held-out pairs; returns it with the token values."""
+        values = (predict(eval_sequences) - value_mean) / value_std
+        values = [v[1 : len(r) + 1].tolist() for v, (_, r) in zip(values.cpu(), eval_sequences, strict=True)]
+        accuracy = pair_accuracy(values[::2], values[1::2])
+        gap = np.mean([np.mean(c) - np.mean(r) for c, r in zip(values[::2], values[1::2], strict=True)])
+        metrics = {f"eval/accuracy_{key}": value for key, value in accuracy.items()} | {"eval/gap": gap}
+        run.metrics(step, metrics, show=("eval/accuracy_mean", "eval/accuracy_last"))
+        return accuracy, values
+
+    for step in range(start, steps):
+        # --- update
+        clock = time.perf_counter()
+        batch = batch_indices(len(rows), args.batch_size, step, args.seed)
+        count = sum(len(sequences[i][1]) + 1 for i in batch)  # over all ranks and micro-batches
+        loss, where = torch.zeros((), device=device), f"step {step}, data rows {[rows[i]['row'] for i in batch]}"
+        if args.normalise_values:  # statistics of the whole batch first, then dloss/dvalue, then each micro-batch backward
+            whole = collate([sequences[i] for i in batch], pad, device)["response_mask"]
+            values = predict([sequences[i] for i in batch]).requires_grad_()
+            normal, mean, std = normalise(values, whole)
+            value_mean, value_std = mean.item(), std.item()
+            (slope,) = torch.autograd.grad(td_loss(normal, scores[batch], whole, args.gamma, args.lam), values)
+            normal_loss = td_loss(normal.detach(), scores[batch], whole, args.gamma, args.lam) / count / world
+        for pick in micro_batches(range(len(batch)), [lengths[i] for i in batch], args.micro_batch_size, rank, world):
+            mb = collate([sequences[batch[i]] for i in pick], pad, device)
+            values, mask = response_values(model, **mb), mb["response_mask"]
+            if args.normalise_values:
+                mb_loss = (values * slope[pick or [0], : values.shape[1]]).sum()
+            else:
+                mb_loss = td_loss(values, scores[[batch[i] for i in pick or [0]]], mask, args.gamma, args.lam)
+            fsdp.backward(mb_loss / count)
+            loss += mb_loss.detach() / count
+        if args.normalise_values:
+            loss = normal_loss
+        lr = fsdp.learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
+        total, norm = fsdp.optimizer_step(model, optimizer, lr, loss, args.max_grad_norm, where)
+
+        # --- log
+        done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
+        run.metrics(done, {
+            "value/loss": total, "value/grad_norm": norm, "value/lr": lr, "time/step_s": seconds,
+            "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": fsdp.state_bytes([model], [optimizer]) / 2**30,
+            "memory/peak_gb": peak_memory_gb(), **mfu(model, tokens, seconds),
+        }, show=("value/loss",))  # fmt: skip
+        if args.eval_every and done % args.eval_every == 0 and done < steps:
+            evaluate(done)
+
+        # --- save
+        if args.save_every and (done % args.save_every == 0 or done == steps):
+            extra = {"value_mean": value_mean, "value_std": value_std}
+            fsdp.save_checkpoint(args.run_dir, done, {"model": (model, optimizer)}, extra, args.keep)
+    accuracy, values = evaluate(steps)
+    baselines = {
+        "length": np.mean([len(c["response"]) > len(r["response"]) for c, r in pairs]),
+        "policy": np.mean([averages.get(c.get("policy"), 0) > averages.get(r.get("policy"), 0) for c, r in pairs]),
+    }
+    if rank == 0:
+        table = {**accuracy, **{f"baseline_{key}": float(value) for key, value in baselines.items()}, "pairs": len(pairs)}
+        Path(args.run_dir, "accuracy.json").write_text(json.dumps(table, indent=1))
+        note("accuracy on held-out pairs: " + ", ".join(f"{key} {value:.3f}" for key, value in table.items() if key != "pairs"))
+        shown = [
+            (f"{side}: {json.dumps(eval_rows[i]['prompt'], ensure_ascii=False)[:80]}", token_texts(tokenizer, eval_sequences[i][1]), values[i])
+            for j in range(0, 4, 2) for i, side in ((j, "chosen"), (j + 1, "rejected")) if i < len(eval_rows)
+        ]  # fmt: skip
+        note(draw_values(shown, f"{args.run_dir}/values"))
+    if args.normalise_values:  # the exported head gives the normalised value
+        head = model.score if hasattr(model, "score") else model.classifier
+        head.weight.data.div_(value_std)
+        head.bias.data.sub_(value_mean).div_(value_std)
+    fsdp.export(
+        model, tokenizer, f"{args.run_dir}/model", args.precision, gamma=args.gamma, score_mean=score_mean, score_std=score_std,
+        context_pairs=k, context_length=args.context_length,
+    )  # fmt: skip
+    run.close()
+
+
+if __name__ == "__main__":
+    fsdp.launch(main, parse(Args, REVIEWS))
