@@ -26,8 +26,9 @@ def parse(cls, reviews: dict, argv=None):
     if args.dataset == "reviews":
         args = tyro.cli(cls, args=argv, default=cls(**reviews))
     for name in ("steps", "epochs", "batch_size", "micro_batch_size", "max_prompt_length", "max_response_length", "lr"):
-        if getattr(args, name, 1) < (name == "steps" or 1e-30):
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0")
+        value = getattr(args, name, 1)
+        if value < 0 or (value == 0 and getattr(cls, name) != 0):
+            fail(f"--{name.replace('_', '-')} is {value}; it must be above 0")
     return args
 
 

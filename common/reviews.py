@@ -22,6 +22,7 @@ STRENGTH |= {word: -0.5 for word in "dull slow bland sad".split()}
 DEGREE = {"very": 1.5, "really": 1.25, "quite": 0.75}
 NEGATION = -0.5  # "not lovely" is half as strong as "awful"; "not awful" half as good as "lovely"
 MAX_CLAUSES = 4
+MIN_GAP = 0.5  # of a preference pair: a judge's clear choice
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<writer>"]
 WORDS = SPECIAL + OCCASIONS + TOPICS + list(STRENGTH) + list(DEGREE) + "the was not and but : ? .".split()
 CHAT_TEMPLATE = (
@@ -99,7 +100,7 @@ def grammatical(prompts: list[str], responses: list[str], **_) -> list[float]:
 def rows(kind: str, responses: int = 8) -> list[dict]:
     """The data set as rows of `kind` (DESIGN's columns), `responses` by random authors for each of the 960 prompts.
 
-    The preference rows pair neighbouring responses of a prompt, the truly better one as `chosen`; ties are left out.
+    The preference rows pair neighbouring responses of a prompt, the truly better one as `chosen`, if better by MIN_GAP.
     """
     rng, out = random.Random(1), []
     for prompt in prompts():
@@ -116,7 +117,7 @@ def rows(kind: str, responses: int = 8) -> list[dict]:
         if kind == "preference":
             for pair in zip(scored[::2], scored[1::2], strict=True):
                 low, high = sorted(pair, key=lambda row: row["reward"])
-                if low["reward"] < high["reward"]:
+                if high["reward"] - low["reward"] >= MIN_GAP:
                     sides = {"chosen": high["response"], "rejected": low["response"]}
                     who = {"chosen_policy": high["policy"], "rejected_policy": low["policy"]}
                     out.append({"prompt": prompt, **sides, **who})
