@@ -126,8 +126,8 @@ class Args:
 
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
 REVIEWS = dict(
-    source="scores", eval_source="preference", eval_fraction=0.2, part="value", steps=400, batch_size=64, micro_batch_size=64,
-    max_prompt_length=16, max_response_length=32, lr=3e-3, eval_every=100, save_every=100,
+    source="scores", eval_source="preference", eval_fraction=0.2, part="value", steps=500, batch_size=64, micro_batch_size=64,
+    max_prompt_length=16, max_response_length=32, lr=3e-3, eval_every=250, save_every=100,
 )  # fmt: skip
 
 STATISTICS = ("mean", "p1", "p5", "p10", "p90", "p95", "p99", "last")

@@ -99,8 +99,8 @@ class Args:
 
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
 REVIEWS = dict(
-    eval_fraction=0.2, part="sft", steps=400, batch_size=64, micro_batch_size=64, max_prompt_length=16, max_response_length=32,
-    lr=4e-3, eval_every=100, eval_prompts=64, save_every=100,
+    eval_fraction=0.2, part="sft", steps=500, batch_size=64, micro_batch_size=64, max_prompt_length=16, max_response_length=32,
+    lr=6e-3, eval_every=250, eval_prompts=64, save_every=100,
     eval_reward=("common.reviews:reward", "common.reviews:grammatical"),
 )  # fmt: skip
 

@@ -21,6 +21,7 @@ KINDS = {  # the columns a row must have, by kind of data set
     "scored": ("prompt", "response", "reward"),
     "labelled": ("prompt", "response", "label"),
 }
+OURS = ("prompt", "response", "chosen", "rejected", "reward", "label", "policy")
 ALIASES = {"response": "completion", "reward": "score"}
 PARTS = {"sft": (0.0, 0.3), "value": (0.3, 0.8), "rl": (0.8, 1.0), "all": (0.0, 1.0)}  # 2502.16944: 30 / 50 / 20 %
 
@@ -43,88 +44,72 @@ def read_rows(name, kind, *, split="train", columns=None, part="all", split_seed
     by a hash of the prompt and `split_seed`, so the parts are disjoint whatever the order or the other rows.
     Raises SystemExit with one line that names the file, the row and the mend.
     """
-    unknown = set(columns or {}) - {name for names in KINDS.values() for name in names} - {"policy"}
-    if unknown:
-        fail(f"--columns: {sorted(unknown)[0]!r} is not a column of ours; use prompt, response, chosen, rejected, reward, label, policy")
+    columns = columns or {}
+    for unknown in set(columns) - set(OURS):
+        fail(f"--columns: {unknown!r} is not a column of ours; use {', '.join(OURS)}")
     if name == "reviews":
         from common import reviews
 
-        source = list(enumerate(reviews.rows(kind), 1))
+        source = reviews.rows(kind)
     else:
-        source = list(enumerate(_read_file(name) if Path(name).suffix or Path(name).exists() else _read_hub(name, split), 1))
-        if any("split" in row for _, row in source[:1]):
-            source = [(i, row) for i, row in source if row.get("split") == split]
-            if not source:
-                fail(f"{name}: no row whose `split` is {split!r}; choose another with --split")
+        source = _read_file(name) if Path(name).suffix or Path(name).exists() else _read_hub(name, split)
+    source = list(enumerate(source, 1))
+    if source and "split" in source[0][1]:
+        source = [(i, row) for i, row in source if row.get("split") == split]
+        if not source:
+            fail(f"{name}: no row whose `split` is {split!r}; choose another with --split")
     if source and "completions" in source[0][1] and "instruction" in source[0][1]:
         source = [(i, new) for i, row in source for new in _ultrafeedback(row, kind)]
     rows, bad = [], 0
     for i, row in source:
-        problem = None
         try:
-            row = _check_row(row, kind, columns or {})
+            rows.append({**_check_row(row, kind, columns), "row": i})
         except ValueError as error:
-            problem = str(error)
-        if problem and not skip_bad_rows:
-            fail(f"{name}, row {i}: {problem} (or drop such rows with --skip-bad-rows)")
-        if problem:
+            if not skip_bad_rows:
+                fail(f"{name}, row {i}: {error} (or drop such rows with --skip-bad-rows)")
             bad += 1
-        else:
-            rows.append({**row, "row": i})
     if bad:
         note(f"{name}: dropped {bad} bad rows of {len(source)}")
     low, high = PARTS[part]
     rows = [row for row in rows if low <= prompt_hash(row["prompt"], split_seed) < high]
-    if not rows:
-        fail(f"{name}: no usable row (part {part!r} of split {split!r})")
-    return rows
+    return rows or fail(f"{name}: no usable row (part {part!r} of split {split!r})")
 
 
 def prompt_hash(prompt, seed: int) -> float:
     """A number in [0, 1) that depends on the prompt and the seed alone."""
-    digest = hashlib.sha256(f"{seed}:{json.dumps(prompt)}".encode()).digest()
-    return int.from_bytes(digest[:7], "big") / 2**56
+    return int(hashlib.sha256(f"{seed}:{json.dumps(prompt)}".encode()).hexdigest()[:13], 16) / 16**13
 
 
 def hold_out(rows: list[dict], fraction: float, split_seed: int) -> tuple[list[dict], list[dict]]:
     """(training rows, held-out rows), disjoint by prompt."""
-    held = [row for row in rows if prompt_hash(row["prompt"], split_seed + 1_000_003) < fraction]
-    return [row for row in rows if prompt_hash(row["prompt"], split_seed + 1_000_003) >= fraction], held
+    held = [prompt_hash(row["prompt"], split_seed + 1_000_003) < fraction for row in rows]
+    return [row for row, h in zip(rows, held, strict=True) if not h], [row for row, h in zip(rows, held, strict=True) if h]
 
 
 def _read_file(name: str) -> list[dict]:
     if not Path(name).is_file():
         fail(f"{name}: no such file")
-    suffix = Path(name.removesuffix(".gz")).suffix
+    suffix, rows = Path(name.removesuffix(".gz")).suffix, []
     if suffix == ".parquet":
         import pyarrow.parquet
 
         return pyarrow.parquet.read_table(name).to_pylist()
     if suffix not in (".jsonl", ".json"):
-        fail(f"{name}: cannot read {suffix or 'this'} files; use .jsonl, .json or .parquet (.gz too)")
+        fail(f"{name}: cannot read {suffix or 'such'} files; use .jsonl, .json or .parquet (.gz too)")
     try:
         with (gzip.open if name.endswith(".gz") else open)(name, "rt", encoding="utf-8") as file:
-            if suffix == ".json":
-                rows = json.load(file)
-                rows = rows if isinstance(rows, list) else [rows]
-            else:
-                rows = []
-                for i, line in enumerate(file, 1):
-                    if line.strip():
-                        rows.append(_parse(name, i, line))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError, EOFError) as error:
-        fail(f"{name}: not readable as {suffix}: {error}")
+            for i, text in enumerate(file if suffix == ".jsonl" else [file.read()], 1):
+                if text.strip():
+                    value = json.loads(text)
+                    rows += value if isinstance(value, list) else [value]
+    except json.JSONDecodeError as error:
+        fail(f"{name}, row {i}: not JSON ({error.msg}); a .jsonl file has one object a line")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        fail(f"{name}: cannot be read ({error})")
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             fail(f"{name}, row {i}: expected an object with named columns, found {type(row).__name__}")
     return rows
-
-
-def _parse(name: str, i: int, line: str):
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        fail(f"{name}, row {i}: not JSON ({error.msg}); each line of a .jsonl file is one object")
 
 
 def _read_hub(name: str, split: str) -> list[dict]:
@@ -132,52 +117,49 @@ def _read_hub(name: str, split: str) -> list[dict]:
 
     try:
         return datasets.load_dataset(name, split=split).to_list()
-    except Exception as error:  # the library raises many types, some without a message of one line
-        fail(f"{name}: neither a local file nor a hub data set with split {split!r} ({type(error).__name__}: {str(error).splitlines()[0]})")
+    except Exception as error:  # the library raises many types, some with a message of many lines
+        why = (str(error).splitlines() or [""])[0]
+        fail(f"{name}: neither a local file nor a hub data set with split {split!r} ({type(error).__name__}: {why})")
 
 
 def _ultrafeedback(row: dict, kind: str) -> list[dict]:
     """openbmb/UltraFeedback: one row holds `completions`, each with `response`, `overall_score`, `model`."""
-    scored = [
-        {"prompt": row["instruction"], "response": c["response"], "reward": c["overall_score"], "policy": c.get("model")}
-        for c in row["completions"]
-    ]
+    names = {"response": "response", "reward": "overall_score", "policy": "model"}
+    scored = [{"prompt": row["instruction"]} | {ours: c.get(name) for ours, name in names.items()} for c in row["completions"]]
     if kind == "scored" or not scored:
         return scored
-    scored.sort(key=lambda r: r["reward"])
+    low, high = (choose(scored, key=lambda r: r["reward"]) for choose in (min, max))
     if kind == "preference":  # the best against the worst; ties teach nothing
-        low, high = scored[0], scored[-1]
         pair = {"chosen": high["response"], "rejected": low["response"]}
-        pair |= {"chosen_policy": high["policy"], "rejected_policy": low["policy"]}
-        return [{"prompt": row["instruction"], **pair}] if low["reward"] < high["reward"] else []
-    return [scored[-1]]
+        pair |= {"prompt": row["instruction"], "chosen_policy": high["policy"], "rejected_policy": low["policy"]}
+        return [pair] if low["reward"] < high["reward"] else []
+    return [high]
 
 
 def _check_row(row: dict, kind: str, columns: dict[str, str]) -> dict:
     """The row with our column names and checked types. Raises ValueError naming the column and the mend."""
     row = dict(row)
     for ours in set(columns) | set(KINDS[kind]):
-        theirs = columns.get(ours) or (ours if ours in row else ALIASES.get(ours, ours))
+        theirs = columns.get(ours) or (ours if ours in row else ALIASES.get(ours))
         if theirs in row:
             row[ours] = row[theirs]
-    full = row.get("chosen")
-    if kind == "preference" and "prompt" not in row and isinstance(full, list) and len(full) > 1:
-        row["prompt"] = full[:-1]  # whole conversations: the prompt is all but the last message
+    if kind == "preference" and "prompt" not in row and isinstance(row.get("chosen"), list) and len(row["chosen"]) > 1:
+        row["prompt"] = row["chosen"][:-1]  # whole conversations: the prompt is all but the last message
     for column in KINDS[kind]:
-        if column not in row or row[column] is None:
-            have = ", ".join(sorted(key for key in row if key not in ("row", "split")))
-            raise ValueError(f"no column {column!r} among: {have}; name yours with --columns {column} YOURS")
-        value = row[column]
-        if column == "prompt":
-            row[column] = _check_prompt(value)
-        elif column == "reward":
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"reward is {value!r}, not a number")
-            if not math.isfinite(value):
-                raise ValueError(f"reward is {value}; only finite numbers can be learned from")
-        elif column == "label":
+        value = row.get(column)
+        if value is None:
+            have = ", ".join(sorted(set(row) - {"split"}))
+            raise ValueError(f"no {column!r} among the columns {have}; name yours with --columns {column} YOURS")
+        if column == "label":
             if not isinstance(value, bool):
                 raise ValueError(f"label is {value!r}, not true or false")
+        elif column == "reward":
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"reward is {value!r}, not a finite number")
+        elif column == "prompt" and isinstance(value, list):
+            if not value or any(not isinstance(m, dict) or not {"role", "content"} <= set(m) for m in value):
+                raise ValueError("prompt is a list, but not of chat messages with `role` and `content`")
+            row[column] = [{"role": m["role"], "content": m["content"]} for m in value]
         else:
             if isinstance(value, list) and value and isinstance(value[-1], dict):
                 value = value[-1].get("content")  # chat messages: the answer is the last one
@@ -189,18 +171,6 @@ def _check_row(row: dict, kind: str, columns: dict[str, str]) -> dict:
     return row
 
 
-def _check_prompt(value):
-    if isinstance(value, list):
-        if not value or any(not isinstance(m, dict) or not {"role", "content"} <= set(m) for m in value):
-            raise ValueError("prompt is a list, but not of chat messages with `role` and `content`")
-        return [{"role": m["role"], "content": m["content"]} for m in value]
-    if not isinstance(value, str):
-        raise ValueError(f"prompt is {type(value).__name__}, not text or chat messages")
-    if not value.strip():
-        raise ValueError("prompt is empty")
-    return value
-
-
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
@@ -209,18 +179,16 @@ def encode_prompt(tokenizer, prompt) -> list[int]:
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt) + "\n"
-    ids = tokenizer(text)["input_ids"]
+    ids = tokenizer(prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt) + "\n")["input_ids"]
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def stop_token(tokenizer) -> int:
     """The token that ends an answer: what the chat template writes after one (Gemma's is not its eos), else eos."""
     if tokenizer.chat_template:
-        mark = "zq"
-        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
-        tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(mark)[2]
-        ids = tokenizer(tail.strip(), add_special_tokens=False)["input_ids"]
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "zq"}]
+        tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("zq")[2].strip()
+        ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
         if ids and ids[0] in tokenizer.all_special_ids:
             return ids[0]
     return tokenizer.eos_token_id
@@ -233,44 +201,33 @@ def encode_response(tokenizer, text: str, max_length: int) -> list[int]:
 
 def tokenize(rows, tokenizer, fields, max_prompt_length, max_response_length, name) -> list[dict]:
     """Adds `prompt_ids` and `<field>_ids` to the rows. Over-long prompts are dropped and counted, over-long answers cut."""
-    kept, cut = [], 0
+    kept, cut, stop = [], 0, stop_token(tokenizer)
     for row in rows:
         ids = {"prompt_ids": encode_prompt(tokenizer, row["prompt"])}
-        if len(ids["prompt_ids"]) > max_prompt_length:
-            continue
-        for field in fields:
-            ids[f"{field}_ids"] = encode_response(tokenizer, row[field], max_response_length)
-            cut += len(ids[f"{field}_ids"]) == max_response_length and ids[f"{field}_ids"][-1] != stop_token(tokenizer)
-        kept.append({**row, **ids})
+        if len(ids["prompt_ids"]) <= max_prompt_length:
+            for field in fields:
+                answer = tokenizer(row[field], add_special_tokens=False)["input_ids"] + [stop]
+                cut += len(answer) > max_response_length
+                ids[f"{field}_ids"] = answer[:max_response_length]
+            kept.append({**row, **ids})
     if len(kept) < len(rows):
         note(f"{name}: dropped {len(rows) - len(kept)} of {len(rows)} rows: prompt longer than --max-prompt-length {max_prompt_length}")
     if cut:
         note(f"{name}: cut {cut} responses at --max-response-length {max_response_length}")
-    if not kept:
-        fail(f"{name}: no usable row: every prompt is longer than --max-prompt-length {max_prompt_length}")
-    return kept
+    return kept or fail(f"{name}: no usable row: every prompt is longer than --max-prompt-length {max_prompt_length}")
 
 
 def add_context(rows: list[dict], k: int, pool: list[dict], tokenizer, max_pair_length: int, seed: int) -> list[dict]:
     """Policy conditioning (2502.16944 v1, section 3.2): prefixes each prompt with `k` question-answer pairs that the same
     policy wrote for *other* prompts, drawn from `pool` (rows with `prompt_ids`, `response_ids`, `policy`). A pair is
-    cut at `max_pair_length` tokens; where the policy has fewer other prompts than `k`, the prefix is shorter.
-    """
-    if not k:
-        return rows
-    by_policy = {}
-    for pair in pool:
+    cut at `max_pair_length` tokens; where the policy has fewer other prompts than `k`, the prefix is shorter."""
+    by_policy, out, bos = {}, [], tokenizer.bos_token_id
+    for pair in pool if k else ():
         by_policy.setdefault(pair.get("policy"), []).append(pair)
-    out = []
     for i, row in enumerate(rows):
-        rng = random.Random(f"{seed}:{i}")
-        others = by_policy.get(row.get("policy"), [])
-        chosen = []
-        for pair in rng.sample(others, min(len(others), k + 8)):
-            if pair["prompt_ids"] != row["prompt_ids"] and len(chosen) < k:
-                chosen.append(pair)
-        parts = [(pair["prompt_ids"] + pair["response_ids"])[:max_pair_length] for pair in chosen] + [row["prompt_ids"]]
-        bos = tokenizer.bos_token_id
+        rng, others = random.Random(f"{seed}:{i}"), by_policy.get(row.get("policy"), [])
+        drawn = [pair for pair in rng.sample(others, min(len(others), k + 8)) if pair["prompt_ids"] != row["prompt_ids"]]
+        parts = [(pair["prompt_ids"] + pair["response_ids"])[:max_pair_length] for pair in drawn[:k]] + [row["prompt_ids"]]
         ids = parts[0] + [t for p in parts[1:] for t in (p[1:] if p[0] == bos != tokenizer.eos_token_id else p)]  # one BOS
         out.append({**row, "prompt_ids": ids})
     return out
@@ -281,8 +238,7 @@ def add_context(rows: list[dict], k: int, pool: list[dict], tokenizer, max_pair_
 
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
     """The rows of batch `step` (0-based): epochs of fresh permutations, no state, the last short batch left out."""
-    per_epoch = max(1, n // batch_size)
-    epoch, position = divmod(step, per_epoch)
+    epoch, position = divmod(step, max(1, n // batch_size))
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
     return [order[i % n] for i in range(position * batch_size, (position + 1) * batch_size)]
 
@@ -294,23 +250,19 @@ def collate(sequences: list[tuple[list[int], list[int]]], pad_id: int, device) -
     `token != pad`. An empty list gives one masked dummy sequence: a rank with nothing to do still joins the collectives.
     """
     sequences = sequences or [([pad_id], [])]
-    length = max(len(p) + len(r) for p, r in sequences)
-    longest = max(1, max(len(r) for _, r in sequences))
-    input_ids = torch.full((len(sequences), max(length, 2)), pad_id)
-    mask = torch.zeros(len(sequences), longest, dtype=torch.bool)
+    lengths = torch.tensor([[len(p), len(r)] for p, r in sequences])
+    input_ids = torch.full((len(sequences), max(2, int(lengths.sum(1).max()))), pad_id)
     for i, (prompt, response) in enumerate(sequences):
         input_ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
-        mask[i, : len(response)] = True
-    prompts = torch.tensor([len(p) for p, _ in sequences])
-    return {"input_ids": input_ids.to(device), "prompt_lengths": prompts.to(device), "response_mask": mask.to(device)}
+    mask = torch.arange(max(1, int(lengths[:, 1].max()))) < lengths[:, 1:]
+    return {"input_ids": input_ids.to(device), "prompt_lengths": lengths[:, 0].to(device), "response_mask": mask.to(device)}
 
 
-def micro_batches(indices: list[int], lengths: list[int], size: int, rank: int, world: int) -> list[list[int]]:
+def micro_batches(indices, lengths: list[int], size: int, rank: int, world: int) -> list[list[int]]:
     """This rank's micro-batches of a global batch: sorted by length (little padding, balanced ranks), dealt out in turn.
 
     Every rank gets the same number of them (collectives must match), the last ones empty if need be.
     """
     order = sorted(indices, key=lambda i: (-lengths[i], i))
-    mine = order[rank::world]
     count = math.ceil(math.ceil(len(order) / world) / size)
-    return [mine[i * size : (i + 1) * size] for i in range(count)]
+    return [order[rank::world][i * size : (i + 1) * size] for i in range(count)]

@@ -7,29 +7,21 @@ statistics over it need no communication; each computes its share.
 import gc
 import json
 import os
-import random
 import shutil
 import sys
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as sd
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from common.data import fail
-
-_mesh = {}
 
 
 def rank() -> int:
@@ -46,29 +38,22 @@ def device() -> torch.device:
 
 def launch(main, args) -> None:
     """Runs `main(args)` among the processes torchrun started, or alone."""
-    cuda = torch.cuda.is_available()
-    if cuda:
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, **alone)
     torch.manual_seed(args.seed)
     try:
         main(args)
-    except SystemExit:
-        raise
-    except BaseException:  # the other ranks may wait in a collective: no tidy end, or this one would wait with them
+    except Exception:  # the other ranks may wait in a collective: no tidy end, or this one would wait with them
         if world() == 1:
             raise
         sys.excepthook(*sys.exc_info())
-        sys.stderr.flush()
         os._exit(1)
     finally:
-        _mesh.clear()
+        mesh.cache_clear()
         gc.collect()  # FSDP's models must be gone before the process group, or gloo aborts at exit
         dist.destroy_process_group()
 
@@ -105,32 +90,33 @@ def dtypes(precision: str) -> tuple[torch.dtype, torch.dtype]:
     return (torch.bfloat16 if bf16 else torch.float32), torch.float32
 
 
+@cache
 def mesh(shard_size: int):
     """One dimension (shard over all ranks), or replicate x shard for `shard_size` ranks a replica (HSDP)."""
     size = shard_size or world()
     if world() % size:
         fail(f"--shard-size {size} does not divide the {world()} processes")
-    if size not in _mesh:
-        shape, names = ((world(),), ("shard",)) if size == world() else ((world() // size, size), ("replicate", "shard"))
-        _mesh[size] = init_device_mesh(device().type, shape, mesh_dim_names=names)
-    return _mesh[size]
+    shape, names = (world() // size, size), ("replicate", "shard")
+    return init_device_mesh(device().type, shape if shape[0] > 1 else shape[1:], mesh_dim_names=names if shape[0] > 1 else names[1:])
+
+
+def head(model):
+    """The linear layer of a value or reward model, under either of transformers' names."""
+    return model.score if hasattr(model, "score") else model.classifier
 
 
 def shard(model, compute: torch.dtype, shard_size: int, frozen: bool) -> None:
-    """FSDP2: one unit a transformer block, the rest in the root. Reduction in float32 (float64 for float64)."""
-    reduce = torch.float64 if compute == torch.float64 else torch.float32
-    policy = dict(param_dtype=compute, reduce_dtype=reduce)
-    names = set(model._no_split_modules or ())
+    """FSDP2: one unit a transformer block, one for a head of another type, the rest in the root. Gradients are reduced in
+    float32 (float64 for float64)."""
+    full = torch.float64 if compute == torch.float64 else torch.float32
     for module in model.modules():
-        if type(module).__name__ in names:
-            fully_shard(module, mesh=mesh(shard_size), mp_policy=MixedPrecisionPolicy(**policy))
-    for head in ("score", "classifier"):
-        if compute == torch.bfloat16 and getattr(model, head, None) is not None:
-            full = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=reduce)
-            fully_shard(getattr(model, head), mesh=mesh(shard_size), mp_policy=full)
+        if type(module).__name__ in (model._no_split_modules or ()):
+            fully_shard(module, mesh=mesh(shard_size), mp_policy=MixedPrecisionPolicy(compute, full))
+    if compute != full and not model.can_generate():
+        fully_shard(head(model), mesh=mesh(shard_size), mp_policy=MixedPrecisionPolicy(full, full))
     # a frozen root must reshard after forward, or it stays gathered for good
-    output = MixedPrecisionPolicy(**policy, output_dtype=reduce)
-    fully_shard(model, mesh=mesh(shard_size), mp_policy=output, reshard_after_forward=True if frozen else None)
+    options = dict(reshard_after_forward=True if frozen else None)
+    fully_shard(model, mesh=mesh(shard_size), mp_policy=MixedPrecisionPolicy(compute, full, output_dtype=full), **options)
     model.frozen = frozen
     for method in ("generate", "response_logprobs"):
         if hasattr(model, method):
@@ -141,8 +127,8 @@ def load_full(model, source) -> None:
     """Fills a sharded model on the meta device from rank 0's whole one."""
     model.to_empty(device=device())
     model.tie_weights()
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, source.state_dict() if rank() == 0 else {}, options=options)
+    options = sd.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    sd.set_model_state_dict(model, source.state_dict() if rank() == 0 else {}, options=options)
     for name, buffer in model.named_buffers():  # rotary frequencies are in no state dict
         if rank() == 0:
             buffer.copy_(source.get_buffer(name))
@@ -161,16 +147,20 @@ def gathered(model):
     finally:
         for module in modules:
             module.set_reshard_after_forward(module is not model or model.frozen, recurse=False)
+        reshard(model)
+
+
+def reshard(model) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
             module.reshard()
 
 
 # --- the optimizer step ----------------------------------------------------------------------------------------------
 
 
-def adamw(model, lr: float, weight_decay: float = 0.0):
-    return torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay, fused=torch.cuda.is_available()
-    )
+def adamw(model, lr: float):
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=torch.cuda.is_available())
 
 
 def backward(loss: torch.Tensor) -> None:
@@ -183,9 +173,8 @@ def optimizer_step(model, optimizer, lr: float, loss: torch.Tensor, max_grad_nor
 
     `loss` is this rank's share. A loss or norm that is not finite stops the run before the weights change.
     """
-    total = all_reduce(loss.detach().clone().double()).item()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    total = all_reduce(loss.detach().double()).item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).full_tensor().item()
     if not (np.isfinite(total) and np.isfinite(norm)):
         fail(f"loss {total}, gradient norm {norm} at {where}: stopped before the weights changed; the last checkpoint is whole")
     for group in optimizer.param_groups:
@@ -205,20 +194,26 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
 
 def state_bytes(models, optimizers=()) -> int:
     """Bytes on this rank of weights, optimizer state and gradients (of the trained models: one more copy of the weights)."""
-
-    def size(tensor):
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        return local.numel() * local.element_size()
-
-    total = sum(size(p) * (2 if p.requires_grad else 1) for model in models for p in model.parameters())
-    return total + sum(size(s) for o in optimizers for st in o.state.values() for s in st.values() if torch.is_tensor(s))
+    tensors = [t for model in models for p in model.parameters() for t in [p] * (2 if p.requires_grad else 1)]
+    tensors += [t for optimizer in optimizers for state in optimizer.state.values() for t in state.values()]
+    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    return sum(t.numel() * t.element_size() for t in local)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
+def _states(trained: dict) -> dict:
+    for model, _ in trained.values():
+        reshard(model)
+    return {name: dict(zip(("model", "optimizer"), sd.get_state_dict(*pair), strict=True)) for name, pair in trained.items()}
+
+
 def save_checkpoint(run_dir: str, step: int, trained: dict, extra: dict, keep: int) -> None:
-    """checkpoints/step-N with models, optimizers, RNG of each rank and `extra` (JSON). Written aside, then renamed."""
+    """checkpoints/step-N with models, optimizers, RNG of each rank and `extra` (JSON). Written aside, then renamed.
+
+    `trained` maps a name to (model, optimizer); the newest `keep` checkpoints stay.
+    """
     folder = Path(run_dir, "checkpoints")
     final, part = folder / f"step-{step:06d}", folder / f"part-{step:06d}"
     if rank() == 0:
@@ -226,13 +221,12 @@ def save_checkpoint(run_dir: str, step: int, trained: dict, extra: dict, keep: i
         part.mkdir(parents=True)
     dist.barrier()
     dcp.save(_states(trained), checkpoint_id=part / "dcp")
-    rng = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
-    torch.save(rng, part / f"rng-{rank()}-of-{world()}.pt")
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    torch.save({"cpu": torch.get_rng_state(), "cuda": cuda}, part / f"rng-{rank()}-of-{world()}.pt")
     dist.barrier()
     if rank() == 0:
         (part / "state.json").write_text(json.dumps({"step": step, **extra}))
-        if final.exists():
-            shutil.rmtree(final)
+        shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
         for old in sorted(folder.glob("step-*"))[:-keep]:
             shutil.rmtree(old)
@@ -241,42 +235,26 @@ def save_checkpoint(run_dir: str, step: int, trained: dict, extra: dict, keep: i
 
 def load_checkpoint(run_dir: str, trained: dict) -> dict:
     """Restores the newest whole checkpoint in place and returns its `extra` with `step`; {} where there is none."""
-    folders = sorted(Path(run_dir, "checkpoints").glob("step-*/state.json"))
-    if not folders:
+    found = sorted(Path(run_dir, "checkpoints").glob("step-*/state.json"))
+    if not found:
         return {}
-    folder = folders[-1].parent
-    states = _states(trained)
+    folder, states = found[-1].parent, _states(trained)
     dcp.load(states, checkpoint_id=folder / "dcp")
-    for name, (model, optimizer) in trained.items():
-        part = states[name]
-        set_state_dict(model, optimizer, model_state_dict=part["model"], optim_state_dict=part["optimizer"])
+    for name, pair in trained.items():
+        sd.set_state_dict(*pair, model_state_dict=states[name]["model"], optim_state_dict=states[name]["optimizer"])
     rng = folder / f"rng-{rank()}-of-{world()}.pt"
-    if rng.exists():
+    if rng.exists():  # on another number of ranks there is none; only dropout (LoRA's) would draw from it
         state = torch.load(rng, weights_only=True)
-        torch.set_rng_state(state["torch"])
+        torch.set_rng_state(state["cpu"])
         if state["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda"])
-    return json.loads((folder / "state.json").read_text())
-
-
-def _states(trained: dict) -> dict:
-    out = {}
-    for name, (model, optimizer) in trained.items():
-        reshard(model)
-        out[name] = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    return out
-
-
-def reshard(model) -> None:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    return json.loads(found[-1].read_text())
 
 
 def export(model, tokenizer, folder: str, precision: str, **config) -> None:
     """A Hugging Face folder: weights (compute type), config with the `config` entries, tokenizer, chat template."""
     reshard(model)
-    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    full = sd.get_model_state_dict(model, options=sd.StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank() == 0:
         compute, _ = dtypes(precision)
         final, part = Path(folder), Path(folder + ".part")

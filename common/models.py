@@ -1,35 +1,26 @@
 """Models in the ecosystem's own classes, sharded; log-probabilities and values of responses; reward functions; rollout."""
 
 import importlib
-import inspect
 import types
 import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    GenerationConfig,
-    LogitsProcessorList,
-)
 from transformers.utils import logging
 
 from common import fsdp, reviews
-from common.data import collate, fail, micro_batches, stop_token
+from common.data import collate, encode_prompt, encode_response, fail, micro_batches, stop_token
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()  # what a load leaves out is checked below, and said in one line
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing here writes in place
 AUTO = {
-    "policy": AutoModelForCausalLM,
-    "value": AutoModelForTokenClassification,  # a linear hidden -> 1 on every token
-    "reward": AutoModelForSequenceClassification,  # the same on the last token
+    "policy": transformers.AutoModelForCausalLM,
+    "value": transformers.AutoModelForTokenClassification,  # a linear hidden -> 1 on every token
+    "reward": transformers.AutoModelForSequenceClassification,  # the same on the last token
 }
 
 
@@ -38,27 +29,23 @@ def resolve(name: str, embedded: str = "policy") -> str:
     if name == "reviews":
         with fsdp.rank_zero_first():
             return reviews.folder(embedded)
-    if name.count("/") > 1 or name.startswith((".", "/")) or Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            fail(f"{name}: no model folder there (no config.json)")
+    local = name.count("/") > 1 or name.startswith((".", "/")) or Path(name).is_dir()
+    if local and not (Path(name) / "config.json").is_file():
+        fail(f"{name}: no model folder there (no config.json)")
     return name
 
 
-def load_config(name: str):
-    """The model's configuration. SystemExit with one line where there is none."""
+def _load(what: str, auto, name: str, **kwargs):
     try:
-        return AutoConfig.from_pretrained(name)
+        return auto.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
-        fail(f"{name}: neither a model folder nor a reachable hub id ({str(error).splitlines()[0]})")
+        fail(f"{name}: no {what} in such a folder or hub id ({str(error).splitlines()[0]})")
 
 
 def load_tokenizer(name: str):
     """The tokenizer of a model, with a padding token (its eos where it has none: our masks come from positions)."""
-    load_config(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        fail(f"{name}: no tokenizer beside the model ({str(error).splitlines()[0]})")
+    _load("configuration", transformers.AutoConfig, name)
+    tokenizer = _load("tokenizer", transformers.AutoTokenizer, name)
     if tokenizer.eos_token_id is None:
         fail(f"{name}: its tokenizer has no end-of-sequence token, so a response could never end")
     if tokenizer.pad_token_id is None:
@@ -66,10 +53,13 @@ def load_tokenizer(name: str):
     return tokenizer
 
 
+def same_tokenizer(one, other) -> bool:
+    return one.get_vocab() == other.get_vocab() and one.chat_template == other.chat_template
+
+
 def check_same_tokenizer(tokenizer, name: str, flag: str) -> None:
     """A value model reads the policy's tokens as they are, so both must mean the same text by them."""
-    other = load_tokenizer(name)
-    if other.get_vocab() != tokenizer.get_vocab() or other.chat_template != tokenizer.chat_template:
+    if not same_tokenizer(tokenizer, load_tokenizer(name)):
         fail(f"{flag} {name}: its tokenizer differs from the policy's; train it on the policy's own tokenizer")
 
 
@@ -80,51 +70,40 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
     float32 master weights, frozen ones the compute type, and no gradient. `layers` keeps the first N of them.
     """
     compute, master = fsdp.dtypes(args.precision)
-    config = load_config(name)
-    for key in vars(config):
-        if ("dropout" in key or "pdrop" in key) and isinstance(getattr(config, key), float):
+    config = _load("configuration", transformers.AutoConfig, name)
+    for key, value in vars(config).items():
+        if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
             setattr(config, key, 0.0)  # log-probabilities are of the distribution that was sampled
-    if kind == "policy" and any(getattr(config, key, None) for key in ("final_logit_softcapping", "logit_scale", "logits_scaling")):
-        fail(f"{name}: its logits are scaled or capped after the output layer, which the chunked log-probabilities do not do")
-    if layers:
-        config.num_hidden_layers = layers
+    if kind == "policy" and any(getattr(config, k, None) for k in ("final_logit_softcapping", "logit_scale", "logits_scaling")):
+        fail(f"{name}: it scales or caps its logits after the output layer, which the chunked log-probabilities do not do")
     if kind != "policy":
-        config.num_labels, config.classifier_dropout = 1, 0.0
-        config.pad_token_id = tokenizer.pad_token_id
-    dtype = master if trained else compute
+        config.num_labels, config.classifier_dropout, config.pad_token_id = 1, 0.0, tokenizer.pad_token_id
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    options = dict(config=config, dtype=master if trained else compute)
     source = None
     if fsdp.rank() == 0:
-        source, info = AUTO[kind].from_pretrained(
-            name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
+        source, info = _load(f"{kind} weights", AUTO[kind], name, use_safetensors=True, output_loading_info=True, **options)
         missing = {key for key in info["missing_keys"] if not key.endswith(("lm_head.weight", "inv_freq"))}
-        if any(key.split(".")[0] not in ("score", "classifier") for key in missing):
-            fail(f"{name}: weights missing for a {kind} model: {sorted(missing)[0]}")
+        wrong = sorted(key for key in missing if key.split(".")[0] not in ("score", "classifier"))
+        if wrong:
+            fail(f"{name}: weights missing for a {kind} model: {wrong[0]}")
         for key, parameter in source.named_parameters():
             if key in missing:
                 torch.nn.init.zeros_(parameter)
-        _float_head(source, kind, master)
     with torch.device("meta"):
-        model = AUTO[kind].from_config(config, dtype=dtype)
-    _float_head(model, kind, master)
+        model = AUTO[kind].from_config(**options)
+    for module in filter(None, (source, model) if kind == "value" else ()):
+        fsdp.head(module).to(master)  # a value in bfloat16 has 3 digits: the head computes in full precision
     if kind == "policy":  # registered with FSDP below, so that calling it gathers the root's parameters
         model.response_logprobs = types.MethodType(response_logprobs, model)
-        forbid = tokenizer.pad_token_id
-        model.forbidden_token = None if forbid in (tokenizer.eos_token_id, stop_token(tokenizer)) else forbid
+        pad = tokenizer.pad_token_id
+        model.forbidden_token = None if pad in (tokenizer.eos_token_id, stop_token(tokenizer)) else pad
     fsdp.shard(model, compute, args.shard_size, frozen=not trained)
     fsdp.load_full(model, source)
     model.requires_grad_(trained)
     if trained and args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train(trained)
-    return model
-
-
-def _float_head(model, kind: str, dtype) -> None:
-    """A value in bfloat16 has 3 digits: keep the head (its own FSDP unit) in full precision."""
-    if kind == "value":
-        getattr(model, "score", None) is not None and model.score.to(dtype)
-        getattr(model, "classifier", None) is not None and model.classifier.to(dtype)
+    return model.train(trained)
 
 
 # --- log-probabilities and values ------------------------------------------------------------------------------------
@@ -164,20 +143,22 @@ def response_logprobs(self, input_ids, prompt_lengths, response_mask, temperatur
     hidden = self.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     at = response_positions(prompt_lengths, response_mask, input_ids.shape[1])
     tokens = input_ids.gather(1, at[:, 1:])
-    hidden = hidden.gather(1, at[:, :-1, None].expand(-1, -1, hidden.shape[-1]))
-    head = self.get_output_embeddings()
-    logprobs, entropy = token_logprobs(
-        hidden.flatten(0, 1), head.weight, head.bias, tokens.flatten(), temperature, self.forbidden_token
-    )
-    return [x.view_as(tokens).masked_fill(~response_mask, 0.0) for x in (logprobs, entropy)]
+    hidden = hidden.gather(1, at[:, :-1, None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
+    layer = self.get_output_embeddings()
+    found = token_logprobs(hidden, layer.weight, layer.bias, tokens.flatten(), temperature, self.forbidden_token)
+    return [x.view_as(tokens).masked_fill(~response_mask, 0.0) for x in found]
 
 
 def response_values(model, input_ids, prompt_lengths, response_mask):
     """[B, T + 1]: V(s_1) at the last prompt token, then Q(s_t, a_t) at each response token; zero where masked."""
     values = model(input_ids=input_ids, use_cache=False).logits.squeeze(-1)
     values = values.gather(1, response_positions(prompt_lengths, response_mask, input_ids.shape[1]))
-    some = response_mask.any(1, keepdim=True)
-    return values.masked_fill(~torch.cat([some, response_mask], 1), 0.0)
+    return values.masked_fill(~torch.cat([response_mask[:, :1], response_mask], 1), 0.0)
+
+
+def sequence_scores(model, input_ids, prompt_lengths, response_mask):
+    """[B, 1] scores. transformers reads the score at the last token that is not padding (with pad = eos: the one before)."""
+    return model(input_ids=input_ids, use_cache=False).logits
 
 
 def run_micro_batches(forward, sequences, size: int, pad_id: int, width: int, dtype=torch.float32):
@@ -185,14 +166,13 @@ def run_micro_batches(forward, sequences, size: int, pad_id: int, width: int, dt
 
     No gradient. Each rank computes its share in length-sorted micro-batches; the sum over ranks puts the rest in.
     """
-    device = fsdp.device()
-    out = torch.zeros(len(sequences), width, dtype=dtype, device=device)
+    out = torch.zeros(len(sequences), width, dtype=dtype, device=fsdp.device())
     lengths = [len(p) + len(r) for p, r in sequences]
     with torch.no_grad():
         for pick in micro_batches(range(len(sequences)), lengths, size, fsdp.rank(), fsdp.world()):
-            result = forward(collate([sequences[i] for i in pick], pad_id, device))
+            result = forward(collate([sequences[i] for i in pick], pad_id, out.device))
             if pick:
-                out[torch.tensor(pick, device=device), : result.shape[1]] = result.to(dtype)
+                out[torch.tensor(pick, device=out.device), : result.shape[1]] = result.to(dtype)
     return fsdp.all_reduce(out)
 
 
@@ -200,7 +180,7 @@ def run_micro_batches(forward, sequences, size: int, pad_id: int, width: int, dt
 
 
 class Reward:
-    """`score(rows, sequences, texts) -> [N]` from a reward-model folder or hub id, or from `module:function`.
+    """`reward(rows, sequences, texts) -> [N]` from a reward-model folder or hub id, or from `module:function`.
 
     A function gets (prompts, responses, **other columns of the rows), lists of equal length, and returns numbers. A
     reward model gets the tokens as they are where the tokenizers agree, else the text through its own chat template.
@@ -208,55 +188,41 @@ class Reward:
     """
 
     def __init__(self, name: str, tokenizer, args):
-        self.name, self.model, self.size = name, None, args.micro_batch_size
+        self.name, self.model, self.label, self.size = name, None, "reward_model", args.micro_batch_size
         if ":" in name and not Path(name).exists():
-            module, _, function = name.partition(":")
+            module, _, self.label = name.partition(":")
             try:
-                self.function = getattr(importlib.import_module(module), function)
+                self.function = getattr(importlib.import_module(module), self.label)
             except (ImportError, AttributeError) as error:
                 fail(f"--reward {name}: {error}; give a model folder, a hub id or module:function")
-            self.label = function
             return
-        self.label = "reward_model"
         name = resolve(name)
-        own = load_tokenizer(name)
-        self.tokenizer = own
-        self.same = own.get_vocab() == tokenizer.get_vocab() and own.chat_template == tokenizer.chat_template
-        self.model = load_model("reward", name, own, args, trained=False)
-        self.mean = getattr(self.model.config, "score_mean", 0.0)
-        self.std = getattr(self.model.config, "score_std", 1.0)
+        self.tokenizer = load_tokenizer(name)
+        self.same = same_tokenizer(self.tokenizer, tokenizer)
+        self.model = load_model("reward", name, self.tokenizer, args, trained=False)
 
     def __call__(self, rows: list[dict], sequences: list[tuple[list[int], list[int]]], texts: list[str]) -> torch.Tensor:
         if self.model is None:
-            scores = torch.zeros(len(rows), dtype=torch.float32)
-            mine = range(fsdp.rank(), len(rows), fsdp.world())
-            names = {key for key in rows[0] if not key.endswith("_ids")} - {"prompt", "response"}
-            columns = {key: [rows[i].get(key) for i in mine] for key in names}
+            scores = torch.zeros(len(rows), device=fsdp.device())
+            mine = list(range(fsdp.rank(), len(rows), fsdp.world()))
+            names = {key for row in rows for key in row if not key.endswith("_ids")} - {"prompt", "response"}
             if mine:
+                columns = {key: [rows[i].get(key) for i in mine] for key in names}
                 found = self.function([rows[i]["prompt"] for i in mine], [texts[i] for i in mine], **columns)
-                scores[list(mine)] = torch.tensor(found, dtype=torch.float32)
-            scores = fsdp.all_reduce(scores.to(fsdp.device()))
+                scores[mine] = torch.tensor(found, dtype=torch.float32, device=scores.device)
+            scores = fsdp.all_reduce(scores)
         else:
             if not self.same:
-                from common.data import encode_prompt, encode_response
-
-                sequences = [
-                    (encode_prompt(self.tokenizer, row["prompt"]), encode_response(self.tokenizer, text, 10**6))
-                    for row, text in zip(rows, texts, strict=True)
-                ]
-            pad = self.tokenizer.pad_token_id
+                ids = [encode_prompt(self.tokenizer, row["prompt"]) for row in rows]
+                answers = [encode_response(self.tokenizer, text, 10**6) for text in texts]
+                sequences = list(zip(ids, answers, strict=True))
+            pad, config = self.tokenizer.pad_token_id, self.model.config
             scores = run_micro_batches(lambda mb: sequence_scores(self.model, **mb), sequences, self.size, pad, 1)[:, 0]
-            scores = (scores - self.mean) / self.std
+            scores = (scores - getattr(config, "score_mean", 0.0)) / getattr(config, "score_std", 1.0)
         if not torch.isfinite(scores).all():
             bad = int((~torch.isfinite(scores)).nonzero()[0])
             fail(f"--reward {self.name} gave {scores[bad].item()} for the response {texts[bad][:80]!r}")
         return scores
-
-
-def sequence_scores(model, input_ids, prompt_lengths, response_mask):
-    """[B, 1] scores. transformers reads the score at the last token that is not padding (with pad = eos: the one before)."""
-    kwargs = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    return model(input_ids=input_ids, **kwargs).logits
 
 
 # --- rollout ---------------------------------------------------------------------------------------------------------
@@ -293,21 +259,17 @@ def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, te
     Temperature 0 is greedy. A response without a stop token was cut off at `max_new_tokens`. Parameters stay gathered
     for the whole rollout; `size` prompts at a time (0: all of this rank's at once); ranks finish together.
     """
-    stops = sorted({stop_token(tokenizer), tokenizer.eos_token_id})
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, do_sample=False, use_cache=True
-    )
+    stops, pad = sorted({stop_token(tokenizer), tokenizer.eos_token_id}), tokenizer.pad_token_id
+    config = transformers.GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad, do_sample=False)
     mine = sorted(range(fsdp.rank(), len(prompts), fsdp.world()), key=lambda i: len(prompts[i]))
-    responses = {}
-    training = policy.training
+    responses, training = {}, policy.training
     policy.eval()
     with fsdp.gathered(policy):
         for start in range(0, len(mine), size or len(mine) or 1):
             pick = mine[start : start + (size or len(mine))]
             width = max(len(prompts[i]) for i in pick)
-            ids = torch.full((len(pick), width), tokenizer.pad_token_id)
-            mask = torch.zeros_like(ids)
-            uniforms = torch.empty(len(pick), max_new_tokens)
+            ids = torch.full((len(pick), width), pad)
+            mask, uniforms = torch.zeros_like(ids), torch.empty(len(pick), max_new_tokens)
             for row, i in enumerate(pick):  # padded on the left: generation goes on from the last column
                 ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
                 mask[row, width - len(prompts[i]) :] = 1
@@ -315,12 +277,9 @@ def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, te
                 uniforms[row] = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(number))
             sampler = SampleByInverseCDF(uniforms.to(fsdp.device()), temperature, policy.forbidden_token)
             out = policy.generate(
-                ids.to(fsdp.device()),
-                attention_mask=mask.to(fsdp.device()),
-                generation_config=config,
-                logits_processor=LogitsProcessorList([sampler]),
-                synced_gpus=False,
-            )
+                ids.to(fsdp.device()), attention_mask=mask.to(fsdp.device()), generation_config=config,
+                logits_processor=transformers.LogitsProcessorList([sampler]), synced_gpus=False,
+            )  # fmt: skip
             for i, tokens in zip(pick, out[:, width:].tolist(), strict=True):
                 end = next((t for t, token in enumerate(tokens) if token in stops), len(tokens) - 1)
                 responses[i] = tokens[: end + 1]

@@ -97,7 +97,7 @@ def grammatical(prompts: list[str], responses: list[str], **_) -> list[float]:
     return shares
 
 
-def rows(kind: str, responses: int = 8) -> list[dict]:
+def rows(kind: str, responses: int = 16) -> list[dict]:
     """The data set as rows of `kind` (DESIGN's columns), `responses` by random authors for each of the 960 prompts.
 
     The preference rows pair neighbouring responses of a prompt, the truly better one as `chosen`, if better by MIN_GAP.
@@ -143,31 +143,25 @@ def folder(kind: str, root: str = "runs/reviews") -> str:
     """The folder of an embedded model, made on first use: `untrained`, or `policy` / `value`, fitted here to the authors.
 
     The fit is a quick stand-in so that any one script runs alone: the policy imitates the authors, the value model regresses
-    every token on the standardised true reward. `sft.py` and `gvm_td.py` do both properly. Shared by runs, so made under
-    a temporary name and renamed.
+    every token on the standardised true reward. `sft.py` and `gvm_td.py` do both properly.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, LlamaConfig
 
-    path = Path(root) / kind
-    if (path / "config.json").exists():
-        return str(path)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        ids = {f"{role}_token_id": SPECIAL.index(f"<{role}>") for role in ("pad", "bos", "eos")}
-        shape = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4)
-        config = LlamaConfig(vocab_size=len(WORDS), max_position_embeddings=512, tie_word_embeddings=True, **shape, **ids)
-        config.num_labels, config.classifier_dropout = 1, 0.0
-        value = kind == "value"
-        model = (AutoModelForTokenClassification if value else AutoModelForCausalLM).from_config(config)
-        if value:
-            torch.nn.init.zeros_(model.score.weight)
-        tok = tokenizer()
-        if kind != "untrained":
-            _fit(model, tok, value)
-        part = path.with_name(f"{kind}.{os.getpid()}")
+    path, part = Path(root, kind), Path(root, f"{kind}.{os.getpid()}")
+    if not path.exists():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            ids = {f"{role}_token_id": SPECIAL.index(f"<{role}>") for role in ("pad", "bos", "eos")}
+            shape = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4)
+            config = LlamaConfig(vocab_size=len(WORDS), max_position_embeddings=512, tie_word_embeddings=True, **shape, **ids)
+            config.num_labels, config.classifier_dropout = 1, 0.0
+            model = (AutoModelForTokenClassification if kind == "value" else AutoModelForCausalLM).from_config(config)
+            if kind != "untrained":
+                print(f"fitting the embedded {kind} model once, into {path}", flush=True)
+                _fit(model, kind == "value")
         model.save_pretrained(part)
-        tok.save_pretrained(part)
+        tokenizer().save_pretrained(part)
         try:
             part.rename(path)
         except OSError:  # another process was first
@@ -175,27 +169,25 @@ def folder(kind: str, root: str = "runs/reviews") -> str:
     return str(path)
 
 
-def _fit(model, tok, value: bool, steps: int = 400, batch: int = 64) -> None:
+def _fit(model, value: bool, steps: int = 400, batch: int = 64) -> None:
     import torch
-    import torch.nn.functional as F
 
-    data = rows("scored")
+    data, tok = rows("scored"), tokenizer()
     scores = torch.tensor([row["reward"] for row in data])
     scores = (scores - scores.mean()) / scores.std()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, 2 * (1 - step / steps))
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, 2 * (1 - step / steps))
         pick = torch.randint(len(data), (batch,)).tolist()
-        texts = [f"<bos><user> {data[i]['prompt']} <writer> {data[i]['response']} <eos>" for i in pick]
-        ids = tok([text.replace("<bos>", "<bos> ") for text in texts], padding=True, return_tensors="pt")["input_ids"]
-        seen = (ids == WORDS.index("<writer>")).cumsum(1) > 0  # from the last prompt token on
+        texts = [f"<bos> <user> {data[i]['prompt']} <writer> {data[i]['response']} <eos>" for i in pick]
+        ids = tok(texts, padding=True, return_tensors="pt")["input_ids"]
+        mask = ((ids == WORDS.index("<writer>")).cumsum(1) > 0) & (ids != 0)  # from the last prompt token on
         logits = model(input_ids=ids).logits
         if value:
-            mask = seen & (ids != 0)
             loss = ((logits.squeeze(-1) - scores[pick, None]) ** 2)[mask].mean()
         else:
-            mask = seen[:, :-1] & (ids[:, 1:] != 0)
-            loss = F.cross_entropy(logits[:, :-1][mask], ids[:, 1:][mask])
+            mask = mask[:, :-1] & (ids[:, 1:] != 0)
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1][mask], ids[:, 1:][mask])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,0 +1,27 @@
+# `make demo` and `make test` do everything on a fresh machine with Python 3.11+. The plain commands are in the README.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = OMP_NUM_THREADS=1 $(VENV)/bin/python
+
+.PHONY: demo test lint bench clean
+demo: $(VENV)/installed
+	$(RUN) benchmarks/demo.py
+
+test: $(VENV)/installed
+	$(RUN) -m pytest
+
+lint: $(VENV)/installed
+	$(RUN) -m ruff check .
+
+bench: $(VENV)/installed
+	$(RUN) benchmarks/reviews.py
+
+# the stamp is written last, so that an interrupted installation is done again
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed; make demo PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,21 @@
+"""One thread a process and no network, set before anything imports torch; a world of small files and models for the tests."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for the processes that tests start
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import pytest  # noqa: E402
+import ranks  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder to run in: runs/reviews with hastily fitted models, and ragged data files."""
+    folder = tmp_path_factory.mktemp("world")
+    ranks.make_world(folder)
+    return ranks.World(folder)

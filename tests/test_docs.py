@@ -1,0 +1,228 @@
+"""The pages in docs/ say what the code says: quoted lines, metric names, flags, links.
+
+A page refers to code as [`ppo.py:212`](../ppo.py#L212) followed by the quoted code of that line in backticks. Lines drift;
+`python tests/test_docs.py --fix` finds the quoted code again and rewrites the numbers.
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md")) + [page for page in [ROOT / "README.md"] if page.exists()]
+SCRIPTS = ("sft", "reward", "gvm_td", "dvpo", "ppo")
+MEND = "mend the numbers with `python tests/test_docs.py --fix`"
+REFERENCE = re.compile(r"\[`([\w./]+\.py):(\d+)`\]\(([\w./]+)#L(\d+)\)(\s+)(`+)(.+?)\6(?!`)")
+LOOSE = re.compile(r"[\w./]+\.py:\d+")  # whatever looks like a reference, in whatever form
+FENCE = re.compile(r"^```.*?^```", re.M | re.S)
+METRIC = re.compile(r"[a-z_]+/[a-z0-9_<> ]+")
+OTHERS = {"--fix", "--help", "--nnodes", "--nproc_per_node", "--node_rank", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--logdir"}
+
+
+# --- references to lines ---------------------------------------------------------------------------------------------
+
+
+def found_at(source: str, code: str) -> list[int]:
+    """1-based numbers of the lines that contain `code`."""
+    return [number for number, line in enumerate(source.splitlines(), 1) if code in line]
+
+
+def fix_references(text: str, read) -> tuple[str, list[str], list[str]]:
+    """(the page with mended numbers, what drifted, what cannot be mended). `read(file)` gives a file's text or None."""
+    drifted, lost = [], []
+
+    def mend(match):
+        file, number, target, anchor, space, ticks, code = match.groups()
+        source = read(file)
+        if source is None:
+            lost.append(f"{file}:{number}: no such file")
+            return match[0]
+        if not target.endswith(file):
+            lost.append(f"{file}:{number}: its link goes to {target}")
+            return match[0]
+        lines = found_at(source, code)
+        if not lines:
+            lost.append(f"{file}:{number}: no line contains `{code}` any more; quote the present code or drop the item")
+            return match[0]
+        line = min(lines, key=lambda at: abs(at - int(number)))
+        if {number, anchor} != {str(line)}:
+            drifted.append(f"{file}:{number}: `{code}` is at line {line}")
+        return f"[`{file}:{line}`]({target}#L{line}){space}{ticks}{code}{ticks}"
+
+    return REFERENCE.sub(mend, text), drifted, lost
+
+
+def read_source(file: str) -> str | None:
+    return (ROOT / file).read_text(encoding="utf-8") if (ROOT / file).is_file() else None
+
+
+def test_references_quote_the_line_they_name():
+    problems = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        _, drifted, lost = fix_references(text, read_source)
+        problems += [f"{page.name}: {problem}" for problem in drifted + lost]
+        odd = LOOSE.findall(REFERENCE.sub("", text))
+        problems += [f"{page.name}: {ref} is not in the form [`f.py:1`](../f.py#L1) `code`, so nothing checks it" for ref in odd]
+    assert not problems, f"{len(problems)} references to code; {MEND}\n" + "\n".join(problems)
+
+
+def test_the_mend_finds_the_nearest_line_and_admits_defeat():
+    source = {"f.py": "a = 1\nb = 2\nc = 3\nb = 2\n"}.get
+    page = "1. Why. [`f.py:5`](../f.py#L5) `b = 2` and [`f.py:1`](../f.py#L2) ``a = 1``.\n"
+    mended, drifted, lost = fix_references(page, source)
+    assert mended == "1. Why. [`f.py:4`](../f.py#L4) `b = 2` and [`f.py:1`](../f.py#L1) ``a = 1``.\n"
+    assert len(drifted) == 2 and not lost
+    assert fix_references(mended, source) == (mended, [], [])
+    for gone in ("[`f.py:1`](../f.py#L1) `z = 1`", "[`g.py:1`](../g.py#L1) `a = 1`", "[`f.py:1`](../g.py#L1) `a = 1`"):
+        assert fix_references(gone, source)[0] == gone and len(fix_references(gone, source)[2]) == 1
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def pattern(node) -> str | None:
+    """A string node as text; what an f-string puts in becomes <>."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "<>" for part in node.values)
+    return None
+
+
+def logged(source: str) -> set[str]:
+    """Names of the form group/name that are keys of a dict, or assigned to one: what goes to run.metrics."""
+    nodes = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Dict):
+            nodes += [key for key in node.keys if key is not None]
+        elif isinstance(node, ast.DictComp):
+            nodes.append(node.key)
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+            nodes.append(node.slice)
+    names = {pattern(node) for node in nodes} - {None}
+    return {name for name in names if METRIC.fullmatch(name)}
+
+
+def all_logged() -> dict[str, set[str]]:
+    return {file: logged(read_source(file)) for file in [f"{script}.py" for script in SCRIPTS] + ["common/log.py"]}
+
+
+def explained() -> dict[str, list[str]]:
+    """The metrics in the tables of metrics.md, and the cells beside each."""
+    rows = {}
+    for line in (ROOT / "docs/metrics.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        name = cells[0].strip("`") if cells else ""
+        if METRIC.fullmatch(name):
+            assert name not in rows, f"metrics.md explains {name} twice"
+            rows[name] = cells[1:]
+    return rows
+
+
+def test_metrics_are_found_in_the_source():
+    source = 'def f(run):\n  o = {"a/b": 1, **{f"a/c_{k}": v for k, v in x}}\n  o["a/d"] = 1\n  run.metrics(1, o | {"runs": "runs/f"})\n'
+    assert logged(source) == {"a/b", "a/c_<>", "a/d"}
+    for file, names in all_logged().items():
+        assert len(names) >= (1 if file == "common/log.py" else 8), f"{file}: only {names} found; has the form of its log changed?"
+
+
+def test_every_metric_is_explained():
+    rows = explained()
+    known = {re.sub("<.*?>", "<>", name) for name in rows}
+    missing = [f"{file} logs {name}" for file, names in all_logged().items() for name in sorted(names - known)]
+    assert not missing, "add a row to a table of docs/metrics.md for each:\n" + "\n".join(missing)
+    stale = [name for name in rows if re.sub("<.*?>", "<>", name) not in set.union(*all_logged().values())]
+    assert not stale, f"docs/metrics.md explains what no script logs: {stale}"
+    for name, cells in rows.items():
+        assert len(cells) == 4 and all(cells), f"docs/metrics.md, {name}: formula, unit, healthy range and what a bad value means"
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def args_of(script: str) -> dict[str, str]:
+    """Flags of a script and their defaults, as in the source."""
+    tree = ast.parse(read_source(f"{script}.py"))
+    body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args").body
+    fields = [node for node in body if isinstance(node, ast.AnnAssign)]
+    return {"--" + node.target.id.replace("_", "-"): ast.unparse(node.value) for node in fields}
+
+
+def options(page: str) -> dict[str, str]:
+    """Rows | `--flag` | default | ... | of a page: flag to default."""
+    return dict(re.findall(r"^\| `(--[\w-]+)` \| `?(.*?)`? \|", page, re.M))
+
+
+def same(said: str, default: str) -> bool:
+    """A default as a page says it and as the source does."""
+    try:
+        return ast.literal_eval(said) == ast.literal_eval(default)
+    except (ValueError, SyntaxError):
+        return said == default.strip("'\"") or (said == "none" and default in ("''", "()"))
+
+
+def test_option_tables_have_real_flags_and_defaults():
+    for script in SCRIPTS:
+        page, flags = (ROOT / f"docs/{script}.md").read_text(encoding="utf-8"), args_of(script)
+        table = options(page)
+        assert table, f"docs/{script}.md has no option table"
+        for flag, default in table.items():
+            assert flag in flags, f"docs/{script}.md: {script}.py has no {flag}"
+            assert same(default, flags[flag]), f"docs/{script}.md: {flag} defaults to {flags[flag]}, not {default}"
+        left_out = set(flags) - set(table)
+        assert not left_out or f"python {script}.py --help" in page, f"docs/{script}.md: neither lists {left_out} nor names --help"
+
+
+def test_flags_on_the_pages_exist():
+    everywhere = OTHERS.union(*(args_of(script) for script in SCRIPTS))
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        unknown = {flag for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)} - everywhere
+        assert not unknown, f"{page.name}: no script has {sorted(unknown)}"
+        for block in FENCE.findall(text):
+            for command in block.replace("\\\n", " ").splitlines():
+                for script in SCRIPTS:
+                    _, called, rest = command.partition(f" {script}.py")
+                    wrong = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", rest)) - set(args_of(script)) - OTHERS
+                    assert not (called and wrong), f"{page.name}: {script}.py has no {sorted(wrong)}: {command.strip()}"
+
+
+# --- links -----------------------------------------------------------------------------------------------------------
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ +(.+?) *$", FENCE.sub("", text), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere():
+    dead = []
+    for page in PAGES:
+        text = FENCE.sub("", page.read_text(encoding="utf-8"))
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if "://" in target or target.startswith("mailto:"):
+                continue
+            path, _, anchor = target.partition("#")
+            file = (page.parent / path) if path else page
+            if not file.exists():
+                dead.append(f"{page.name}: {target}: no such file")
+            elif anchor and file.suffix == ".md" and anchor not in anchors(file.read_text(encoding="utf-8")):
+                dead.append(f"{page.name}: {target}: no such heading")
+    assert not dead, "dead links:\n" + "\n".join(dead)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--fix"]:
+        sys.exit("usage: python tests/test_docs.py --fix     (the tests themselves: python -m pytest tests/test_docs.py)")
+    hopeless = []
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after, drifted, lost = fix_references(before, read_source)
+        if after != before:
+            page.write_text(after, encoding="utf-8")
+        print(*(f"{page.name}: {line}" for line in drifted), sep="\n", end="\n" if drifted else "")
+        hopeless += [f"{page.name}: {line}" for line in lost]
+    sys.exit("cannot mend:\n" + "\n".join(hopeless) if hopeless else 0)

@@ -1,0 +1,215 @@
+"""Each bad input ends with one line that names the place and the mend, before a model is loaded where that can be."""
+
+import functools
+import gzip
+import json
+import shutil
+
+import pytest
+import ranks
+
+GOOD = [{"prompt": f"lunch : the {topic} ?", "response": "the soup was warm ."} for topic in ("soup", "fish", "cake", "rice")]
+SCORED = [row | {"reward": float(i)} for i, row in enumerate(GOOD)]
+PAIRS = [{"prompt": row["prompt"], "chosen": "the soup was warm .", "rejected": "the soup was cold ."} for row in GOOD]
+ROWS = {"sft": GOOD, "reward": PAIRS, "gvm_td": SCORED, "dvpo": GOOD, "ppo": GOOD}
+
+
+def bug(reason):
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+def fails(world, script, patch=ranks.no_models, processes=0, **args):
+    """The one line a run with `args` stops with."""
+    run_dir = world.path("runs/bad")
+    shutil.rmtree(run_dir, ignore_errors=True)
+    return world.run(script, processes, patch, **ranks.ARGS[script] | dict(run_dir="runs/bad") | args).error()
+
+
+# a second row, and what its error must say beside the file and the row
+BAD_ROWS = {
+    "missing column": ("sft", {"prompt": "lunch ?", "answer": "good"}, "'response'", "--columns response"),
+    "no prompt": ("ppo", {"text": "lunch ?"}, "'prompt'", "--columns prompt"),
+    "prompt type": ("dvpo", {"prompt": 3}, "prompt is int", "text or chat messages"),
+    "response type": ("sft", {"prompt": "lunch ?", "response": {"a": 1}}, "response is dict", "text or chat messages"),
+    "not messages": ("ppo", {"prompt": ["lunch ?"]}, "chat messages", "`role`"),
+    "empty prompt": ("ppo", {"prompt": " "}, "prompt is empty"),
+    "empty response": ("sft", {"prompt": "lunch ?", "response": " "}, "response is empty"),
+    "empty chosen": ("reward", {"prompt": "lunch ?", "chosen": "", "rejected": "no"}, "chosen is empty"),
+    "reward NaN": ("gvm_td", '{"prompt": "lunch ?", "response": "good", "reward": NaN}', "reward is nan", "finite"),
+    "reward inf": ("gvm_td", '{"prompt": "lunch ?", "response": "good", "reward": -Infinity}', "reward is -inf", "finite"),
+    "reward text": ("gvm_td", {"prompt": "lunch ?", "response": "good", "reward": "3"}, "reward is '3'", "number"),
+    "reward bool": ("gvm_td", {"prompt": "lunch ?", "response": "good", "reward": True}, "reward is True", "number"),
+    "not JSON": ("sft", '{"prompt": "lunch ?", "resp', "not JSON", "one object"),
+    "not an object": ("sft", "[1, 2]", "expected an object"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_row(world, case):
+    """The error names the file, the row, what is wrong and the mend."""
+    script, row, *words = BAD_ROWS[case]
+    line = fails(world, script, dataset=world.write("bad.jsonl", [ROWS[script][0], row, ROWS[script][1]]))
+    assert line.startswith("error: bad.jsonl, row 2: ") and all(word in line for word in words), line
+
+
+def test_label_type(world):
+    """A label must be true or false: 1 is not (no script reads labels yet, so the reader itself)."""
+    from common.data import read_rows
+
+    name = str(world.path(world.write("labels.jsonl", [GOOD[0] | {"label": True}, GOOD[1] | {"label": 1}])))
+    with pytest.raises(SystemExit, match=r"row 2: label is 1, not true or false .*--skip-bad-rows"):
+        read_rows(name, "labelled")
+
+
+# arguments, and what the error must say
+BAD_ARGS = {
+    "missing file": ("sft", dict(dataset="nowhere.jsonl"), "nowhere.jsonl", "no such file"),
+    "missing file of pairs": ("reward", dict(eval_dataset="nowhere.jsonl"), "nowhere.jsonl", "no such file"),
+    "file type": ("sft", dict(dataset="rows.csv"), "rows.csv", ".jsonl, .json or .parquet"),
+    "broken .json": ("sft", dict(dataset="broken.json"), "broken.json", "not readable"),
+    "broken .gz": ("sft", dict(dataset="broken.jsonl.gz"), "broken.jsonl.gz", "not readable"),
+    "unknown column": ("sft", dict(columns={"answer": "response"}), "--columns", "'answer'", "use prompt, response"),
+    "unknown split": ("sft", dict(dataset="split.jsonl", split="best"), "split.jsonl", "'best'", "--split"),
+    "empty file": ("ppo", dict(dataset="empty.jsonl"), "empty.jsonl", "no usable row"),
+    "empty part": ("ppo", dict(dataset="one.jsonl", part="rl"), "one.jsonl", "no usable row", "'rl'"),
+    "prompts too long": ("dvpo", dict(max_prompt_length=3), "prompts.jsonl", "every prompt is longer", "--max-prompt-length 3"),
+    "nothing held out": ("sft", dict(eval_fraction=0.0), "scored.jsonl", "0 held out", "--eval-fraction"),
+    "all held out": ("reward", dict(eval_fraction=1.0), "pairs.jsonl", "0 pairs to learn from", "--eval-fraction"),
+    "no held-out pair": ("gvm_td", dict(eval_gap=100.0), "no held-out pair", "--eval-dataset"),
+    "all prompts held out": ("ppo", dict(eval_prompts=500), "prompts.jsonl", "--eval-prompts"),
+    "mini-batch": ("ppo", dict(mini_batch_size=4), "--mini-batch-size 4", "--batch-size 9"),
+    "missing model": ("sft", dict(model="runs/no/model"), "runs/no/model", "no model folder"),
+    "missing model, one slash": ("sft", dict(model="runs/nowhere"), "runs/nowhere", "neither a model folder nor"),
+    "missing GVM": ("dvpo", dict(gvm="./nowhere"), "./nowhere", "no model folder"),
+    "no end token": ("sft", dict(model="runs/endless"), "runs/endless", "no end-of-sequence token"),
+    "GVM of another tokenizer": ("dvpo", dict(gvm="runs/foreign"), "--gvm runs/foreign", "tokenizer differs"),
+    "critic of another tokenizer": ("ppo", dict(critic="runs/foreign"), "--critic runs/foreign", "tokenizer differs"),
+}
+BAD_ARGS_BUGS = {
+    "broken .parquet": (("sft", dict(dataset="broken.parquet"), "broken.parquet"), "pyarrow's errors are not caught"),
+    "mini-batch 0": (("dvpo", dict(mini_batch_size=0), "--mini-batch-size"), "ZeroDivisionError; parse does not check it either"),
+    "mini-batch -3": (("dvpo", dict(mini_batch_size=-3), "--mini-batch-size"), "divides, and then nothing is trained"),
+    "reward without a function": (("ppo", dict(reward="ranks:nothing"), "--reward"), "looked up only after the models are loaded"),
+    "reward without a module": (("ppo", dict(reward="no.module:f"), "--reward"), "looked up only after the models are loaded"),
+    "equal rewards": (("gvm_td", dict(dataset="equal.jsonl"), "equal.jsonl"), "checked only after the model is loaded"),
+    "shard size": (("sft", dict(shard_size=2), "--shard-size 2"), "checked only after the weights are read"),
+    "held-out prompts too long": (
+        ("sft", dict(eval_dataset="long.jsonl", eval_split="train"), "long.jsonl"), "the error names --dataset instead",
+    ),
+    "all responses too long": (("gvm_td", dict(max_characters=1), "--max-characters"), "the error blames --max-prompt-length"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bad_files(world):
+    world.write("rows.csv", ["prompt,response"])
+    world.path("broken.json").write_text('[{"prompt": "lunch ?"')
+    world.path("broken.parquet").write_text("not parquet")
+    world.path("broken.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD[0]).encode() * 50)[:40])
+    world.write("split.jsonl", [row | {"split": "train"} for row in GOOD])
+    world.write("empty.jsonl", [])
+    world.write("one.jsonl", GOOD[:1])
+    world.write("equal.jsonl", [row | {"reward": 2.0} for row in SCORED * 3])
+    world.write("long.jsonl", [row | {"prompt": row["prompt"] * 30} for row in GOOD])
+    ranks.edit_model(world, "policy", "endless", tokenizer_config=lambda old: {k: v for k, v in old.items() if k != "eos_token"})
+
+    def swapped(tokenizer):
+        words = tokenizer["model"]["vocab"]
+        words["soup"], words["fish"] = words["fish"], words["soup"]
+        return tokenizer
+
+    ranks.edit_model(world, "value", "foreign", tokenizer=swapped)
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "words"),
+    [pytest.param(s, a, w, id=name) for name, (s, a, *w) in BAD_ARGS.items()]
+    + [pytest.param(s, a, w, id=name, marks=bug(why)) for name, ((s, a, *w), why) in BAD_ARGS_BUGS.items()],
+)
+def test_bad_arguments(world, bad_files, script, args, words):
+    """The error names what is wrong and the mend."""
+    line = fails(world, script, **args)
+    assert all(word in line for word in words), line
+
+
+def test_one_line_from_several_ranks(world):
+    """All ranks find the fault and stop; one prints it."""
+    line = fails(world, "sft", processes=2, dataset="nowhere.jsonl")
+    assert "no such file" in line
+
+
+def test_dropped_rows_are_counted(world):
+    """--skip-bad-rows drops and counts; over-long prompts are dropped and counted, over-long responses cut and counted."""
+    rows = GOOD * 8 + [{"prompt": "lunch ?", "response": ""}, {"prompt": 3, "response": "good"}]
+    rows += [{"prompt": "lunch : " + "the soup and " * 10, "response": "good"}, GOOD[0] | {"response": "very " * 30 + "good"}]
+    name = world.write("mixed.jsonl", rows)
+    args = ranks.ARGS["sft"] | dict(dataset=name, eval_dataset="scored.jsonl", eval_split="train", steps=1, batch_size=2)
+    output = world.run("sft", **args, skip_bad_rows=True, run_dir="runs/mixed").ok().output
+    assert "mixed.jsonl: dropped 2 bad rows of 36" in output
+    assert "mixed.jsonl: dropped 1 of 34 rows: prompt longer than --max-prompt-length 24" in output
+    assert "mixed.jsonl: cut 1 responses at --max-response-length 12" in output
+    assert "33 responses to learn from" in output
+
+
+@pytest.mark.parametrize("processes", [pytest.param(0, marks=bug("an OSError with its traceback")), 2])
+def test_pickled_weights_are_refused(world, processes):
+    """A folder with pytorch_model.bin alone is not read, and the run ends, also where rank 0 alone finds it out."""
+    import torch
+    from safetensors.torch import load_file
+
+    folder = world.path("runs/pickled")
+    if not folder.exists():
+        shutil.copytree(world.path("runs/reviews/policy"), folder)
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    args = ranks.ARGS["sft"] | dict(model="runs/pickled", run_dir="runs/unpickled", overwrite=True)
+    result = world.run("sft", processes, **args)
+    assert all(result.codes) and "safetensors" in result.output and not (world.path("runs/unpickled") / "model").exists()
+    if not processes:
+        assert "runs/pickled" in result.error()
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        ("ranks:nan_reward", ("--reward ranks:nan_reward", "nan", "response")),
+        ("ranks:nothing", ("--reward ranks:nothing", "module:function")),
+        pytest.param("ranks:raising_reward", ("--reward ranks:raising_reward", "no such judge"), marks=bug("a traceback")),
+    ],
+)
+def test_bad_reward_function(world, reward, words):
+    """A reward that is no number, or whose function is missing or raises, ends the run with one line."""
+    line = fails(world, "ppo", patch=None, reward=reward, eval_every=0)
+    assert all(word in line for word in words), line
+
+
+def test_reward_function_raises_on_one_rank(world):
+    """An exception ends every rank; none waits for ever."""
+    args = ranks.ARGS["ppo"] | dict(reward="ranks:raising_reward", eval_every=0, run_dir="runs/raises")
+    result = world.run("ppo", 2, **args)
+    assert all(result.codes) and "no such judge" in result.output
+
+
+def test_equal_rewards(world, bad_files):
+    """gvm_td refuses rewards that are all the same."""
+    line = fails(world, "gvm_td", patch=None, dataset="equal.jsonl", eval_dataset="pairs.jsonl", eval_split="train", eval_source="preference")
+    assert "equal.jsonl" in line and "all rewards are 2.0" in line
+
+
+def test_shard_size(world):
+    """--shard-size must divide the number of processes."""
+    assert "--shard-size 2 does not divide the 1 processes" in fails(world, "reward", patch=None, shard_size=2)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_not_finite_stops_before_the_step(world, what):
+    """A loss of inf or a NaN in the gradient names step and rows, changes no weight and no checkpoint: the run can go on."""
+    run_dir, args = f"runs/infinite-{what}", ranks.ARGS["sft"] | dict(save_every=1)
+    broken = functools.partial(ranks.not_finite, what=what, at=2)
+    line = world.run("sft", 2, broken, **args, run_dir=run_dir).error()
+    assert "step 2, data rows [" in line and ("loss inf" if what == "loss" else "gradient norm nan") in line
+    assert sorted(path.name for path in (world.path(run_dir) / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+    assert not (world.path(run_dir) / "model").exists() and [row["step"] for row in ranks.metrics(world.path(run_dir))] == [1, 2]
+    if what == "loss":
+        world.run("sft", 2, **args, run_dir=run_dir, resume=True).ok()
+        assert [row["step"] for row in ranks.metrics(world.path(run_dir))] == [1, 2, 3, 3]

@@ -1,0 +1,171 @@
+"""A run that was killed and resumed ends as one that was not, and the run folder is whole throughout."""
+
+import functools
+import os
+import random
+import shutil
+
+import pytest
+import ranks
+
+STEPS, EVERY = 10, 2
+ARGS = {
+    script: args | dict(steps=STEPS, save_every=EVERY, keep=2, eval_every=3, lr_schedule="linear", warmup_steps=2)
+    for script, args in ranks.ARGS.items()
+}
+ARGS["gvm_td"] |= dict(normalise_values=True, context_pairs=1, context_length=8)
+ARGS["dvpo"] |= dict(kl_target=0.1, beta=0.2, gvm="runs/context")  # beta and the pool of answers are restored
+ARGS["ppo"] |= dict(kl_target=0.1, beta=0.2)
+KILLS = range(EVERY + 1, 6)  # steps logged when the kill comes: after the first checkpoint, before the last
+
+
+@pytest.fixture(scope="module")
+def unbroken(world):
+    """The run of a script that nobody killed, made once; returns its folder."""
+
+    @functools.cache
+    def run(script):
+        world.run(script, **ARGS[script], run_dir=f"runs/unbroken-{script}").ok()
+        return world.path(f"runs/unbroken-{script}")
+
+    return run
+
+
+def rows_written(run_dir):
+    path = run_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill_at(world, script, run_dir, rows, delay):
+    """Starts a run and kills it `delay` seconds after its `rows`-th row of metrics."""
+    job = world.start(script, **ARGS[script], run_dir=run_dir)
+    while rows_written(world.path(run_dir)) < rows:
+        assert job.alive(0.002), job.wait().output
+    assert job.alive(delay), "the run ended before the kill"
+    job.kill()
+
+
+def assert_identical(run_dir, unbroken):
+    """The same bytes of weights, the same rows of metrics and samples, each step written once and in order."""
+    assert ranks.metrics(run_dir) == ranks.metrics(unbroken)
+    training = [row["step"] for row in ranks.metrics(run_dir) if not any(key.startswith("eval/") for key in row)]
+    assert training == list(range(1, STEPS + 1))
+    if (unbroken / "samples.jsonl").exists():
+        assert ranks.samples(run_dir) == ranks.samples(unbroken)
+    assert ranks.exported(unbroken) and ranks.exported(run_dir) == ranks.exported(unbroken)
+
+
+@pytest.mark.parametrize("script", ranks.SCRIPTS)
+def test_killed_at_a_random_moment(world, unbroken, script):
+    """SIGKILL at any moment, then --resume: bit for bit the run that was never killed; --keep checkpoints remain."""
+    seed = int.from_bytes(os.urandom(4), "big")
+    print(f"seed of the kill: {seed}")
+    rng = random.Random(seed)
+    rows, delay = rng.choice(KILLS) + (script in ranks.ONLINE), rng.uniform(0, 0.03)  # + the evaluation of step 0
+    print(f"killed {delay:.3f} s after row {rows}")
+    kill_at(world, script, "runs/killed-" + script, rows, delay)
+    result = world.run(script, **ARGS[script], run_dir="runs/killed-" + script, resume=True).ok()
+    print(result.output)
+    killed = world.path("runs/killed-" + script)
+    assert_identical(killed, unbroken(script))
+    assert sorted(path.name for path in (killed / "checkpoints").glob("step-*")) == ["step-000008", "step-000010"]
+
+
+@pytest.mark.parametrize("when", ["half", "rename"])
+def test_killed_in_a_checkpoint(world, unbroken, when):
+    """A checkpoint half written, or not yet renamed, is passed over: the one before it is used."""
+    run_dir = f"runs/saving-{when}"
+    result = world.run("sft", patch=functools.partial(ranks.die_in_second_save, when=when), **ARGS["sft"], run_dir=run_dir)
+    assert result.codes == [-9]
+    found = sorted(path.name for path in (world.path(run_dir) / "checkpoints").iterdir())
+    assert found == ["part-000004", "step-000002"]
+    world.run("sft", **ARGS["sft"], run_dir=run_dir, resume=True).ok()
+    assert_identical(world.path(run_dir), unbroken("sft"))
+    assert not list((world.path(run_dir) / "checkpoints").glob("part-*"))
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 0), (0, 2)])
+def test_other_number_of_ranks(world, before, after):
+    """A checkpoint of 2 ranks goes on with 1, and the other way: policy, critic and both optimizers as if unbroken."""
+    args = ranks.ARGS["ppo"] | dict(precision="fp64", save_every=2, eval_every=0, kl_target=0.1)
+    whole, moved = world.path("runs/whole"), f"runs/moved-{before}-{after}"
+    if not whole.exists():
+        world.run("ppo", **args | dict(steps=4, run_dir="runs/whole")).ok()
+    world.run("ppo", before, **args | dict(steps=2, run_dir=moved)).ok()
+    result = world.run("ppo", after, **args | dict(steps=4, run_dir=moved, resume=True)).ok()
+    assert "resuming with other arguments" in result.output and "steps 2 -> 4" in result.output
+    ranks.assert_same(world.path(moved), whole)
+
+
+def test_nothing_to_resume(world, unbroken):
+    """--resume in an empty folder is a run from the start."""
+    world.run("sft", **ARGS["sft"], run_dir="runs/fresh", resume=True).ok()
+    assert_identical(world.path("runs/fresh"), unbroken("sft"))
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param("gvm_td", marks=pytest.mark.xfail(strict=True, reason="the last evaluation is written a second time")),
+        "ppo",
+    ],
+)
+def test_finished_run_resumed(world, unbroken, script):
+    """--resume of a run that had ended changes neither its weights nor its metrics."""
+    run_dir = f"runs/again-{script}"
+    shutil.copytree(unbroken(script), world.path(run_dir))
+    world.run(script, **ARGS[script], run_dir=run_dir, resume=True).ok()
+    assert ranks.exported(world.path(run_dir)) == ranks.exported(unbroken(script))
+    assert ranks.metrics(world.path(run_dir)) == ranks.metrics(unbroken(script))
+
+
+@pytest.mark.xfail(strict=True, reason="the evaluation of step 0 is written a second time")
+def test_killed_before_the_first_checkpoint(world, unbroken):
+    """With no checkpoint yet, --resume starts anew and the rows of the first try are gone."""
+    kill_at(world, "dvpo", "runs/early", 1, 0.0)
+    assert not (world.path("runs/early") / "checkpoints").exists()
+    world.run("dvpo", **ARGS["dvpo"], run_dir="runs/early", resume=True).ok()
+    assert_identical(world.path("runs/early"), unbroken("dvpo"))
+
+
+@pytest.mark.parametrize(
+    ("name", "tail"),
+    [
+        ("metrics.jsonl", '{"step": 11, "sft/lo'),
+        pytest.param(
+            "samples.jsonl",
+            '{"step": 11, "prompt": [{"role": "user", "content": "soup"}',
+            marks=pytest.mark.xfail(strict=True, reason="a torn line may end in }"),
+        ),
+        pytest.param(
+            "samples.jsonl",
+            '{"step": 3, "prompt": "soup", "response": "warm\u2028very"}\n',
+            marks=pytest.mark.xfail(strict=True, reason="splitlines() splits at U+2028, which is no line end in JSON"),
+        ),
+    ],
+    ids=["torn", "torn after a brace", "line separator in the text"],
+)
+def test_torn_line_is_healed(world, unbroken, name, tail):
+    """A last line that a crash cut off is dropped on --resume; a whole line stays, whatever is in its text."""
+    run_dir = world.path("runs/torn")
+    shutil.rmtree(run_dir, ignore_errors=True)
+    shutil.copytree(unbroken("sft"), run_dir)
+    before = (run_dir / name).read_text(encoding="utf-8")
+    (run_dir / name).write_text(before + tail, encoding="utf-8")
+    world.run("sft", **ARGS["sft"], run_dir="runs/torn", resume=True).ok()
+    rows = ranks.metrics(run_dir), ranks.samples(run_dir)  # every line is JSON again
+    assert rows[0][: len(ranks.metrics(unbroken("sft")))] == ranks.metrics(unbroken("sft"))
+    assert (run_dir / name).read_text(encoding="utf-8").startswith(before + (tail if tail.endswith("\n") else ""))
+
+
+def test_folder_in_use(world, unbroken):
+    """A run folder that holds a run is neither mixed with another nor lost: one line says so; --overwrite replaces it."""
+    kept = ranks.metrics(unbroken("sft"))
+    args = ARGS["sft"] | dict(run_dir="runs/unbroken-sft")
+    for processes in (0, 2):
+        line = world.run("sft", processes, **args).error()
+        assert "runs/unbroken-sft" in line and all(flag in line for flag in ("--resume", "--overwrite", "--run-dir"))
+    assert ranks.metrics(unbroken("sft")) == kept
+    world.run("sft", **args | dict(run_dir="runs/replaced", steps=2)).ok()
+    world.run("sft", **args | dict(run_dir="runs/replaced", steps=1, overwrite=True)).ok()
+    assert [row["step"] for row in ranks.metrics(world.path("runs/replaced"))] == [1, 1]
