@@ -393,7 +393,7 @@ def main(args: Args) -> None:
         head.weight.data.div_(value_std)
         head.bias.data.sub_(value_mean).div_(value_std)
     fsdp.export(
-        model, tokenizer, f"{args.run_dir}/model", args.precision, gamma=args.gamma, score_mean=score_mean, score_std=score_std,
+        model, tokenizer, f"{args.run_dir}/model", args.precision, gamma=args.gamma, return_mean=score_mean, return_std=score_std,
         context_pairs=k, context_length=args.context_length,
     )  # fmt: skip
     run.close()

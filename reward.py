@@ -102,7 +102,7 @@ class Args:
 
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
 REVIEWS = dict(
-    eval_fraction=0.2, part="value", steps=300, batch_size=64, micro_batch_size=64, max_prompt_length=16,
+    eval_fraction=0.2, part="value", steps=200, batch_size=64, micro_batch_size=64, max_prompt_length=16,
     max_response_length=32, lr=2e-3, eval_every=100, save_every=100,
 )  # fmt: skip
 

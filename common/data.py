@@ -1,8 +1,5 @@
 """Reading, checking and tokenizing data; ragged sequences to micro-batches.
-
-A row is a dict. `prompt` is a string or a list of chat messages, `response` / `chosen` / `rejected` are strings. Everything
-here is deterministic in its arguments, so that every rank holds the same rows and a resumed run needs only its step number.
-"""
+Everything here is deterministic in its arguments: every rank holds the same rows, a resumed run needs only its step number."""
 
 import gzip
 import hashlib
@@ -12,7 +9,10 @@ import os
 import random
 from pathlib import Path
 
+import datasets
 import torch
+
+from common import reviews
 
 KINDS = {  # the columns a row must have, by kind of data set
     "prompts": ("prompt",),
@@ -38,27 +38,18 @@ def note(message: str) -> None:
 
 def read_rows(name, kind, *, split="train", columns=None, part="all", split_seed=0, skip_bad_rows=False) -> list[dict]:
     """Rows of `kind` from `reviews`, a local .jsonl / .json / .parquet file (.gz too) or a hub id.
-
-    `split` is the hub's split, or the value to keep of a local file's `split` column where it has one. `columns` maps our
-    names to the file's. `part` keeps the 30 / 50 / 20 % of the prompts that 2502.16944 gives to `sft`, `value` and `rl`:
-    by a hash of the prompt and `split_seed`, so the parts are disjoint whatever the order or the other rows.
-    Raises SystemExit with one line that names the file, the row and the mend.
-    """
+    `split` is the hub's split, or the value to keep of a local file's `split` column. `columns` maps our names to the file's.
+    `part` keeps the share of the prompts that 2502.16944 gives to `sft`, `value` or `rl`, by a hash of the prompt: disjoint
+    whatever the order or the other rows. Raises SystemExit with one line that names the file, the row and the mend."""
     columns = columns or {}
     for unknown in set(columns) - set(OURS):
         fail(f"--columns: {unknown!r} is not a column of ours; use {', '.join(OURS)}")
-    if name == "reviews":
-        from common import reviews
-
-        source = reviews.rows(kind)
-    else:
-        source = _read_file(name) if Path(name).suffix or Path(name).exists() else _read_hub(name, split)
-    source = list(enumerate(source, 1))
+    source = list(enumerate(reviews.rows(kind) if name == "reviews" else _read(name, split), 1))
     if source and "split" in source[0][1]:
         source = [(i, row) for i, row in source if row.get("split") == split]
         if not source:
             fail(f"{name}: no row whose `split` is {split!r}; choose another with --split")
-    if source and "completions" in source[0][1] and "instruction" in source[0][1]:
+    if source and {"completions", "instruction"} <= set(source[0][1]):
         source = [(i, new) for i, row in source for new in _ultrafeedback(row, kind)]
     rows, bad = [], 0
     for i, row in source:
@@ -86,25 +77,28 @@ def hold_out(rows: list[dict], fraction: float, split_seed: int) -> tuple[list[d
     return [row for row, h in zip(rows, held, strict=True) if not h], [row for row, h in zip(rows, held, strict=True) if h]
 
 
-def _read_file(name: str) -> list[dict]:
+def _read(name: str, split: str) -> list[dict]:
+    suffix, rows = Path(name.removesuffix(".gz")).suffix, []
+    if suffix not in (".jsonl", ".json", ".parquet"):
+        if suffix and Path(name).exists():
+            fail(f"{name}: cannot read {suffix} files; use .jsonl, .json or .parquet (.gz too)")
+        try:
+            return datasets.load_dataset(name, split=split).to_list()
+        except Exception as error:  # the library raises many types, some with a message of many lines
+            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            fail(f"{name}: neither a local file nor a hub data set with split {split!r} ({why})")
     if not Path(name).is_file():
         fail(f"{name}: no such file")
-    suffix, rows = Path(name.removesuffix(".gz")).suffix, []
-    if suffix == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(name).to_pylist()
-    if suffix not in (".jsonl", ".json"):
-        fail(f"{name}: cannot read {suffix or 'such'} files; use .jsonl, .json or .parquet (.gz too)")
     try:
+        if suffix == ".parquet":
+            return datasets.Dataset.from_parquet(name, keep_in_memory=True).to_list()
         with (gzip.open if name.endswith(".gz") else open)(name, "rt", encoding="utf-8") as file:
             for i, text in enumerate(file if suffix == ".jsonl" else [file.read()], 1):
-                if text.strip():
-                    value = json.loads(text)
-                    rows += value if isinstance(value, list) else [value]
+                value = json.loads(text or "[]") if text.strip() else []
+                rows += value if isinstance(value, list) else [value]
     except json.JSONDecodeError as error:
         fail(f"{name}, row {i}: not JSON ({error.msg}); a .jsonl file has one object a line")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, datasets.exceptions.DatasetGenerationError) as error:
         fail(f"{name}: cannot be read ({error})")
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
@@ -112,28 +106,18 @@ def _read_file(name: str) -> list[dict]:
     return rows
 
 
-def _read_hub(name: str, split: str) -> list[dict]:
-    import datasets
-
-    try:
-        return datasets.load_dataset(name, split=split).to_list()
-    except Exception as error:  # the library raises many types, some with a message of many lines
-        why = (str(error).splitlines() or [""])[0]
-        fail(f"{name}: neither a local file nor a hub data set with split {split!r} ({type(error).__name__}: {why})")
-
-
 def _ultrafeedback(row: dict, kind: str) -> list[dict]:
     """openbmb/UltraFeedback: one row holds `completions`, each with `response`, `overall_score`, `model`."""
-    names = {"response": "response", "reward": "overall_score", "policy": "model"}
-    scored = [{"prompt": row["instruction"]} | {ours: c.get(name) for ours, name in names.items()} for c in row["completions"]]
+    names, prompt = {"response": "response", "reward": "overall_score", "policy": "model"}, {"prompt": row["instruction"]}
+    scored = [prompt | {ours: c.get(name) for ours, name in names.items()} for c in row["completions"]]
     if kind == "scored" or not scored:
         return scored
     low, high = (choose(scored, key=lambda r: r["reward"]) for choose in (min, max))
-    if kind == "preference":  # the best against the worst; ties teach nothing
-        pair = {"chosen": high["response"], "rejected": low["response"]}
-        pair |= {"prompt": row["instruction"], "chosen_policy": high["policy"], "rejected_policy": low["policy"]}
-        return [pair] if low["reward"] < high["reward"] else []
-    return [high]
+    if kind != "preference":
+        return [high]
+    sides = {"chosen": high, "rejected": low}  # the best against the worst; ties teach nothing
+    pair = prompt | {s: r["response"] for s, r in sides.items()} | {f"{s}_policy": r["policy"] for s, r in sides.items()}
+    return [pair] if low["reward"] < high["reward"] else []
 
 
 def _check_row(row: dict, kind: str, columns: dict[str, str]) -> dict:
@@ -171,9 +155,6 @@ def _check_row(row: dict, kind: str, columns: dict[str, str]) -> dict:
     return row
 
 
-# --- tokens ----------------------------------------------------------------------------------------------------------
-
-
 def encode_prompt(tokenizer, prompt) -> list[int]:
     """Prompt tokens, ready for an answer: through the chat template where there is one, else plain text with one BOS."""
     if tokenizer.chat_template:
@@ -194,13 +175,8 @@ def stop_token(tokenizer) -> int:
     return tokenizer.eos_token_id
 
 
-def encode_response(tokenizer, text: str, max_length: int) -> list[int]:
-    """Response tokens with their end-of-answer token; cut off (and then without it) at `max_length`."""
-    return (tokenizer(text, add_special_tokens=False)["input_ids"] + [stop_token(tokenizer)])[:max_length]
-
-
 def tokenize(rows, tokenizer, fields, max_prompt_length, max_response_length, name) -> list[dict]:
-    """Adds `prompt_ids` and `<field>_ids` to the rows. Over-long prompts are dropped and counted, over-long answers cut."""
+    """Adds `prompt_ids` and, ended by the stop token, `<field>_ids`. Long prompts are dropped, long answers cut; both counted."""
     kept, cut, stop = [], 0, stop_token(tokenizer)
     for row in rows:
         ids = {"prompt_ids": encode_prompt(tokenizer, row["prompt"])}
@@ -233,9 +209,6 @@ def add_context(rows: list[dict], k: int, pool: list[dict], tokenizer, max_pair_
     return out
 
 
-# --- batches ---------------------------------------------------------------------------------------------------------
-
-
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
     """The rows of batch `step` (0-based): epochs of fresh permutations, no state, the last short batch left out."""
     epoch, position = divmod(step, max(1, n // batch_size))
@@ -245,10 +218,8 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
 
 def collate(sequences: list[tuple[list[int], list[int]]], pad_id: int, device) -> dict[str, torch.Tensor]:
     """(prompt tokens, response tokens) pairs to right-padded tensors.
-
     Returns input_ids [B, L], prompt_lengths [B], response_mask [B, T]: all masks come from positions, never from
-    `token != pad`. An empty list gives one masked dummy sequence: a rank with nothing to do still joins the collectives.
-    """
+    `token != pad`. An empty list gives one masked dummy sequence: a rank with nothing to do still joins the collectives."""
     sequences = sequences or [([pad_id], [])]
     lengths = torch.tensor([[len(p), len(r)] for p, r in sequences])
     input_ids = torch.full((len(sequences), max(2, int(lengths.sum(1).max()))), pad_id)
@@ -260,9 +231,7 @@ def collate(sequences: list[tuple[list[int], list[int]]], pad_id: int, device) -
 
 def micro_batches(indices, lengths: list[int], size: int, rank: int, world: int) -> list[list[int]]:
     """This rank's micro-batches of a global batch: sorted by length (little padding, balanced ranks), dealt out in turn.
-
-    Every rank gets the same number of them (collectives must match), the last ones empty if need be.
-    """
+    Every rank gets the same number of them (collectives must match), the last ones empty if need be."""
     order = sorted(indices, key=lambda i: (-lengths[i], i))
     count = math.ceil(math.ceil(len(order) / world) / size)
     return [order[rank::world][i * size : (i + 1) * size] for i in range(count)]

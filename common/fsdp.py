@@ -1,8 +1,6 @@
 """Processes, FSDP2 sharding, the optimizer step, resume checkpoints and export.
-
 Plain `python script.py` is world size 1 of the same code path. Ranks hold the same global batch, so that denominators and
-statistics over it need no communication; each computes its share.
-"""
+statistics over it need no communication; each computes its share."""
 
 import gc
 import json
@@ -58,16 +56,6 @@ def launch(main, args) -> None:
         dist.destroy_process_group()
 
 
-@contextmanager
-def rank_zero_first():
-    """The body runs on rank 0, then on the others."""
-    if rank() != 0:
-        dist.barrier()
-    yield
-    if rank() == 0:
-        dist.barrier()
-
-
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     dist.all_reduce(tensor)
     return tensor
@@ -77,9 +65,6 @@ def all_gather_object(value) -> list:
     out = [None] * world()
     dist.all_gather_object(out, value)
     return out
-
-
-# --- sharding --------------------------------------------------------------------------------------------------------
 
 
 def dtypes(precision: str) -> tuple[torch.dtype, torch.dtype]:
@@ -156,9 +141,6 @@ def reshard(model) -> None:
             module.reshard()
 
 
-# --- the optimizer step ----------------------------------------------------------------------------------------------
-
-
 def adamw(model, lr: float):
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=torch.cuda.is_available())
 
@@ -170,9 +152,7 @@ def backward(loss: torch.Tensor) -> None:
 
 def optimizer_step(model, optimizer, lr: float, loss: torch.Tensor, max_grad_norm: float, where: str) -> tuple[float, float]:
     """Clips and steps; returns (loss summed over ranks, gradient norm before clipping).
-
-    `loss` is this rank's share. A loss or norm that is not finite stops the run before the weights change.
-    """
+    `loss` is this rank's share. A loss or norm that is not finite stops the run before the weights change."""
     total = all_reduce(loss.detach().double()).item()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).full_tensor().item()
     if not (np.isfinite(total) and np.isfinite(norm)):
@@ -200,9 +180,6 @@ def state_bytes(models, optimizers=()) -> int:
     return sum(t.numel() * t.element_size() for t in local)
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
 def _states(trained: dict) -> dict:
     for model, _ in trained.values():
         reshard(model)
@@ -211,9 +188,7 @@ def _states(trained: dict) -> dict:
 
 def save_checkpoint(run_dir: str, step: int, trained: dict, extra: dict, keep: int) -> None:
     """checkpoints/step-N with models, optimizers, RNG of each rank and `extra` (JSON). Written aside, then renamed.
-
-    `trained` maps a name to (model, optimizer); the newest `keep` checkpoints stay.
-    """
+    `trained` maps a name to (model, optimizer); the newest `keep` checkpoints stay."""
     folder = Path(run_dir, "checkpoints")
     final, part = folder / f"step-{step:06d}", folder / f"part-{step:06d}"
     if rank() == 0:
@@ -221,8 +196,8 @@ def save_checkpoint(run_dir: str, step: int, trained: dict, extra: dict, keep: i
         part.mkdir(parents=True)
     dist.barrier()
     dcp.save(_states(trained), checkpoint_id=part / "dcp")
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    torch.save({"cpu": torch.get_rng_state(), "cuda": cuda}, part / f"rng-{rank()}-of-{world()}.pt")
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    torch.save([torch.get_rng_state(), *cuda], part / f"rng-{rank()}-of-{world()}.pt")
     dist.barrier()
     if rank() == 0:
         (part / "state.json").write_text(json.dumps({"step": step, **extra}))
@@ -244,10 +219,8 @@ def load_checkpoint(run_dir: str, trained: dict) -> dict:
         sd.set_state_dict(*pair, model_state_dict=states[name]["model"], optim_state_dict=states[name]["optimizer"])
     rng = folder / f"rng-{rank()}-of-{world()}.pt"
     if rng.exists():  # on another number of ranks there is none; only dropout (LoRA's) would draw from it
-        state = torch.load(rng, weights_only=True)
-        torch.set_rng_state(state["cpu"])
-        if state["cuda"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda"])
+        for put, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), torch.load(rng, weights_only=True), strict=False):
+            put(state)
     return json.loads(found[-1].read_text())
 
 

@@ -36,38 +36,36 @@ class Run:
     """The run folder. Rank 0 alone writes; each line of metrics.jsonl is flushed, so a crash loses nothing."""
 
     def __init__(self, args):
-        self.args, self.dir, self.writer, self.bar, self.wandb = args, Path(args.run_dir), None, None, None
+        self.args, self.dir, self.wandb = args, Path(args.run_dir), None
         used = (self.dir / "metrics.jsonl").exists() or (self.dir / "checkpoints").exists()
         if used and not args.resume and not args.overwrite:
-            fail(f"{self.dir} holds an earlier run; continue it with --resume, replace it with --overwrite, or choose another --run-dir")
-        if fsdp.rank() != 0:
-            return
-        if args.overwrite and not args.resume:
-            shutil.rmtree(self.dir, ignore_errors=True)
-        self.dir.mkdir(parents=True, exist_ok=True)
-        now = json.loads(json.dumps(dataclasses.asdict(args)))
-        if args.resume and (self.dir / "args.json").exists():
-            before = json.loads((self.dir / "args.json").read_text())
-            changed = [k for k in now if before.get(k) != now[k] and k not in ("resume", "overwrite")]
+            fail(f"{self.dir} holds an earlier run: --resume continues it, --overwrite replaces it, --run-dir chooses another")
+        fsdp.all_gather_object(None)  # every rank has looked before rank 0 writes
+        if fsdp.rank() == 0:
+            if args.overwrite and not args.resume:
+                shutil.rmtree(self.dir, ignore_errors=True)
+            self.dir.mkdir(parents=True, exist_ok=True)
+            now, file = json.loads(json.dumps(dataclasses.asdict(args))), self.dir / "args.json"
+            before = json.loads(file.read_text()) if file.exists() else now
+            changed = [f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k] and k not in ("resume", "overwrite")]
             if changed:
-                note("resuming with other arguments: " + ", ".join(f"{k} {before.get(k)} -> {now[k]}" for k in changed))
-        (self.dir / "args.json").write_text(json.dumps(now, indent=1))
+                note("resuming with other arguments: " + ", ".join(changed))
+            file.write_text(json.dumps(now, indent=1))
 
     def start(self, step: int, total: int) -> None:
         """Opens the logs at `step`: on resume, what an interrupted run wrote after its checkpoint is written anew."""
         self.total = total
         if fsdp.rank() != 0:
             return
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            path = self.dir / name
-            if path.exists():
-                lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-                kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step)
-                path.with_suffix(".part").write_text(kept)
-                path.with_suffix(".part").rename(path)
+        for path in (self.dir / "metrics.jsonl", self.dir / "samples.jsonl"):
+            lines = path.read_text().splitlines() if path.exists() else ()
+            kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            path.with_suffix(".part").write_text("".join(kept))
+            path.with_suffix(".part").rename(path)
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(self.dir), purge_step=step + 1 if step else None)
+        self.bar = tqdm(total=total, initial=step, desc=self.dir.name, disable=None)
         if self.args.wandb:
             try:
                 import wandb
@@ -76,27 +74,26 @@ class Run:
             os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")  # never a login prompt
             name = str(self.dir).replace("/", "-")
             self.wandb = wandb.init(project="value-first", name=name, id=name, resume="allow", config=dataclasses.asdict(self.args))
-        self.bar = tqdm(total=total, initial=step, desc=self.dir.name, disable=None)
 
     def metrics(self, step: int, values: dict, show: tuple[str, ...] = ()) -> None:
         """One line of metrics.jsonl and TensorBoard; `show` names those beside the progress bar."""
         if fsdp.rank() != 0:
             return
         values = {key: float(value) for key, value in values.items()}
-        clean = {key: value if math.isfinite(value) else None for key, value in values.items()}  # NaN is not JSON
-        self._append("metrics.jsonl", {"step": step, **clean})
+        self._append("metrics.jsonl", {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()})
         for key, value in values.items():
             self.writer.add_scalar(key, value, step)
-        self.wandb and self.wandb.log(values, step=step)
+        if self.wandb:
+            self.wandb.log(values, step=step)
+        text = " ".join(f"{key.split('/')[-1]} {values[key]:.3g}" for key in show if key in values)
         self.bar.n = step
-        self.bar.set_postfix_str(" ".join(f"{key.split('/')[-1]} {values[key]:.3g}" for key in show if key in values))
-        if self.bar.disable and (step % max(1, self.total // 10) == 0 or step == self.total):
-            print(f"{self.dir.name} {step}/{self.total} " + " ".join(f"{k.split('/')[-1]} {values[k]:.3g}" for k in show if k in values), flush=True)
+        self.bar.set_postfix_str(text)
+        if self.bar.disable and (step % max(1, self.total // 10) == 0 or step == self.total):  # not a terminal: ten lines
+            note(f"{self.dir.name} {step}/{self.total} {text}")
 
     def samples(self, step: int, rows: list[dict]) -> None:
-        if fsdp.rank() == 0:
-            for row in rows:
-                self._append("samples.jsonl", {"step": step, **row})
+        for row in rows if fsdp.rank() == 0 else ():
+            self._append("samples.jsonl", {"step": step, **row})
 
     def _append(self, name: str, row: dict) -> None:
         with open(self.dir / name, "a", encoding="utf-8") as file:
@@ -106,7 +103,8 @@ class Run:
         if fsdp.rank() == 0:
             self.writer.close()
             self.bar.close()
-            self.wandb and self.wandb.finish()
+            if self.wandb:
+                self.wandb.finish()
 
 
 def peak_memory_gb() -> float:
@@ -119,8 +117,6 @@ def peak_memory_gb() -> float:
 def mfu(model, tokens: int, seconds: float) -> dict:
     """Model FLOPs utilisation of an update of `tokens` (all ranks): 6 N FLOPs a token; empty where the peak is unknown."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = next((flops for key, flops in PEAK_BF16.items() if key in name), None)
-    if peak is None:
-        return {}
+    peak = [flops for key, flops in PEAK_BF16.items() if key in name]
     parameters = sum(p.numel() for p in model.parameters())
-    return {"perf/mfu": 6 * parameters * tokens / seconds / (peak * fsdp.world())}
+    return {"perf/mfu": 6 * parameters * tokens / seconds / (peak[0] * fsdp.world())} if peak else {}

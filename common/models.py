@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
 from common import fsdp, reviews
-from common.data import collate, encode_prompt, encode_response, fail, micro_batches, stop_token
+from common.data import collate, encode_prompt, fail, micro_batches, stop_token
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()  # what a load leaves out is checked below, and said in one line
@@ -27,8 +27,8 @@ AUTO = {
 def resolve(name: str, embedded: str = "policy") -> str:
     """A model name to a folder or hub id: `reviews` becomes the embedded model of that kind."""
     if name == "reviews":
-        with fsdp.rank_zero_first():
-            return reviews.folder(embedded)
+        folder = reviews.folder(embedded) if fsdp.rank() == 0 else None  # one rank makes it, the others wait
+        return fsdp.all_gather_object(folder)[0]
     local = name.count("/") > 1 or name.startswith((".", "/")) or Path(name).is_dir()
     if local and not (Path(name) / "config.json").is_file():
         fail(f"{name}: no model folder there (no config.json)")
@@ -65,10 +65,8 @@ def check_same_tokenizer(tokenizer, name: str, flag: str) -> None:
 
 def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: int = 0):
     """A sharded policy, value or reward model, dropout off, head zero-initialised where the folder has none.
-
     Rank 0 reads the weights (safetensors only, no remote code), the others receive their shard. Trained models keep
-    float32 master weights, frozen ones the compute type, and no gradient. `layers` keeps the first N of them.
-    """
+    float32 master weights, frozen ones the compute type, and no gradient. `layers` keeps the first N of them."""
     compute, master = fsdp.dtypes(args.precision)
     config = _load("configuration", transformers.AutoConfig, name)
     for key, value in vars(config).items():
@@ -90,6 +88,11 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
         for key, parameter in source.named_parameters():
             if key in missing:
                 torch.nn.init.zeros_(parameter)
+        if kind == "value" and getattr(config, "score_std", None):  # from reward.py: start at its *standardised* scores
+            fsdp.head(source).weight.data.div_(config.score_std)
+            fsdp.head(source).bias.data.sub_(config.score_mean).div_(config.score_std)
+    if kind == "value":
+        config.score_std = None  # done
     with torch.device("meta"):
         model = AUTO[kind].from_config(**options)
     for module in filter(None, (source, model) if kind == "value" else ()):
@@ -104,9 +107,6 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
     if trained and args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train(trained)
-
-
-# --- log-probabilities and values ------------------------------------------------------------------------------------
 
 
 def token_logprobs(hidden, weight, bias, tokens, temperature=1.0, forbidden=None, chunk=512):
@@ -137,9 +137,7 @@ def response_positions(prompt_lengths, response_mask, width: int):
 
 def response_logprobs(self, input_ids, prompt_lengths, response_mask, temperature=1.0):
     """log pi(y_t | x, y_<t) and the entropy at each step, both [B, T], zero where masked.
-
-    No attention mask: with padding on the right alone, a causal model never looks at it.
-    """
+    No attention mask: with padding on the right alone, a causal model never looks at it."""
     hidden = self.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     at = response_positions(prompt_lengths, response_mask, input_ids.shape[1])
     tokens = input_ids.gather(1, at[:, 1:])
@@ -163,9 +161,7 @@ def sequence_scores(model, input_ids, prompt_lengths, response_mask):
 
 def run_micro_batches(forward, sequences, size: int, pad_id: int, width: int, dtype=torch.float32):
     """[N, width] results of `forward(micro-batch) -> [b, t]` for all N global sequences, on every rank.
-
-    No gradient. Each rank computes its share in length-sorted micro-batches; the sum over ranks puts the rest in.
-    """
+    No gradient. Each rank computes its share in length-sorted micro-batches; the sum over ranks puts the rest in."""
     out = torch.zeros(len(sequences), width, dtype=dtype, device=fsdp.device())
     lengths = [len(p) + len(r) for p, r in sequences]
     with torch.no_grad():
@@ -176,16 +172,11 @@ def run_micro_batches(forward, sequences, size: int, pad_id: int, width: int, dt
     return fsdp.all_reduce(out)
 
 
-# --- rewards ---------------------------------------------------------------------------------------------------------
-
-
 class Reward:
     """`reward(rows, sequences, texts) -> [N]` from a reward-model folder or hub id, or from `module:function`.
-
     A function gets (prompts, responses, **other columns of the rows), lists of equal length, and returns numbers. A
     reward model gets the tokens as they are where the tokenizers agree, else the text through its own chat template.
-    A model that carries its score statistics (`score_mean`, `score_std`, from `reward.py`) gives standardised scores.
-    """
+    A model that carries its score statistics (`score_mean`, `score_std`, from `reward.py`) gives standardised scores."""
 
     def __init__(self, name: str, tokenizer, args):
         self.name, self.model, self.label, self.size = name, None, "reward_model", args.micro_batch_size
@@ -213,30 +204,23 @@ class Reward:
             scores = fsdp.all_reduce(scores)
         else:
             if not self.same:
-                ids = [encode_prompt(self.tokenizer, row["prompt"]) for row in rows]
-                answers = [encode_response(self.tokenizer, text, 10**6) for text in texts]
-                sequences = list(zip(ids, answers, strict=True))
+                stop, answers = [stop_token(self.tokenizer)], self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+                sequences = [(encode_prompt(self.tokenizer, r["prompt"]), a + stop) for r, a in zip(rows, answers, strict=True)]
             pad, config = self.tokenizer.pad_token_id, self.model.config
             scores = run_micro_batches(lambda mb: sequence_scores(self.model, **mb), sequences, self.size, pad, 1)[:, 0]
-            scores = (scores - getattr(config, "score_mean", 0.0)) / getattr(config, "score_std", 1.0)
+            scores = (scores - getattr(config, "score_mean", 0.0)) / (getattr(config, "score_std", None) or 1.0)
         if not torch.isfinite(scores).all():
             bad = int((~torch.isfinite(scores)).nonzero()[0])
             fail(f"--reward {self.name} gave {scores[bad].item()} for the response {texts[bad][:80]!r}")
         return scores
 
 
-# --- rollout ---------------------------------------------------------------------------------------------------------
-
-
 class SampleByInverseCDF:
-    """A logits processor that leaves one token: the one whose cumulative probability first passes a uniform number.
-
-    Numbers [B, T] are drawn per *sequence*, from (seed, step, place in the global batch), so a response depends on
-    neither the rank it was sampled on nor its neighbours in the batch.
-    """
+    """A logits processor that leaves one token: the first whose cumulative probability passes a uniform number.
+    The numbers [B, T] are drawn per *sequence*, so a response depends on neither its rank nor its neighbours in the batch."""
 
     def __init__(self, uniforms, temperature: float, forbidden: int | None):
-        self.uniforms, self.temperature, self.forbidden, self.t = uniforms, temperature, forbidden, 0
+        self.uniforms, self.temperature, self.forbidden = iter(uniforms.double().unbind(1)), temperature, forbidden
 
     def __call__(self, input_ids, scores):
         scores = scores.double()
@@ -246,19 +230,15 @@ class SampleByInverseCDF:
             token = scores.argmax(-1, keepdim=True)
         else:
             cdf = (scores / self.temperature).softmax(-1).cumsum(-1)
-            u = self.uniforms[:, self.t, None].double() * cdf[:, -1:]
-            token = torch.searchsorted(cdf, u, right=True)
-            self.t += 1
+            token = torch.searchsorted(cdf, next(self.uniforms)[:, None] * cdf[:, -1:], right=True)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
 @torch.no_grad()
 def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: tuple[int, int], size: int = 0):
     """Sampled response tokens for all prompts (token lists), on every rank: list of N lists, stop token included.
-
     Temperature 0 is greedy. A response without a stop token was cut off at `max_new_tokens`. Parameters stay gathered
-    for the whole rollout; `size` prompts at a time (0: all of this rank's at once); ranks finish together.
-    """
+    for the whole rollout; `size` prompts at a time (0: all of this rank's at once); ranks finish together."""
     stops, pad = sorted({stop_token(tokenizer), tokenizer.eos_token_id}), tokenizer.pad_token_id
     config = transformers.GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad, do_sample=False)
     mine = sorted(range(fsdp.rank(), len(prompts), fsdp.world()), key=lambda i: len(prompts[i]))

@@ -1,12 +1,8 @@
 """`reviews`: the embedded world in which the truth is known.
+A prompt names an occasion and two topics ("lunch : the soup and the waiter ?"); a response is a short restaurant review. Five
+*authors* with different habits write the data (column `policy`). The true reward is sentiment with negation and degree, once
+for each topic asked for; the best is 3.0 ("the soup was very lovely and the waiter was very great .")."""
 
-A prompt names an occasion and two topics ("lunch : the soup and the waiter ?"); a response is a short restaurant review.
-Five *authors* with different habits write the data: they are the policies of the column `policy`. The ground-truth reward
-is sentiment with negation and degree, counted once for each topic that was asked for; a review is grammatical or it is not.
-The best possible reward is 3.0 ("the soup was very lovely and the waiter was very great .").
-"""
-
-import json
 import os
 import random
 import re
@@ -98,29 +94,22 @@ def grammatical(prompts: list[str], responses: list[str], **_) -> list[float]:
 
 
 def rows(kind: str, responses: int = 16) -> list[dict]:
-    """The data set as rows of `kind` (DESIGN's columns), `responses` by random authors for each of the 960 prompts.
-
-    The preference rows pair neighbouring responses of a prompt, the truly better one as `chosen`, if better by MIN_GAP.
-    """
+    """The data set as rows of `kind`: `responses` by random authors for each of the 960 prompts; the preference rows pair
+    neighbouring responses of a prompt, the truly better one as `chosen`, if better by MIN_GAP."""
     rng, out = random.Random(1), []
     for prompt in prompts():
-        if kind == "prompts":
-            out.append({"prompt": prompt})
-            continue
         authors = [rng.choice(list(AUTHORS)) for _ in range(responses)]
         texts = [write(author, prompt, rng) for author in authors]
-        scores = reward([prompt] * responses, texts)
-        scored = [
-            {"prompt": prompt, "response": text, "reward": score, "policy": author}
-            for text, score, author in zip(texts, scores, authors, strict=True)
-        ]
-        if kind == "preference":
-            for pair in zip(scored[::2], scored[1::2], strict=True):
+        columns = zip(texts, reward([prompt] * responses, texts), authors, strict=True)
+        scored = [{"prompt": prompt, "response": text, "reward": score, "policy": author} for text, score, author in columns]
+        if kind == "prompts":
+            out.append({"prompt": prompt})
+        elif kind == "preference":
+            for pair in zip(scored, scored[1:] + scored[:1], strict=True):
                 low, high = sorted(pair, key=lambda row: row["reward"])
                 if high["reward"] - low["reward"] >= MIN_GAP:
-                    sides = {"chosen": high["response"], "rejected": low["response"]}
                     who = {"chosen_policy": high["policy"], "rejected_policy": low["policy"]}
-                    out.append({"prompt": prompt, **sides, **who})
+                    out.append({"prompt": prompt, "chosen": high["response"], "rejected": low["response"], **who})
         else:
             out += scored
     return out
@@ -133,18 +122,13 @@ def tokenizer():
 
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    roles = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIAL[:4], strict=True))
-    result = PreTrainedTokenizerFast(tokenizer_object=words, additional_special_tokens=SPECIAL[4:], **roles)
-    result.chat_template = CHAT_TEMPLATE
-    return result
+    roles = {f"{role}_token": f"<{role}>" for role in ("pad", "bos", "eos", "unk")} | {"chat_template": CHAT_TEMPLATE}
+    return PreTrainedTokenizerFast(tokenizer_object=words, additional_special_tokens=SPECIAL[4:], **roles)
 
 
 def folder(kind: str, root: str = "runs/reviews") -> str:
-    """The folder of an embedded model, made on first use: `untrained`, or `policy` / `value`, fitted here to the authors.
-
-    The fit is a quick stand-in so that any one script runs alone: the policy imitates the authors, the value model regresses
-    every token on the standardised true reward. `sft.py` and `gvm_td.py` do both properly.
-    """
+    """The folder of an embedded model, made on first use: `untrained`, or `policy` / `value`, a quick stand-in for what sft.py
+    and gvm_td.py train properly, so that any one script runs alone."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, LlamaConfig
 
@@ -152,10 +136,11 @@ def folder(kind: str, root: str = "runs/reviews") -> str:
     if not path.exists():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            ids = {f"{role}_token_id": SPECIAL.index(f"<{role}>") for role in ("pad", "bos", "eos")}
-            shape = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4)
-            config = LlamaConfig(vocab_size=len(WORDS), max_position_embeddings=512, tie_word_embeddings=True, **shape, **ids)
-            config.num_labels, config.classifier_dropout = 1, 0.0
+            config = LlamaConfig(
+                vocab_size=len(WORDS), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                num_labels=1, classifier_dropout=0.0,
+            )  # fmt: skip
             model = (AutoModelForTokenClassification if kind == "value" else AutoModelForCausalLM).from_config(config)
             if kind != "untrained":
                 print(f"fitting the embedded {kind} model once, into {path}", flush=True)
@@ -170,6 +155,7 @@ def folder(kind: str, root: str = "runs/reviews") -> str:
 
 
 def _fit(model, value: bool, steps: int = 400, batch: int = 64) -> None:
+    """The policy imitates the authors; the value model regresses every token on the standardised true reward."""
     import torch
 
     data, tok = rows("scored"), tokenizer()
@@ -191,8 +177,3 @@ def _fit(model, value: bool, steps: int = 400, batch: int = 64) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-
-
-if __name__ == "__main__":  # python -m common.reviews: look at the world
-    for row in rows("scored")[:8]:
-        print(json.dumps(row))

@@ -4,6 +4,7 @@ Processes are forked from one clean server that has imported everything, so that
 What a child needs patched is a function here (picklable), called with the script's module before `main`.
 """
 
+import contextlib
 import functools
 import importlib
 import json
@@ -28,6 +29,11 @@ CONTEXT.set_forkserver_preload(
 )
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 120
+if sys.argv[0] == "-c":  # in the server: a table that every process would compile for its first load
+    with contextlib.suppress(ImportError):
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("llama")
 
 # Three small steps on ragged files; online scripts: 9 responses a step, mini-batches of 3, so 4 ranks leave one with nothing.
 SMALL = dict(
@@ -35,7 +41,9 @@ SMALL = dict(
     save_every=0, lr=1e-3,
 )  # fmt: skip
 OFFLINE_ARGS = dict(batch_size=7, eval_fraction=0.3)
-ONLINE_ARGS = dict(dataset="prompts.jsonl", batch_size=9, mini_batch_size=3, epochs=1, eval_prompts=5, eval_every=3, eval_reward=())
+ONLINE_ARGS = dict(
+    dataset="prompts.jsonl", batch_size=9, mini_batch_size=3, epochs=1, eval_prompts=5, eval_every=3, eval_reward=()
+)
 ARGS = {
     "sft": SMALL | OFFLINE_ARGS | dict(dataset="scored.jsonl", eval_prompts=3, eval_reward=()),
     "reward": SMALL | OFFLINE_ARGS | dict(dataset="pairs.jsonl"),
@@ -136,9 +144,14 @@ def _launch(script, args, patch):
     fsdp.launch(module.main, module.Args(**{**module.REVIEWS, **args}))
 
 
-def _command(script, argv):
-    sys.argv = [f"{script}.py", *argv]
-    runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+def _command(script, argv, processes):
+    path = str(ROOT / f"{script}.py")
+    if processes:
+        sys.argv = ["torchrun", "--standalone", f"--nproc_per_node={processes}", path, *argv]
+        runpy.run_module("torch.distributed.run", run_name="__main__")
+    else:
+        sys.argv = [path, *argv]
+        runpy.run_path(path, run_name="__main__")
 
 
 class World:
@@ -154,9 +167,9 @@ class World:
     def run(self, script, ranks=0, patch=None, **args) -> Result:
         return self.start(script, ranks, patch, **args).wait()
 
-    def command(self, script, *argv) -> Result:
-        """`python script.py argv...`, in a process that has the imports already."""
-        return Job(self.folder, functools.partial(_command, script, argv), 0).wait()
+    def command(self, script, *argv, processes=0) -> Result:
+        """`python script.py argv...` in a process that has the imports already, or under torchrun, whose workers do not."""
+        return Job(self.folder, functools.partial(_command, script, argv, processes), 0).wait()
 
     def path(self, run_dir) -> Path:
         return Path(self.folder, run_dir)

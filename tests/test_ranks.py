@@ -48,7 +48,7 @@ def test_same_training_of_variants(world, script):
 
 
 def test_hybrid_sharding_and_frozen_models(world, alone):
-    """--shard-size 2 on 4 ranks trains as one rank does; the GVM and the reference keep every bit, no gradient, no optimizer."""
+    """--shard-size 2 on 4 ranks trains as one rank; GVM and reference keep every bit, with no gradient and no optimizer."""
     args = ranks.ARGS["dvpo"] | dict(precision="fp64", shard_size=2, run_dir="runs/hybrid")
     world.run("dvpo", 4, functools.partial(ranks.watch_frozen, log="frozen"), **args).ok()
     ranks.assert_same(alone("dvpo"), world.path("runs/hybrid"))

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import ranks
 
-STEPS, EVERY = 10, 2
+STEPS, EVERY = 8, 2
 ARGS = {
     script: args | dict(steps=STEPS, save_every=EVERY, keep=2, eval_every=3, lr_schedule="linear", warmup_steps=2)
     for script, args in ranks.ARGS.items()
@@ -16,7 +16,7 @@ ARGS = {
 ARGS["gvm_td"] |= dict(normalise_values=True, context_pairs=1, context_length=8)
 ARGS["dvpo"] |= dict(kl_target=0.1, beta=0.2, gvm="runs/context")  # beta and the pool of answers are restored
 ARGS["ppo"] |= dict(kl_target=0.1, beta=0.2)
-KILLS = range(EVERY + 1, 6)  # steps logged when the kill comes: after the first checkpoint, before the last
+KILLS = range(EVERY + 1, 5)  # steps logged when the kill comes: after the first checkpoint, before the last
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_killed_at_a_random_moment(world, unbroken, script):
     print(result.output)
     killed = world.path("runs/killed-" + script)
     assert_identical(killed, unbroken(script))
-    assert sorted(path.name for path in (killed / "checkpoints").glob("step-*")) == ["step-000008", "step-000010"]
+    assert sorted(path.name for path in (killed / "checkpoints").glob("step-*")) == ["step-000006", "step-000008"]
 
 
 @pytest.mark.parametrize("when", ["half", "rename"])
@@ -87,13 +87,13 @@ def test_killed_in_a_checkpoint(world, unbroken, when):
 @pytest.mark.parametrize(("before", "after"), [(2, 0), (0, 2)])
 def test_other_number_of_ranks(world, before, after):
     """A checkpoint of 2 ranks goes on with 1, and the other way: policy, critic and both optimizers as if unbroken."""
-    args = ranks.ARGS["ppo"] | dict(precision="fp64", save_every=2, eval_every=0, kl_target=0.1)
+    args = ranks.ARGS["ppo"] | dict(precision="fp64", save_every=1, eval_every=0, kl_target=0.1)
     whole, moved = world.path("runs/whole"), f"runs/moved-{before}-{after}"
     if not whole.exists():
-        world.run("ppo", **args | dict(steps=4, run_dir="runs/whole")).ok()
-    world.run("ppo", before, **args | dict(steps=2, run_dir=moved)).ok()
-    result = world.run("ppo", after, **args | dict(steps=4, run_dir=moved, resume=True)).ok()
-    assert "resuming with other arguments" in result.output and "steps 2 -> 4" in result.output
+        world.run("ppo", **args | dict(steps=2, run_dir="runs/whole")).ok()
+    world.run("ppo", before, **args | dict(steps=1, run_dir=moved)).ok()
+    result = world.run("ppo", after, **args | dict(steps=2, run_dir=moved, resume=True)).ok()
+    assert "resuming with other arguments" in result.output and "steps 1 -> 2" in result.output
     ranks.assert_same(world.path(moved), whole)
 
 
@@ -131,10 +131,10 @@ def test_killed_before_the_first_checkpoint(world, unbroken):
 @pytest.mark.parametrize(
     ("name", "tail"),
     [
-        ("metrics.jsonl", '{"step": 11, "sft/lo'),
+        ("metrics.jsonl", '{"step": 9, "sft/lo'),
         pytest.param(
             "samples.jsonl",
-            '{"step": 11, "prompt": [{"role": "user", "content": "soup"}',
+            '{"step": 9, "prompt": [{"role": "user", "content": "soup"}',
             marks=pytest.mark.xfail(strict=True, reason="a torn line may end in }"),
         ),
         pytest.param(
