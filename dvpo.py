@@ -100,6 +100,8 @@ class Args:
     """mean KL a token, in nats, that an adaptive beta aims at (2502.16944 v1: 0.1, from beta 0.2); 0: beta is fixed"""
     advantage: Literal["gae", "q"] = "gae"
     """gae: 2502.16944 v3, advantage over the state's value; q: v1, whitened action values (docs/dvpo.md: less stable)"""
+    centre: bool = False
+    """subtract the batch's mean from GAE advantages, as PPO does; a frozen GVM is better without (docs/dvpo.md)"""
     gamma: float = 1.0
     """discount; the one the GVM was trained with"""
     lam: float = 0.95
@@ -135,7 +137,7 @@ class Args:
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
 REVIEWS = dict(
     part="rl", steps=40, batch_size=256, mini_batch_size=64, micro_batch_size=64, max_prompt_length=16,
-    max_response_length=32, lr=3e-4, beta=0.15, warmup_steps=0, eval_every=10, eval_prompts=96, save_every=20,
+    max_response_length=32, lr=3e-4, beta=0.1, warmup_steps=0, eval_every=10, eval_prompts=96, save_every=20,
     eval_reward=("common.reviews:reward", "common.reviews:grammatical"),
 )  # fmt: skip
 
@@ -161,11 +163,11 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages
 
 
-def whiten(x, mask, eps=1e-8):
-    """x [B, T] with mean 0 and standard deviation 1 over the masked-in entries; 0 elsewhere."""
+def whiten(x, mask, centre=True, eps=1e-8):
+    """x [B, T] with standard deviation 1 and, with `centre`, mean 0 over the masked-in entries; 0 elsewhere."""
     mean = x[mask].mean()
     std = ((x[mask] - mean) ** 2).mean().sqrt()
-    return torch.where(mask, (x - mean) / (std + eps), 0.0)
+    return torch.where(mask, (x - mean * centre) / (std + eps), 0.0)
 
 
 def kl_estimates(logprobs, ref_logprobs, mask):
@@ -289,7 +291,7 @@ def main(args: Args) -> None:
             old_values = values[:, :-1] / args.gamma  # V(s_{t+1}) = Q(s_t, a_t) / gamma
             old_values[:, 0] = values[:, 0]
             advantages = gae(token_rewards(kl, final, mask, beta), old_values, mask, args.gamma, args.lam)
-            advantages = whiten(advantages, mask)
+            advantages = whiten(advantages, mask, args.centre)
         else:
             penalties = token_rewards(kl, final - scores, mask, beta)
             advantages = whiten(values[:, 1:], mask) + later_rewards(penalties, mask, args.gamma)

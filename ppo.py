@@ -134,7 +134,7 @@ class Args:
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
 REVIEWS = dict(
     part="rl", steps=40, batch_size=256, mini_batch_size=64, micro_batch_size=64, max_prompt_length=16,
-    max_response_length=32, lr=3e-4, critic_lr=1e-3, beta=0.15, warmup_steps=0, eval_every=10, eval_prompts=96, save_every=20,
+    max_response_length=32, lr=3e-4, critic_lr=1e-3, beta=0.1, warmup_steps=0, eval_every=10, eval_prompts=96, save_every=20,
     eval_reward=("common.reviews:reward", "common.reviews:grammatical"),
 )  # fmt: skip
 
@@ -160,11 +160,11 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages
 
 
-def whiten(x, mask, eps=1e-8):
-    """x [B, T] with mean 0 and standard deviation 1 over the masked-in entries; 0 elsewhere."""
+def whiten(x, mask, centre=True, eps=1e-8):
+    """x [B, T] with standard deviation 1 and, with `centre`, mean 0 over the masked-in entries; 0 elsewhere."""
     mean = x[mask].mean()
     std = ((x[mask] - mean) ** 2).mean().sqrt()
-    return torch.where(mask, (x - mean) / (std + eps), 0.0)
+    return torch.where(mask, (x - mean * centre) / (std + eps), 0.0)
 
 
 def kl_estimates(logprobs, ref_logprobs, mask):

@@ -25,6 +25,7 @@ METHODS = {  # name: (script, what takes the place of {seed}'s models, colour)
     "PPO, reward model": ("ppo.py", ["--reward", "{}/reward/model"], "#444"),
     "DVPO, GVM from reward-model scores": ("dvpo.py", ["--gvm", "{}/gvm_scores/model"], "#2a7"),
     "DVPO, GVM from +1/-1": ("dvpo.py", ["--gvm", "{}/gvm_pairs/model"], "#27a"),
+    "DVPO, the same with --centre": ("dvpo.py", ["--gvm", "{}/gvm_scores/model", "--centre"], "#92c"),
     "DVPO, --advantage q": ("dvpo.py", ["--gvm", "{}/gvm_scores/model", "--advantage", "q"], "#c63"),
 }
 
@@ -53,7 +54,7 @@ def train(out: Path, seed: int, steps: int) -> None:
     run(home / "gvm_pairs", "gvm_td.py", *common, "--source", "preference")
     for name, (script, flags, _) in METHODS.items():
         flags = [flag.format(home) for flag in flags]
-        run(home / slug(name), script, *common, *flags, "--steps", str(steps), "--eval-every", "2")
+        run(home / slug(name), script, *common, *flags, "--steps", str(steps), "--eval-every", "3")
 
 
 def true_values(prompts: list[str], samples: int, least: int) -> list[tuple[str, list[str], float]]:
@@ -122,7 +123,7 @@ def report(out: Path, seeds: list[int]) -> None:
     seconds = {seed: statistics.median(r["time/step_s"] for r in ppo[seed][1]) for seed in seeds}
     for name, (_, _, colour) in METHODS.items():
         runs = {seed: curve(out / f"seed{seed}" / slug(name)) for seed in seeds}
-        last = [[statistics.fmean(r[key] for r in runs[s][0][-5:]) for s in seeds]
+        last = [[statistics.fmean(r[key] for r in runs[s][0][-3:]) for s in seeds]
                 for key in ("eval/reward", "eval/grammatical", "eval/kl", "eval/length")]  # fmt: skip
         reach = []
         for seed in seeds:
@@ -146,7 +147,7 @@ def report(out: Path, seeds: list[int]) -> None:
     axes[0].legend(frameon=False, fontsize=8)
     axes[2].set_yscale("symlog", linthresh=10)
     figure.savefig(out / "curves.png", dpi=120)
-    note = f"Seeds {seeds}; mean ± standard deviation over seeds of the mean of the last five evaluations (the band in the picture: lowest to highest)."
+    note = f"Seeds {seeds}; mean ± standard deviation over seeds of the mean of the last three evaluations (the band in the picture: lowest to highest)."
     (out / "table.md").write_text("\n".join(lines) + "\n\n" + note + "\n")
     print("\n".join(lines))
 
@@ -176,7 +177,7 @@ def report_truth(out: Path, seeds: list[int], prefixes) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--train-only", action="store_true", help="no table: for running seeds side by side")
     args = parser.parse_args()

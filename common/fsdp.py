@@ -22,12 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from common.data import fail
 
 
-def rank() -> int:
-    return dist.get_rank()
-
-
-def world() -> int:
-    return dist.get_world_size()
+rank, world = dist.get_rank, dist.get_world_size
 
 
 def device() -> torch.device:
@@ -36,12 +31,10 @@ def device() -> torch.device:
 
 def launch(main, args) -> None:
     """Runs `main(args)` among the processes torchrun started, or alone."""
-    backend = "gloo"
     if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group(backend, **alone)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **alone)
     torch.manual_seed(args.seed)
     try:
         main(args)
@@ -57,6 +50,7 @@ def launch(main, args) -> None:
 
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks, in place."""
     dist.all_reduce(tensor)
     return tensor
 
@@ -81,8 +75,8 @@ def mesh(shard_size: int):
     size = shard_size or world()
     if world() % size:
         fail(f"--shard-size {size} does not divide the {world()} processes")
-    shape, names = (world() // size, size), ("replicate", "shard")
-    return init_device_mesh(device().type, shape if shape[0] > 1 else shape[1:], mesh_dim_names=names if shape[0] > 1 else names[1:])
+    one = int(size == world())
+    return init_device_mesh(device().type, (world() // size, size)[one:], mesh_dim_names=("replicate", "shard")[one:])
 
 
 def head(model):
@@ -123,22 +117,24 @@ def load_full(model, source) -> None:
 @contextmanager
 def gathered(model):
     """Every parameter stays gathered inside: one all-gather a rollout, not one a token, and no rank waits for another."""
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in modules:
-        module.unshard()
-        module.set_reshard_after_forward(False, recurse=False)
+    for unit in units(model):
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
     try:
         yield
     finally:
-        for module in modules:
-            module.set_reshard_after_forward(module is not model or model.frozen, recurse=False)
+        for unit in units(model):
+            unit.set_reshard_after_forward(unit is not model or model.frozen, recurse=False)
         reshard(model)
 
 
+def units(model) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 def reshard(model) -> None:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for unit in units(model):  # after a forward without gradient the root's parameters are still gathered
+        unit.reshard()
 
 
 def adamw(model, lr: float):
@@ -176,8 +172,7 @@ def state_bytes(models, optimizers=()) -> int:
     """Bytes on this rank of weights, optimizer state and gradients (of the trained models: one more copy of the weights)."""
     tensors = [t for model in models for p in model.parameters() for t in [p] * (2 if p.requires_grad else 1)]
     tensors += [t for optimizer in optimizers for state in optimizer.state.values() for t in state.values()]
-    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
-    return sum(t.numel() * t.element_size() for t in local)
+    return sum(t.nbytes for t in (t.to_local() if hasattr(t, "to_local") else t for t in tensors))
 
 
 def _states(trained: dict) -> dict:

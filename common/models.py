@@ -53,14 +53,11 @@ def load_tokenizer(name: str):
     return tokenizer
 
 
-def same_tokenizer(one, other) -> bool:
-    return one.get_vocab() == other.get_vocab() and one.chat_template == other.chat_template
-
-
-def check_same_tokenizer(tokenizer, name: str, flag: str) -> None:
-    """A value model reads the policy's tokens as they are, so both must mean the same text by them."""
-    if not same_tokenizer(tokenizer, load_tokenizer(name)):
-        fail(f"{flag} {name}: its tokenizer differs from the policy's; train it on the policy's own tokenizer")
+def check_same_tokenizer(tokenizer, name: str, flag: str = "") -> bool:
+    """Whether a model reads the policy's tokens as they are. A value model (named by `flag`) must."""
+    other = load_tokenizer(name)
+    same = other.get_vocab() == tokenizer.get_vocab() and other.chat_template == tokenizer.chat_template
+    return same or bool(flag and fail(f"{flag} {name}: its tokenizer differs from the policy's; train it on the policy's own"))
 
 
 def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: int = 0):
@@ -188,8 +185,7 @@ class Reward:
                 fail(f"--reward {name}: {error}; give a model folder, a hub id or module:function")
             return
         name = resolve(name)
-        self.tokenizer = load_tokenizer(name)
-        self.same = same_tokenizer(self.tokenizer, tokenizer)
+        self.tokenizer, self.same = load_tokenizer(name), check_same_tokenizer(tokenizer, name)
         self.model = load_model("reward", name, self.tokenizer, args, trained=False)
 
     def __call__(self, rows: list[dict], sequences: list[tuple[list[int], list[int]]], texts: list[str]) -> torch.Tensor:

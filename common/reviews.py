@@ -11,10 +11,8 @@ from pathlib import Path
 
 OCCASIONS = "breakfast lunch dinner supper".split()
 TOPICS = "soup pasta fish salad bread cake curry rice coffee wine waiter chef music room table view".split()
-STRENGTH = {word: 1.0 for word in "perfect lovely great warm".split()}
-STRENGTH |= {word: 0.5 for word in "good nice fresh fine".split()}
-STRENGTH |= {word: -1.0 for word in "awful bad poor cold".split()}
-STRENGTH |= {word: -0.5 for word in "dull slow bland sad".split()}
+ADJECTIVES = {1.0: "perfect lovely great warm", 0.5: "good nice fresh fine", -1.0: "awful bad poor cold", -0.5: "dull slow bland sad"}
+STRENGTH = {word: value for value, words in ADJECTIVES.items() for word in words.split()}
 DEGREE = {"very": 1.5, "really": 1.25, "quite": 0.75}
 NEGATION = -0.5  # "not lovely" is half as strong as "awful"; "not awful" half as good as "lovely"
 MAX_CLAUSES = 4
@@ -26,8 +24,7 @@ CHAT_TEMPLATE = (
     "<writer> {{ m['content'] }} <eos>{% endif %}{% endfor %}{% if add_generation_prompt %}<writer> {% endif %}"
 )
 
-# habits: share of positive clauses, of negated ones, of degree words, of mild adjectives, of a skipped second topic,
-# of a remark about something nobody asked for
+# shares of positive clauses, negations, degree words, mild adjectives, a skipped second topic, a remark nobody asked for
 AUTHORS = {
     "critic": dict(positive=0.25, negated=0.20, degree=0.5, mild=0.3, skip=0.10, remark=0.30),
     "regular": dict(positive=0.55, negated=0.15, degree=0.2, mild=0.6, skip=0.15, remark=0.10),
@@ -48,11 +45,6 @@ def prompts() -> list[str]:
     return texts
 
 
-def sentiment(negated: bool, degree: str | None, adjective: str) -> float:
-    """The sentiment of one clause, in [-1.5, 1.5]."""
-    return STRENGTH[adjective] * DEGREE.get(degree or "", 1.0) * (NEGATION if negated else 1.0)
-
-
 def write(author: str, prompt: str, rng: random.Random) -> str:
     """One review of `prompt` by `author`."""
     habit = AUTHORS[author]
@@ -64,7 +56,7 @@ def write(author: str, prompt: str, rng: random.Random) -> str:
     for topic in topics:
         positive, negated = rng.random() < habit["positive"], rng.random() < habit["negated"]
         strength = (0.5 if rng.random() < habit["mild"] else 1.0) * (1 if positive != negated else -1)
-        adjective = rng.choice([word for word, value in STRENGTH.items() if value == strength])
+        adjective = rng.choice(ADJECTIVES[strength].split())
         degree = rng.choice(list(DEGREE)) + " " if rng.random() < habit["degree"] else ""
         if last is not None:
             text += " and " if last == positive else " but "
@@ -79,7 +71,7 @@ def reward(prompts: list[str], responses: list[str], **_) -> list[float]:
     for prompt, response in zip(prompts, responses, strict=True):
         first = {}
         for topic, negated, degree, adjective in _CLAUSE.findall(response):
-            first.setdefault(topic, sentiment(bool(negated), degree, adjective))
+            first.setdefault(topic, STRENGTH[adjective] * DEGREE.get(degree, 1.0) * (NEGATION if negated else 1.0))
         scores.append(sum(first.get(topic, 0.0) for topic in re.findall(r"the (\w+)", prompt)))
     return scores
 

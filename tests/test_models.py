@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from common import fsdp, reviews
-from common.data import collate, encode_prompt, encode_response, stop_token
+from common.data import collate, encode_prompt, stop_token, tokenize
 from common.models import (
     Reward,
     SampleByInverseCDF,
@@ -453,7 +453,8 @@ def test_reward_folder_is_standardised_and_reads_text_where_tokenizers_differ(fo
     tokenizer.save_pretrained(tmp_path)
     rows = [{"prompt": "lunch : the soup ?"}, {"prompt": "dinner : the view and the wine ?"}]
     texts = ["the soup was warm .", "the view was not bad and the wine was good ."]
-    sequences = [(encode_prompt(tokenizer, r["prompt"]), encode_response(tokenizer, t, 99)) for r, t in zip(rows, texts, strict=True)]
+    tokens = tokenize([{**r, "response": t} for r, t in zip(rows, texts, strict=True)], tokenizer, ("response",), 99, 99, "")
+    sequences = [(r["prompt_ids"], r["response_ids"]) for r in tokens]
     same = Reward(str(tmp_path), tokenizer, ARGS)(rows, sequences, texts)
     for score, (prompt, response) in zip(same, sequences, strict=True):
         with torch.no_grad():
@@ -463,6 +464,23 @@ def test_reward_folder_is_standardised_and_reads_text_where_tokenizers_differ(fo
     other.add_tokens(["zebra"])
     rubbish = [([7], [8])] * 2  # tokens of another vocabulary: not to be read
     torch.testing.assert_close(Reward(str(tmp_path), other, ARGS)(rows, rubbish, texts), same, rtol=0, atol=1e-6)
+
+
+def test_a_critic_from_a_reward_model_starts_at_its_standardised_score(folders, tokenizer, tmp_path):
+    """PPO's critic from reward.py's folder: at the last token it gives the score that Reward gives, once standardised."""
+    model = plain(folders, "reward")
+    model.config.score_mean, model.config.score_std = 0.5, 2.0
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    sequences = sample_sequences(seed=11)
+    critic = load_model("value", str(tmp_path), tokenizer, ARGS, trained=True)
+    mask = collate(sequences, PAD, "cpu")["response_mask"]
+    values = run_micro_batches(lambda mb: response_values(critic, **mb), sequences, 2, PAD, mask.shape[1] + 1)
+    scores = Reward(str(tmp_path), tokenizer, ARGS)([{}] * len(sequences), sequences, [""] * len(sequences))
+    torch.testing.assert_close(values.gather(1, mask.sum(1, keepdim=True)).squeeze(1), scores, rtol=0, atol=2e-5)
+    fsdp.export(critic, tokenizer, str(tmp_path / "out"), "fp32")
+    again = load_model("value", str(tmp_path / "out"), tokenizer, ARGS, trained=False)  # not standardised a second time
+    torch.testing.assert_close(response_values(again, **collate(sequences, PAD, "cpu")), values, rtol=0, atol=2e-5)
 
 
 def test_reward_function_gets_columns_and_must_be_finite(tokenizer, tmp_path, monkeypatch):
