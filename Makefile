@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = OMP_NUM_THREADS=1 $(VENV)/bin/python
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench assets clean
 demo: $(VENV)/installed
 	$(RUN) benchmarks/demo.py
 
@@ -22,6 +22,14 @@ $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
+
+# the embedded models that `--model reviews` and `--gvm reviews` name
+assets: $(VENV)/installed
+	$(RUN) sft.py --run-dir runs/assets/sft --overwrite
+	$(RUN) gvm_td.py --model runs/assets/sft/model --run-dir runs/assets/gvm_td --overwrite
+	rm -rf assets && mkdir assets
+	cp -r runs/assets/sft/model assets/policy
+	cp -r runs/assets/gvm_td/model assets/value
 
 clean:
 	rm -rf $(VENV) runs

@@ -11,7 +11,8 @@ V(s_1) at the last prompt token and Q(s_t, a_t) = V(s_{t+1}) at each response to
 Differences from ppo.py:
  1. `--gvm` takes the place of `--reward` and `--critic`: it is frozen, has no optimizer and no gradient.
  2. The score of a finished response is the GVM's own estimate, its value at the last token.
- 3. The values do not move during the update: no value loss, no value clipping, no critic learning rate.
+ 3. The values do not move during the update: no value loss, no value clipping, no critic learning rate. As V is that of the
+    policies behind the offline data, advantages are scaled but, without `--centre`, not centred.
  4. A GVM trained with `--context-pairs k` reads k of the current policy's earlier answers before each prompt.
 
     python dvpo.py                                                     # the embedded world, one CPU
@@ -19,10 +20,11 @@ Differences from ppo.py:
     torchrun --nproc_per_node=8 dvpo.py --model meta-llama/Llama-3.2-3B-Instruct --gvm runs/gvm_td/model \
         --dataset openbmb/UltraFeedback --part rl --batch-size 64 --mini-batch-size 16 --gradient-checkpointing
 
-Watch `eval/*` rather than `objective/score`: the score is what the frozen GVM thinks, and it can be flattered. `objective/kl`
-should stay below a few nats a response, `rollout/length` neither collapse nor explode. docs/dvpo.md explains the rest.
+Watch `eval/*` and read samples.jsonl rather than trust `objective/score`, which can be flattered; `objective/kl` should stay
+below a few nats a response, `rollout/length` neither collapse nor explode. Our page in docs/ explains every number and detail.
 """
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Literal
@@ -103,7 +105,7 @@ class Args:
     centre: bool = False
     """subtract the batch's mean from GAE advantages, as PPO does; a frozen GVM is better without (docs/dvpo.md)"""
     gamma: float = 1.0
-    """discount; the one the GVM was trained with"""
+    """discount; a GVM must have been trained with the same"""
     lam: float = 0.95
     """lambda of GAE"""
     clip: float = 0.2
@@ -140,6 +142,14 @@ REVIEWS = dict(
     max_response_length=32, lr=3e-4, beta=0.1, warmup_steps=0, eval_every=10, eval_prompts=96, save_every=20,
     eval_reward=("common.reviews:reward", "common.reviews:grammatical"),
 )  # fmt: skip
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """Rate of 0-based `step`: linear warm-up, then constant, or linear or cosine down to zero at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
 
 
 def token_rewards(kl, score, mask, beta):
@@ -206,6 +216,8 @@ def main(args: Args) -> None:
     device, rank, world = fsdp.device(), fsdp.rank(), fsdp.world()
     name = resolve(args.model)
     tokenizer = load_tokenizer(name)
+    ref_name = resolve(args.ref_model or args.model)
+    check_same_tokenizer(tokenizer, ref_name, "--ref-model")
     pad, limit = tokenizer.pad_token_id, args.max_response_length
     stops = {stop_token(tokenizer), tokenizer.eos_token_id}
     gvm_name = resolve(args.gvm, "value")
@@ -218,7 +230,8 @@ def main(args: Args) -> None:
     )  # fmt: skip
     rows = tokenize(rows, tokenizer, (), args.max_prompt_length, limit, args.dataset)
     rows.sort(key=lambda row: prompt_hash(row["prompt"], args.split_seed + 1))
-    eval_rows, rows = rows[: args.eval_prompts], rows[args.eval_prompts :]
+    eval_rows = rows[: args.eval_prompts]
+    rows = [row for row in rows[len(eval_rows) :] if not eval_rows or row["prompt"] != eval_rows[-1]["prompt"]]
     if not rows:
         fail(f"{args.dataset}: all {len(eval_rows)} prompts are held out for evaluation; lower --eval-prompts")
 
@@ -226,8 +239,10 @@ def main(args: Args) -> None:
     policy = load_model("policy", name, tokenizer, args, trained=True)
     optimizer = fsdp.adamw(policy, args.lr)
     gvm = load_model("value", gvm_name, tokenizer, args, trained=False)
+    if getattr(gvm.config, "gamma", args.gamma) != args.gamma:
+        fail(f"--gamma {args.gamma}, but {args.gvm} was trained with {gvm.config.gamma}")
     context_pairs, context_length = (getattr(gvm.config, key, 0) for key in ("context_pairs", "context_length"))
-    reference = load_model("policy", resolve(args.ref_model or args.model), tokenizer, args, trained=False)
+    reference = load_model("policy", ref_name, tokenizer, args, trained=False)
     models, optimizers = [policy, gvm, reference], [optimizer]
     trained = {"policy": (policy, optimizer)}
     eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
@@ -279,10 +294,10 @@ def main(args: Args) -> None:
         answers = [{"prompt_ids": p, "response_ids": r} for p, r in sequences]
         contexts = add_context(answers, context_pairs, pool or answers, tokenizer, context_length, args.seed + step)
         pool = answers if context_pairs else []
+        read = [(row["prompt_ids"], row["response_ids"]) for row in contexts]
         values = run_micro_batches(
-            lambda mb: response_values(gvm, **mb), [(row["prompt_ids"], row["response_ids"]) for row in contexts],
-            args.micro_batch_size, pad, mask.shape[1] + 1,
-        )  # fmt: skip
+            lambda mb: response_values(gvm, **mb), read, args.micro_batch_size, pad, mask.shape[1] + 1
+        )
         scores = values.gather(1, mask.sum(1, keepdim=True)).squeeze(1)  # Q(s_T, a_T)
         final = scores - args.missing_eos_penalty * truncated
 
@@ -299,7 +314,7 @@ def main(args: Args) -> None:
 
         # --- update
         totals, norms = torch.zeros(5, device=device), []
-        lr = fsdp.learning_rate(step, args.steps, args.lr, args.warmup_steps, args.lr_schedule)
+        lr = learning_rate(step, args.steps, args.lr, args.warmup_steps, args.lr_schedule)
         for epoch in range(args.epochs):
             order = batch_indices(args.batch_size, args.batch_size, step * args.epochs + epoch, args.seed + 1)
             for first in range(0, args.batch_size, args.mini_batch_size):
@@ -316,8 +331,8 @@ def main(args: Args) -> None:
                     loss += mb_loss.detach() / tokens
                     totals += torch.cat([stats, mb_entropy.detach().sum()[None], mb_mask.sum()[None]])
                 where = f"step {step}, epoch {epoch}, data rows {[batch[i]['row'] for i in mini_batch]}"
-                policy_total, norm = fsdp.optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where)
-                norms.append((policy_total, norm))
+                total, norm = fsdp.optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where)
+                norms.append((total, norm))
         clipped, approx_kl, ratio, entropy, count = fsdp.all_reduce(totals).tolist()
         clock.append(time.perf_counter())
 

@@ -21,6 +21,7 @@ model that does not beat "the longer one wins" has learned length. docs/gvm_td.m
 
 import html
 import json
+import math
 import random
 import time
 from dataclasses import dataclass, field
@@ -133,6 +134,14 @@ REVIEWS = dict(
 STATISTICS = ("mean", "p1", "p5", "p10", "p90", "p95", "p99", "last")
 
 
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """Rate of 0-based `step`: linear warm-up, then constant, or linear or cosine down to zero at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
+
+
 def td_targets(values, scores, mask, gamma, lam):
     """lambda-return targets [B, T + 1] of V(s_1), Q_1 .. Q_T (2502.16944 equation 1 at lam 0).
 
@@ -179,14 +188,12 @@ def pair_accuracy(chosen: list[list[float]], rejected: list[list[float]]) -> dic
     return {name: sum(c[name] > r[name] for c, r in pairs) / len(pairs) for name in STATISTICS}
 
 
-def make_pairs(rows: list[dict], source: str, gap: float) -> list[tuple[dict, dict]]:
-    """(chosen, rejected) responses of the held-out rows, each a row with `response`."""
-    if source == "preference":
-        return [tuple({**row, "response": row[s], "policy": row.get(f"{s}_policy")} for s in ("chosen", "rejected")) for row in rows]
-    by_prompt = {}
+def make_pairs(rows: list[dict], gap: float) -> list[tuple[dict, dict]]:
+    """All (better, worse) pairs of responses to one prompt (where rows came in pairs: of that pair), `gap` of reward apart."""
+    groups = {}
     for row in rows:
-        by_prompt.setdefault(json.dumps(row["prompt"]), []).append(row)
-    return [(a, b) for group in by_prompt.values() for a in group for b in group if a["reward"] > b["reward"] + gap]
+        groups.setdefault(row.get("pair", json.dumps(row["prompt"])), []).append(row)
+    return [(a, b) for group in groups.values() for a in group for b in group if a["reward"] - b["reward"] >= max(gap, 1e-9)]
 
 
 def token_texts(tokenizer, ids: list[int]) -> list[str]:
@@ -252,7 +259,7 @@ def main(args: Args) -> None:
 
     # --- data
     def read(dataset, split, source, part):
-        kind = {"preference": "preference", "scores": "sft" if args.reward and source == args.source else "scored"}[source]
+        kind = {"preference": "preference", "scores": "responses" if args.reward else "scored"}[source]
         reader = dict(columns=args.columns, split_seed=args.split_seed, skip_bad_rows=args.skip_bad_rows)
         rows = read_rows(dataset, kind, split=split, part=part, **reader)
         if args.max_characters:
@@ -277,13 +284,13 @@ def main(args: Args) -> None:
         signs = (("chosen", 1.0), ("rejected", -1.0))
         rows = [{**row, "response": row[s], "reward": v, "policy": row.get(f"{s}_policy")} for row in rows for s, v in signs]
     rows = with_tokens(rows)
-    pairs = make_pairs(held_out, eval_source, args.eval_gap)
-    pairs = random.Random(0).sample(pairs, min(len(pairs), 2000))
-    usable = {row["key"] for row in with_tokens([{**r, "key": i} for i, p in enumerate(pairs) for r in p])} if pairs else ()
-    pairs = [pair for i, pair in enumerate(pairs) if i in usable]
-    if not pairs:
-        fail(f"{args.eval_dataset or args.dataset}: no held-out pair to evaluate on; raise --eval-fraction or give --eval-dataset")
-    eval_rows = with_tokens([row for pair in pairs for row in pair])  # chosen, rejected, chosen, ...
+    no_pairs = f"{args.eval_dataset or args.dataset}: no held-out pair to evaluate on; raise --eval-fraction or give --eval-dataset"
+    if not held_out:
+        fail(no_pairs)
+    if eval_source == "preference":
+        held_out = [{**row, "response": row[s], "policy": row.get(f"{s}_policy"), "pair": i, "reward": sign}
+                    for i, row in enumerate(held_out) for s, sign in (("chosen", 1e9), ("rejected", -1e9))]  # fmt: skip
+    held_out = with_tokens(held_out)
 
     # --- models
     model = load_model("value", name, tokenizer, args, trained=True, layers=args.layers)
@@ -292,9 +299,14 @@ def main(args: Args) -> None:
     # --- reward
     if args.reward:
         judge = Reward(args.reward, tokenizer, args)
-        found = judge(rows, [(row["prompt_ids"], row["response_ids"]) for row in rows], [row["response"] for row in rows])
-        rows = [{**row, "reward": score} for row, score in zip(rows, found.tolist(), strict=True)]
+        for part in (rows, held_out) if eval_source == "scores" else (rows,):
+            found = judge(part, [(row["prompt_ids"], row["response_ids"]) for row in part], [row["response"] for row in part])
+            for row, score in zip(part, found.tolist(), strict=True):
+                row["reward"] = score
         del judge
+    pairs = make_pairs(held_out, args.eval_gap)
+    eval_rows = [row for pair in random.Random(0).sample(pairs, min(len(pairs), 2000)) for row in pair] or fail(no_pairs)
+    pairs = list(zip(eval_rows[::2], eval_rows[1::2], strict=True))
     scores = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
     given = args.source == "preference" and not args.reward  # +1 / -1 are returns as they are
     score_mean, score_std = (0.0, 1.0) if given else (scores.mean().item(), scores.std().item())
@@ -357,7 +369,7 @@ def main(args: Args) -> None:
             loss += mb_loss.detach() / count
         if args.normalise_values:
             loss = normal_loss
-        lr = fsdp.learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
+        lr = learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
         total, norm = fsdp.optimizer_step(model, optimizer, lr, loss, args.max_grad_norm, where)
 
         # --- log

@@ -12,10 +12,11 @@ Papers: 1707.06347 (PPO), 1909.08593 (the language-model form). Per token, with 
     torchrun --nproc_per_node=8 ppo.py --model meta-llama/Llama-3.2-3B-Instruct --reward runs/reward/model \
         --dataset openbmb/UltraFeedback --part rl --batch-size 64 --mini-batch-size 16 --gradient-checkpointing
 
-Watch `objective/score` rise, `objective/kl` stay below a few nats a response, `rollout/length` neither collapse nor
-explode, `critic/explained_variance` above 0. docs/ppo.md explains every number and every detail below.
+Watch `eval/*` and read samples.jsonl rather than trust `objective/score`, which can be flattered; `objective/kl` should stay
+below a few nats a response, `rollout/length` neither collapse nor explode. Our page in docs/ explains every number and detail.
 """
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Literal
@@ -96,7 +97,7 @@ class Args:
     kl_target: float = 0.0
     """mean KL a token, in nats, that an adaptive beta aims at (2502.16944 v1: 0.1, from beta 0.2); 0: beta is fixed"""
     gamma: float = 1.0
-    """discount"""
+    """discount; a GVM must have been trained with the same"""
     lam: float = 0.95
     """lambda of GAE"""
     clip: float = 0.2
@@ -137,6 +138,14 @@ REVIEWS = dict(
     max_response_length=32, lr=3e-4, critic_lr=1e-3, beta=0.1, warmup_steps=0, eval_every=10, eval_prompts=96, save_every=20,
     eval_reward=("common.reviews:reward", "common.reviews:grammatical"),
 )  # fmt: skip
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """Rate of 0-based `step`: linear warm-up, then constant, or linear or cosine down to zero at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
 
 
 def token_rewards(kl, score, mask, beta):
@@ -205,6 +214,8 @@ def main(args: Args) -> None:
     device, rank, world = fsdp.device(), fsdp.rank(), fsdp.world()
     name = resolve(args.model)
     tokenizer = load_tokenizer(name)
+    ref_name = resolve(args.ref_model or args.model)
+    check_same_tokenizer(tokenizer, ref_name, "--ref-model")
     pad, limit = tokenizer.pad_token_id, args.max_response_length
     stops = {stop_token(tokenizer), tokenizer.eos_token_id}
     reward_is_model = ":" not in args.reward
@@ -218,7 +229,8 @@ def main(args: Args) -> None:
     )  # fmt: skip
     rows = tokenize(rows, tokenizer, (), args.max_prompt_length, limit, args.dataset)
     rows.sort(key=lambda row: prompt_hash(row["prompt"], args.split_seed + 1))
-    eval_rows, rows = rows[: args.eval_prompts], rows[args.eval_prompts :]
+    eval_rows = rows[: args.eval_prompts]
+    rows = [row for row in rows[len(eval_rows) :] if not eval_rows or row["prompt"] != eval_rows[-1]["prompt"]]
     if not rows:
         fail(f"{args.dataset}: all {len(eval_rows)} prompts are held out for evaluation; lower --eval-prompts")
 
@@ -227,7 +239,7 @@ def main(args: Args) -> None:
     optimizer = fsdp.adamw(policy, args.lr)
     critic = load_model("value", critic_name, tokenizer, args, trained=True)
     critic_optimizer = fsdp.adamw(critic, args.critic_lr)
-    reference = load_model("policy", resolve(args.ref_model or args.model), tokenizer, args, trained=False)
+    reference = load_model("policy", ref_name, tokenizer, args, trained=False)
     reward = Reward(args.reward, tokenizer, args)
     models, optimizers = [policy, critic, reference] + [reward.model] * reward_is_model, [optimizer, critic_optimizer]
     trained = {"policy": (policy, optimizer), "critic": (critic, critic_optimizer)}
@@ -293,8 +305,8 @@ def main(args: Args) -> None:
 
         # --- update
         totals, norms = torch.zeros(5, device=device), []
-        lr = fsdp.learning_rate(step, args.steps, args.lr, args.warmup_steps, args.lr_schedule)
-        critic_lr = fsdp.learning_rate(step, args.steps, args.critic_lr, args.warmup_steps, args.lr_schedule)
+        lr = learning_rate(step, args.steps, args.lr, args.warmup_steps, args.lr_schedule)
+        critic_lr = learning_rate(step, args.steps, args.critic_lr, args.warmup_steps, args.lr_schedule)
         for epoch in range(args.epochs):
             order = batch_indices(args.batch_size, args.batch_size, step * args.epochs + epoch, args.seed + 1)
             for first in range(0, args.batch_size, args.mini_batch_size):
@@ -304,9 +316,8 @@ def main(args: Args) -> None:
                 for pick in micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world):
                     mb = collate([sequences[i] for i in pick], pad, device)
                     mb_mask, at = mb["response_mask"], torch.tensor(pick or [0], device=device)
-                    mb_old, mb_advantages, mb_values, mb_returns = (
-                        x[at, : mb_mask.shape[1]] for x in (logprobs, advantages, old_values, returns)
-                    )
+                    whole = (logprobs, advantages, old_values, returns)
+                    mb_old, mb_advantages, mb_values, mb_returns = (x[at, : mb_mask.shape[1]] for x in whole)
                     mb_logprobs, mb_entropy = policy.response_logprobs(**mb, temperature=args.temperature)
                     mb_loss, stats = policy_loss(mb_logprobs, mb_old, mb_advantages, mb_mask, args.clip)
                     fsdp.backward(mb_loss / tokens)
@@ -317,11 +328,9 @@ def main(args: Args) -> None:
                     critic_loss += mb_critic_loss.detach() / tokens
                     totals += torch.cat([stats, mb_entropy.detach().sum()[None], mb_mask.sum()[None]])
                 where = f"step {step}, epoch {epoch}, data rows {[batch[i]['row'] for i in mini_batch]}"
-                policy_total, norm = fsdp.optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where)
-                critic_total, critic_norm = fsdp.optimizer_step(
-                    critic, critic_optimizer, critic_lr, critic_loss, args.max_grad_norm, where
-                )
-                norms.append((policy_total, norm, critic_total, critic_norm))
+                total, norm = fsdp.optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where)
+                step_of_critic = (critic, critic_optimizer, critic_lr, critic_loss, args.max_grad_norm, where)
+                norms.append((total, norm, *fsdp.optimizer_step(*step_of_critic)))
         clipped, approx_kl, ratio, entropy, count = fsdp.all_reduce(totals).tolist()
         clock.append(time.perf_counter())
 

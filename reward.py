@@ -4,7 +4,7 @@ Trains `AutoModelForSequenceClassification` with one label, the form most reward
 
     loss = -mean over pairs of log sigmoid(r(x, chosen) - r(x, rejected))                                (2203.02155 eq. 1)
 
-The exported config carries `score_mean` and `score_std` over the training responses; ppo.py and gvm_td.py then use
+The exported config carries `score_mean` and `score_std` over (at most 2,000 pairs of) the training responses; ppo.py and gvm_td.py then use
 standardised scores, so that KL coefficients mean the same beside any of them.
 
     python reward.py                                                   # the embedded world, one CPU
@@ -17,6 +17,7 @@ already many). docs/reward.md explains the rest.
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +108,14 @@ REVIEWS = dict(
 )  # fmt: skip
 
 
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """Rate of 0-based `step`: linear warm-up, then constant, or linear or cosine down to zero at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
+
+
 def bradley_terry_loss(chosen, rejected):
     """Sum over pairs of -log sigmoid(chosen - rejected), scores [B] each (2203.02155 eq. 1)."""
     return -F.logsigmoid(chosen - rejected).sum()
@@ -185,7 +194,7 @@ def main(args: Args) -> None:
             fsdp.backward(mb_loss / len(batch))
             loss += mb_loss.detach() / len(batch)
             right += (scores[::2] > scores[1::2]).sum() if pick else 0
-        lr = fsdp.learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
+        lr = learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
         where = f"step {step}, data rows {[rows[i]['row'] for i in batch]}"
         total, norm = fsdp.optimizer_step(model, optimizer, lr, loss, args.max_grad_norm, where)
 

@@ -13,6 +13,7 @@ Watch `eval/loss`: where it rises while `sft/loss` falls, there are too many epo
 the rest.
 """
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Literal
@@ -105,6 +106,14 @@ REVIEWS = dict(
 )  # fmt: skip
 
 
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """Rate of 0-based `step`: linear warm-up, then constant, or linear or cosine down to zero at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
+
+
 def nll_loss(logprobs, mask):
     """Sum over response tokens of the negative log-likelihood; logprobs and mask [B, T]."""
     return -(logprobs * mask).sum()
@@ -177,7 +186,7 @@ def main(args: Args) -> None:
             mb_loss = nll_loss(logprobs, mb["response_mask"])
             fsdp.backward(mb_loss / count)
             loss += mb_loss.detach() / count
-        lr = fsdp.learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
+        lr = learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
         where = f"step {step}, data rows {[rows[i]['row'] for i in batch]}"
         total, norm = fsdp.optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where)
 

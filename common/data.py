@@ -18,6 +18,7 @@ KINDS = {  # the columns a row must have, by kind of data set
     "prompts": ("prompt",),
     "sft": ("prompt", "response"),
     "preference": ("prompt", "chosen", "rejected"),
+    "responses": ("prompt", "response"),  # all of them, where `sft` takes UltraFeedback's best
     "scored": ("prompt", "response", "reward"),
     "labelled": ("prompt", "response", "label"),
 }
@@ -50,7 +51,11 @@ def read_rows(name, kind, *, split="train", columns=None, part="all", split_seed
         if not source:
             fail(f"{name}: no row whose `split` is {split!r}; choose another with --split")
     if source and {"completions", "instruction"} <= set(source[0][1]):
-        source = [(i, new) for i, row in source for new in _ultrafeedback(row, kind)]
+        source = [(i, new) for i, row in source for new in _ultrafeedback(row, kind) or [None]]
+        empty = sum(row is None for _, row in source)
+        if empty:
+            note(f"{name}: {empty} prompts gave no row (no rated completions, or no two scores that differ)")
+        source = [(i, row) for i, row in source if row is not None]
     rows, bad = [], 0
     for i, row in source:
         try:
@@ -93,8 +98,8 @@ def _read(name: str, split: str) -> list[dict]:
         if suffix == ".parquet":
             return datasets.Dataset.from_parquet(name, keep_in_memory=True).to_list()
         with (gzip.open if name.endswith(".gz") else open)(name, "rt", encoding="utf-8") as file:
-            for i, text in enumerate(file if suffix == ".jsonl" else [file.read()], 1):
-                value = json.loads(text or "[]") if text.strip() else []
+            for i, text in enumerate(file if suffix == ".jsonl" else [file.read()], 1):  # noqa: B007 (the except uses it)
+                value = json.loads(text) if text.strip() else []
                 rows += value if isinstance(value, list) else [value]
     except json.JSONDecodeError as error:
         fail(f"{name}, row {i}: not JSON ({error.msg}); a .jsonl file has one object a line")
@@ -110,8 +115,11 @@ def _ultrafeedback(row: dict, kind: str) -> list[dict]:
     """openbmb/UltraFeedback: one row holds `completions`, each with `response`, `overall_score`, `model`."""
     names, prompt = {"response": "response", "reward": "overall_score", "policy": "model"}, {"prompt": row["instruction"]}
     scored = [prompt | {ours: c.get(name) for ours, name in names.items()} for c in row["completions"]]
-    if kind == "scored" or not scored:
+    if kind in ("scored", "responses"):
         return scored
+    scored = [row for row in scored if isinstance(row["reward"], (int, float))]
+    if not scored:
+        return []
     low, high = (choose(scored, key=lambda r: r["reward"]) for choose in (min, max))
     if kind != "preference":
         return [high]

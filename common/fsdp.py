@@ -21,7 +21,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from common.data import fail
 
-
 rank, world = dist.get_rank, dist.get_world_size
 
 
@@ -152,20 +151,12 @@ def optimizer_step(model, optimizer, lr: float, loss: torch.Tensor, max_grad_nor
     total = all_reduce(loss.detach().double()).item()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).full_tensor().item()
     if not (np.isfinite(total) and np.isfinite(norm)):
-        fail(f"loss {total}, gradient norm {norm} at {where}: stopped before the weights changed; the last checkpoint is whole")
+        fail(f"loss {total}, gradient norm {norm} at {where}: stopped before the optimizer step; the last checkpoint is whole")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total, norm
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """Rate of 0-based `step`: linear warm-up, then constant, or linear or cosine down to zero at `steps`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + np.cos(np.pi * done))}[schedule]
 
 
 def state_bytes(models, optimizers=()) -> int:

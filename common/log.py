@@ -25,7 +25,8 @@ def parse(cls, reviews: dict, argv=None):
     args = tyro.cli(cls, args=argv)
     if args.dataset == "reviews":
         args = tyro.cli(cls, args=argv, default=cls(**reviews))
-    for name in ("steps", "epochs", "batch_size", "micro_batch_size", "max_prompt_length", "max_response_length", "lr"):
+    sizes = ("batch_size", "mini_batch_size", "micro_batch_size", "max_prompt_length", "max_response_length", "keep")
+    for name in ("steps", "epochs", "lr", *sizes):
         value = getattr(args, name, 1)
         if value < 0 or (value == 0 and getattr(cls, name) != 0):
             fail(f"--{name.replace('_', '-')} is {value}; it must be above 0")

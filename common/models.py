@@ -249,7 +249,7 @@ def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, te
             for row, i in enumerate(pick):  # padded on the left: generation goes on from the last column
                 ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
                 mask[row, width - len(prompts[i]) :] = 1
-                number = (seed[0] * 1_000_003 + seed[1]) * 1_000_003 + i
+                number = ((seed[0] * 1_000_003 + seed[1]) * 1_000_003 + i) % 2**63
                 uniforms[row] = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(number))
             sampler = SampleByInverseCDF(uniforms.to(fsdp.device()), temperature, policy.forbidden_token)
             out = policy.generate(

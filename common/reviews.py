@@ -119,53 +119,25 @@ def tokenizer():
 
 
 def folder(kind: str, root: str = "runs/reviews") -> str:
-    """The folder of an embedded model, made on first use: `untrained`, or `policy` / `value`, a quick stand-in for what sft.py
-    and gvm_td.py train properly, so that any one script runs alone."""
+    """The folder of an embedded model: `policy` and `value` lie in assets/, trained by sft.py and gvm_td.py (`make assets`), so
+    that any one script runs alone; `untrained` is made on first use."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     path, part = Path(root, kind), Path(root, f"{kind}.{os.getpid()}")
+    if kind != "untrained":
+        return str(Path(__file__).parents[1] / "assets" / kind)
     if not path.exists():
+        config = LlamaConfig(
+            vocab_size=len(WORDS), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            config = LlamaConfig(
-                vocab_size=len(WORDS), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-                num_labels=1, classifier_dropout=0.0,
-            )  # fmt: skip
-            model = (AutoModelForTokenClassification if kind == "value" else AutoModelForCausalLM).from_config(config)
-            if kind != "untrained":
-                print(f"fitting the embedded {kind} model once, into {path}", flush=True)
-                _fit(model, kind == "value")
-        model.save_pretrained(part)
+            AutoModelForCausalLM.from_config(config).save_pretrained(part)
         tokenizer().save_pretrained(part)
         try:
             part.rename(path)
         except OSError:  # another process was first
             shutil.rmtree(part)
     return str(path)
-
-
-def _fit(model, value: bool, steps: int = 400, batch: int = 64) -> None:
-    """The policy imitates the authors; the value model regresses every token on the standardised true reward."""
-    import torch
-
-    data, tok = rows("scored"), tokenizer()
-    scores = torch.tensor([row["reward"] for row in data])
-    scores = (scores - scores.mean()) / scores.std()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, 2 * (1 - step / steps))
-        pick = torch.randint(len(data), (batch,)).tolist()
-        texts = [f"<bos> <user> {data[i]['prompt']} <writer> {data[i]['response']} <eos>" for i in pick]
-        ids = tok(texts, padding=True, return_tensors="pt")["input_ids"]
-        mask = ((ids == WORDS.index("<writer>")).cumsum(1) > 0) & (ids != 0)  # from the last prompt token on
-        logits = model(input_ids=ids).logits
-        if value:
-            loss = ((logits.squeeze(-1) - scores[pick, None]) ** 2)[mask].mean()
-        else:
-            mask = mask[:, :-1] & (ids[:, 1:] != 0)
-            loss = torch.nn.functional.cross_entropy(logits[:, :-1][mask], ids[:, 1:][mask])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()

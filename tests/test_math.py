@@ -1,4 +1,4 @@
-"""The scripts' pure functions against closed forms, enumerations and loops written from the equations; and the copies' equality."""
+"""The scripts' pure functions against closed forms, enumerations and loops from the equations; the equality of their copies."""
 
 import ast
 import math
@@ -13,7 +13,6 @@ import dvpo
 import gvm_td
 import ppo
 import reward
-from common import fsdp
 
 ROOT = Path(ppo.__file__).parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -51,7 +50,7 @@ def test_gae_is_the_double_sum(gamma, lam):
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 @pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
 def test_td_targets_are_the_mixture_of_n_step_returns(gamma, lam):
-    """G_t = (1 - lam) sum_n lam^(n-1) gamma^n Q_{t+n} + lam^(T-t) gamma^(T-t) S, and V(s_1)'s is that of a step 0 without gamma."""
+    """G_t = (1 - lam) sum_n lam^(n-1) gamma^n Q_{t+n} + lam^(T-t) gamma^(T-t) S; V(s_1)'s is that of a t = 0 without gamma."""
     lengths = [1, 3, 6]
     mask = ragged(lengths)
     values, scores = noise(3, 7), noise(3, seed=1)
@@ -98,12 +97,15 @@ def test_later_rewards_is_the_discounted_sum_from_t_on():
 
 
 def test_whiten_reads_only_the_valid_entries():
-    """Mean 0 and standard deviation 1 over valid tokens of the whole batch; padding (even NaN) is neither read nor kept."""
+    """Mean 0 (kept with centre=False) and standard deviation 1 over valid tokens of the batch; padding, even NaN, is not read."""
     mask, x = ragged([1, 3, 5]), 3 + 7 * noise(3, 5)
     clean = ppo.whiten(x, mask)
     expected = (x[mask] - np.mean(x[mask].numpy())) / np.std(x[mask].numpy())
     torch.testing.assert_close(clean[mask], expected, rtol=0, atol=1e-7)
     assert (clean[~mask] == 0).all()
+    scaled = ppo.whiten(x, mask, centre=False)
+    torch.testing.assert_close(scaled[mask], x[mask] / np.std(x[mask].numpy()), rtol=0, atol=1e-7)
+    assert (scaled[~mask] == 0).all()
     for rubbish in (NAN, INF, 1e9):
         torch.testing.assert_close(ppo.whiten(x.masked_fill(~mask, rubbish), mask), clean, rtol=0, atol=0)
     assert torch.isfinite(ppo.whiten(torch.ones(2, 3), ragged([1, 3]))).all()  # no spread is not a division by zero
@@ -214,7 +216,7 @@ def test_bradley_terry_loss_closed_form_and_stable():
     """-log sigmoid(d) = log(1 + exp(-d)), summed; differences of +-1e4 neither overflow nor lose their gradient."""
     d = torch.tensor([0.0, 1.5, -2.0], dtype=torch.float64)
     expected = sum(math.log(1 + math.exp(-x)) for x in d.tolist())
-    assert reward.bradley_terry_loss(d + 3, torch.full((3,), 3.0, dtype=torch.float64)).item() == pytest.approx(expected, abs=1e-12)
+    assert reward.bradley_terry_loss(d + 3, torch.full_like(d, 3.0)).item() == pytest.approx(expected, abs=1e-12)
     chosen = torch.tensor([1e4, -1e4], requires_grad=True)
     loss = reward.bradley_terry_loss(chosen, torch.zeros(2))
     loss.backward()
@@ -263,8 +265,9 @@ def test_pair_accuracy_counts_strict_wins():
 def test_make_pairs_of_scored_rows():
     """All ordered pairs within a prompt, the better one first; equal scores and other prompts make none."""
     rows = [{"prompt": p, "response": str(i), "reward": r} for i, (p, r) in enumerate([("a", 1), ("b", 9), ("a", 2), ("a", 1)])]
-    pairs = [(x["response"], y["response"]) for x, y in gvm_td.make_pairs(rows, "scores", 0.0)]
+    pairs = [(x["response"], y["response"]) for x, y in gvm_td.make_pairs(rows, 0.0)]
     assert sorted(pairs) == [("2", "0"), ("2", "3")]
+    assert len(gvm_td.make_pairs(rows, 1.0)) == 2 and not gvm_td.make_pairs(rows, 1.5)  # "at least"
 
 
 # --- schedule --------------------------------------------------------------------------------------------------------
@@ -272,13 +275,13 @@ def test_make_pairs_of_scored_rows():
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_learning_rate_schedules(schedule):
-    """Warm-up reaches the peak at its last step and never gives 0; then constant, or a line or a half cosine to 0 at `steps`."""
-    rate = [fsdp.learning_rate(s, 24, 2.0, 4, schedule) for s in range(25)]
+    """Warm-up reaches the peak at its last step, never 0; then constant, or a line or a half cosine to 0 at `steps`."""
+    rate = [ppo.learning_rate(s, 24, 2.0, 4, schedule) for s in range(25)]
     assert rate[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
     for s in range(4, 25):
         x = (s - 4) / 20
         assert rate[s] == pytest.approx({"constant": 2.0, "linear": 2 * (1 - x), "cosine": 1 + math.cos(math.pi * x)}[schedule])
-    assert fsdp.learning_rate(0, 10, 2.0, 0, schedule) == pytest.approx(2.0)  # no warm-up starts at the peak
+    assert ppo.learning_rate(0, 10, 2.0, 0, schedule) == pytest.approx(2.0)  # no warm-up starts at the peak
 
 
 # --- the sources -----------------------------------------------------------------------------------------------------
@@ -302,7 +305,7 @@ def test_copies_of_a_function_are_identical_byte_for_byte():
         for name, text in functions(path).items():
             copies.setdefault(name, {})[path.name] = text
     shared = {name: where for name, where in copies.items() if len(where) > 1 and name != "main"}
-    assert {"gae", "whiten", "token_rewards", "kl_estimates", "policy_loss", "next_beta"} <= set(shared)
+    assert {"learning_rate", "gae", "whiten", "token_rewards", "kl_estimates", "policy_loss", "next_beta"} <= set(shared)
     different = {name: sorted(where) for name, where in shared.items() if len(set(where.values())) > 1}
     assert not different, different
 

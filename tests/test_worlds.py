@@ -21,7 +21,8 @@ from common.data import collate
 from common.models import load_model, response_values
 
 LIMIT = 3
-RESPONSES = [y for n in range(1, LIMIT + 1) for y in product(range(3), repeat=n) if 0 not in y[:-1] and (y[-1] == 0 or n == LIMIT)]
+TEXTS = [y for n in range(1, LIMIT + 1) for y in product(range(3), repeat=n)]
+RESPONSES = [y for y in TEXTS if 0 not in y[:-1] and (y[-1] == 0 or len(y) == LIMIT)]
 STATES = [()] + [y for n in range(1, LIMIT) for y in product((1, 2), repeat=n)]
 MASK = torch.tensor([[t < len(y) for t in range(LIMIT)] for y in RESPONSES])
 
@@ -82,7 +83,8 @@ def test_td_fixed_point_is_the_dynamic_programming_value(lam, gamma):
     prefixes = STATES + RESPONSES
     at = torch.tensor([[prefixes.index(y[: min(t, len(y))]) for t in range(LIMIT + 1)] for y in RESPONSES])
     valid = torch.cat([MASK[:, :1], MASK], 1)
-    visits = torch.zeros(len(prefixes), dtype=torch.float64).index_add_(0, at[valid], weights[:, None].expand(-1, LIMIT + 1)[valid])
+    spread = weights[:, None].expand(-1, LIMIT + 1)[valid]
+    visits = torch.zeros(len(prefixes), dtype=torch.float64).index_add_(0, at[valid], spread)
     table = torch.zeros(len(prefixes), dtype=torch.float64, requires_grad=True)
     for _ in range(60):
         values = table[at].masked_fill(~valid, 0.0)
@@ -200,7 +202,7 @@ def test_dvpo_gradient_with_a_kl_penalty_the_gvm_knows_nothing_of(lam):
 
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
 def test_dvpo_expected_advantage_with_a_discounted_gvm(lam):
-    """gamma < 1: with V(s_{t+1}) = Q(s_t, a_t) / gamma, as dvpo.py computes it, E[A_t | s_t, a_t] = Q(s_t, a_t) - V(s_t) for all lam."""
+    """gamma < 1: with dvpo.py's V(s_{t+1}) = Q(s_t, a_t) / gamma, E[A_t | s_t, a_t] = Q(s_t, a_t) - V(s_t) for all lam."""
     world, gamma = World(), 0.8
     values = table_of(dynamic_programming(world.logits, world.scores, gamma), gamma)
     old_values = values[:, :-1] / gamma
@@ -218,12 +220,12 @@ def test_dvpo_expected_advantage_with_a_discounted_gvm(lam):
 @pytest.mark.parametrize("beta", [0.0, 0.7])
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
 def test_ppo_gradient_with_an_exact_critic_is_the_exact_policy_gradient(lam, beta):
-    """PPO's critic regresses on returns that include the KL: with that V the gradient of E[S] - beta KL is exact for every lam."""
+    """PPO's critic learns returns that include the KL: with that V the gradient of E[S] - beta KL is exact for every lam."""
     world = World()
     log_ratio = world.logits.log_softmax(-1) - world.ref_logits.log_softmax(-1)
     step = {(s, a): -beta * log_ratio[i, a].item() for i, s in enumerate(STATES) for a in range(3)}
     values = dynamic_programming(world.logits, world.scores, step=step)
-    values = torch.tensor([[values[y[:t]] if t < len(y) else 0.0 for t in range(LIMIT)] for y in RESPONSES], dtype=torch.float64)
+    values = table_of(values)[:, :-1]
     rewards = ppo.token_rewards(kl_of(world), world.scores, MASK, beta)
     got = estimated_gradient(ppo, world, ppo.gae(rewards, values, MASK, 1.0, lam))
     torch.testing.assert_close(got, exact_gradient(world, beta), rtol=0, atol=1e-12)
