@@ -25,11 +25,7 @@ $(VENV)/installed: requirements.txt
 
 # the embedded models that `--model reviews` and `--gvm reviews` name
 assets: $(VENV)/installed
-	$(RUN) sft.py --run-dir runs/assets/sft --overwrite
-	$(RUN) gvm_td.py --model runs/assets/sft/model --run-dir runs/assets/gvm_td --overwrite
-	rm -rf assets && mkdir assets
-	cp -r runs/assets/sft/model assets/policy
-	cp -r runs/assets/gvm_td/model assets/value
+	$(RUN) assets/make.py
 
 clean:
 	rm -rf $(VENV) runs

@@ -26,16 +26,13 @@ OURS = ("prompt", "response", "chosen", "rejected", "reward", "label", "policy")
 ALIASES = {"response": "completion", "reward": "score"}
 PARTS = {"sft": (0.0, 0.3), "value": (0.3, 0.8), "rl": (0.8, 1.0), "all": (0.0, 1.0)}  # 2502.16944: 30 / 50 / 20 %
 
-
 def fail(message: str):
     """Stop with one line, no traceback; on several ranks (which all find the same fault) only rank 0 prints it."""
     raise SystemExit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
 
-
 def note(message: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(message, flush=True)
-
 
 def read_rows(name, kind, *, split="train", columns=None, part="all", split_seed=0, skip_bad_rows=False) -> list[dict]:
     """Rows of `kind` from `reviews`, a local .jsonl / .json / .parquet file (.gz too) or a hub id.
@@ -51,11 +48,10 @@ def read_rows(name, kind, *, split="train", columns=None, part="all", split_seed
         if not source:
             fail(f"{name}: no row whose `split` is {split!r}; choose another with --split")
     if source and {"completions", "instruction"} <= set(source[0][1]):
-        source = [(i, new) for i, row in source for new in _ultrafeedback(row, kind) or [None]]
-        empty = sum(row is None for _, row in source)
-        if empty:
-            note(f"{name}: {empty} prompts gave no row (no rated completions, or no two scores that differ)")
-        source = [(i, row) for i, row in source if row is not None]
+        found = [(i, _ultrafeedback(row, kind)) for i, row in source]
+        source = [(i, row) for i, rows in found for row in rows]
+        if not all(rows for _, rows in found):
+            note(f"{name}: {sum(not rows for _, rows in found)} prompts dropped: no rated completions, or no scores that differ")
     rows, bad = [], 0
     for i, row in source:
         try:
@@ -70,17 +66,14 @@ def read_rows(name, kind, *, split="train", columns=None, part="all", split_seed
     rows = [row for row in rows if low <= prompt_hash(row["prompt"], split_seed) < high]
     return rows or fail(f"{name}: no usable row (part {part!r} of split {split!r})")
 
-
 def prompt_hash(prompt, seed: int) -> float:
     """A number in [0, 1) that depends on the prompt and the seed alone."""
     return int(hashlib.sha256(f"{seed}:{json.dumps(prompt)}".encode()).hexdigest()[:13], 16) / 16**13
-
 
 def hold_out(rows: list[dict], fraction: float, split_seed: int) -> tuple[list[dict], list[dict]]:
     """(training rows, held-out rows), disjoint by prompt."""
     held = [prompt_hash(row["prompt"], split_seed + 1_000_003) < fraction for row in rows]
     return [row for row, h in zip(rows, held, strict=True) if not h], [row for row, h in zip(rows, held, strict=True) if h]
-
 
 def _read(name: str, split: str) -> list[dict]:
     suffix, rows = Path(name.removesuffix(".gz")).suffix, []
@@ -110,23 +103,18 @@ def _read(name: str, split: str) -> list[dict]:
             fail(f"{name}, row {i}: expected an object with named columns, found {type(row).__name__}")
     return rows
 
-
 def _ultrafeedback(row: dict, kind: str) -> list[dict]:
     """openbmb/UltraFeedback: one row holds `completions`, each with `response`, `overall_score`, `model`."""
     names, prompt = {"response": "response", "reward": "overall_score", "policy": "model"}, {"prompt": row["instruction"]}
     scored = [prompt | {ours: c.get(name) for ours, name in names.items()} for c in row["completions"]]
     if kind in ("scored", "responses"):
         return scored
-    scored = [row for row in scored if isinstance(row["reward"], (int, float))]
-    if not scored:
-        return []
-    low, high = (choose(scored, key=lambda r: r["reward"]) for choose in (min, max))
-    if kind != "preference":
-        return [high]
-    sides = {"chosen": high, "rejected": low}  # the best against the worst; ties teach nothing
+    rated = sorted((r for r in scored if isinstance(r["reward"], (int, float))), key=lambda r: r["reward"])
+    if kind != "preference" or not rated:
+        return rated[-1:]
+    sides = {"chosen": rated[-1], "rejected": rated[0]}  # the best against the worst; ties teach nothing
     pair = prompt | {s: r["response"] for s, r in sides.items()} | {f"{s}_policy": r["policy"] for s, r in sides.items()}
-    return [pair] if low["reward"] < high["reward"] else []
-
+    return [pair] if rated[0]["reward"] < rated[-1]["reward"] else []
 
 def _check_row(row: dict, kind: str, columns: dict[str, str]) -> dict:
     """The row with our column names and checked types. Raises ValueError naming the column and the mend."""
@@ -142,26 +130,21 @@ def _check_row(row: dict, kind: str, columns: dict[str, str]) -> dict:
         if value is None:
             have = ", ".join(sorted(set(row) - {"split"}))
             raise ValueError(f"no {column!r} among the columns {have}; name yours with --columns {column} YOURS")
-        if column == "label":
-            if not isinstance(value, bool):
-                raise ValueError(f"label is {value!r}, not true or false")
-        elif column == "reward":
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"reward is {value!r}, not a finite number")
-        elif column == "prompt" and isinstance(value, list):
-            if not value or any(not isinstance(m, dict) or not {"role", "content"} <= set(m) for m in value):
-                raise ValueError("prompt is a list, but not of chat messages with `role` and `content`")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if column in ("label", "reward"):
+            if not (number if column == "reward" else isinstance(value, bool)):
+                raise ValueError(f"{column} is {value!r}, not " + ("a finite number" if column == "reward" else "true or false"))
+            continue
+        chat = isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
+        if chat and column == "prompt":
             row[column] = [{"role": m["role"], "content": m["content"]} for m in value]
-        else:
-            if isinstance(value, list) and value and isinstance(value[-1], dict):
-                value = value[-1].get("content")  # chat messages: the answer is the last one
-            if not isinstance(value, str):
-                raise ValueError(f"{column} is {type(value).__name__}, not text or chat messages")
-            if not value.strip():
-                raise ValueError(f"{column} is empty")
-            row[column] = value
+            continue
+        row[column] = value = value[-1]["content"] if chat else value  # chat messages: the answer is the last one
+        if not isinstance(value, str):
+            raise ValueError(f"{column} is {type(value).__name__}, not text or chat messages with `role` and `content`")
+        if not value.strip():
+            raise ValueError(f"{column} is empty")
     return row
-
 
 def encode_prompt(tokenizer, prompt) -> list[int]:
     """Prompt tokens, ready for an answer: through the chat template where there is one, else plain text with one BOS."""
@@ -170,7 +153,6 @@ def encode_prompt(tokenizer, prompt) -> list[int]:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     ids = tokenizer(prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt) + "\n")["input_ids"]
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-
 
 def stop_token(tokenizer) -> int:
     """The token that ends an answer: what the chat template writes after one (Gemma's is not its eos), else eos."""
@@ -181,7 +163,6 @@ def stop_token(tokenizer) -> int:
         if ids and ids[0] in tokenizer.all_special_ids:
             return ids[0]
     return tokenizer.eos_token_id
-
 
 def tokenize(rows, tokenizer, fields, max_prompt_length, max_response_length, name) -> list[dict]:
     """Adds `prompt_ids` and, ended by the stop token, `<field>_ids`. Long prompts are dropped, long answers cut; both counted."""
@@ -195,11 +176,11 @@ def tokenize(rows, tokenizer, fields, max_prompt_length, max_response_length, na
                 ids[f"{field}_ids"] = answer[:max_response_length]
             kept.append({**row, **ids})
     if len(kept) < len(rows):
-        note(f"{name}: dropped {len(rows) - len(kept)} of {len(rows)} rows: prompt longer than --max-prompt-length {max_prompt_length}")
+        dropped = f"dropped {len(rows) - len(kept)} of {len(rows)} rows"
+        note(f"{name}: {dropped}: prompt longer than --max-prompt-length {max_prompt_length}")
     if cut:
         note(f"{name}: cut {cut} responses at --max-response-length {max_response_length}")
     return kept or fail(f"{name}: no usable row: every prompt is longer than --max-prompt-length {max_prompt_length}")
-
 
 def add_context(rows: list[dict], k: int, pool: list[dict], tokenizer, max_pair_length: int, seed: int) -> list[dict]:
     """Policy conditioning (2502.16944 v1, section 3.2): prefixes each prompt with `k` question-answer pairs that the same
@@ -216,13 +197,11 @@ def add_context(rows: list[dict], k: int, pool: list[dict], tokenizer, max_pair_
         out.append({**row, "prompt_ids": ids})
     return out
 
-
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
     """The rows of batch `step` (0-based): epochs of fresh permutations, no state, the last short batch left out."""
     epoch, position = divmod(step, max(1, n // batch_size))
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
     return [order[i % n] for i in range(position * batch_size, (position + 1) * batch_size)]
-
 
 def collate(sequences: list[tuple[list[int], list[int]]], pad_id: int, device) -> dict[str, torch.Tensor]:
     """(prompt tokens, response tokens) pairs to right-padded tensors.
@@ -235,7 +214,6 @@ def collate(sequences: list[tuple[list[int], list[int]]], pad_id: int, device) -
         input_ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
     mask = torch.arange(max(1, int(lengths[:, 1].max()))) < lengths[:, 1:]
     return {"input_ids": input_ids.to(device), "prompt_lengths": lengths[:, 0].to(device), "response_mask": mask.to(device)}
-
 
 def micro_batches(indices, lengths: list[int], size: int, rank: int, world: int) -> list[list[int]]:
     """This rank's micro-batches of a global batch: sorted by length (little padding, balanced ranks), dealt out in turn.

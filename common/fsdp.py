@@ -1,6 +1,5 @@
 """Processes, FSDP2 sharding, the optimizer step, resume checkpoints and export.
-Plain `python script.py` is world size 1 of the same code path. Ranks hold the same global batch, so that denominators and
-statistics over it need no communication; each computes its share."""
+Plain `python script.py` is world size 1 of the same path. Ranks hold the same global batch, each computes its share."""
 
 import gc
 import json
@@ -23,10 +22,8 @@ from common.data import fail
 
 rank, world = dist.get_rank, dist.get_world_size
 
-
 def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
 
 def launch(main, args) -> None:
     """Runs `main(args)` among the processes torchrun started, or alone."""
@@ -47,18 +44,15 @@ def launch(main, args) -> None:
         gc.collect()  # FSDP's models must be gone before the process group, or gloo aborts at exit
         dist.destroy_process_group()
 
-
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over ranks, in place."""
     dist.all_reduce(tensor)
     return tensor
 
-
 def all_gather_object(value) -> list:
     out = [None] * world()
     dist.all_gather_object(out, value)
     return out
-
 
 def dtypes(precision: str) -> tuple[torch.dtype, torch.dtype]:
     """(compute type, type of the master weights). `auto`: bf16 compute on a GPU, float32 on a CPU."""
@@ -66,7 +60,6 @@ def dtypes(precision: str) -> tuple[torch.dtype, torch.dtype]:
         return torch.float64, torch.float64
     bf16 = precision == "bf16" or (precision == "auto" and torch.cuda.is_available())
     return (torch.bfloat16 if bf16 else torch.float32), torch.float32
-
 
 @cache
 def mesh(shard_size: int):
@@ -77,11 +70,9 @@ def mesh(shard_size: int):
     one = int(size == world())
     return init_device_mesh(device().type, (world() // size, size)[one:], mesh_dim_names=("replicate", "shard")[one:])
 
-
 def head(model):
     """The linear layer of a value or reward model, under either of transformers' names."""
     return model.score if hasattr(model, "score") else model.classifier
-
 
 def shard(model, compute: torch.dtype, shard_size: int, frozen: bool) -> None:
     """FSDP2: one unit a transformer block, one for a head of another type, the rest in the root. Gradients are reduced in
@@ -100,18 +91,16 @@ def shard(model, compute: torch.dtype, shard_size: int, frozen: bool) -> None:
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
 
-
 def load_full(model, source) -> None:
     """Fills a sharded model on the meta device from rank 0's whole one."""
     model.to_empty(device=device())
     model.tie_weights()
-    options = sd.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    sd.set_model_state_dict(model, source.state_dict() if rank() == 0 else {}, options=options)
+    whole = sd.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    sd.set_model_state_dict(model, source.state_dict() if rank() == 0 else {}, options=whole)
     for name, buffer in model.named_buffers():  # rotary frequencies are in no state dict
         if rank() == 0:
             buffer.copy_(source.get_buffer(name))
         dist.broadcast(buffer, 0)
-
 
 @contextmanager
 def gathered(model):
@@ -126,24 +115,19 @@ def gathered(model):
             unit.set_reshard_after_forward(unit is not model or model.frozen, recurse=False)
         reshard(model)
 
-
 def units(model) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
 
 def reshard(model) -> None:
     for unit in units(model):  # after a forward without gradient the root's parameters are still gathered
         unit.reshard()
 
-
 def adamw(model, lr: float):
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=torch.cuda.is_available())
-
 
 def backward(loss: torch.Tensor) -> None:
     """FSDP averages gradients over ranks; our losses have the *global* denominator, so theirs is a sum."""
     (loss * world()).backward()
-
 
 def optimizer_step(model, optimizer, lr: float, loss: torch.Tensor, max_grad_norm: float, where: str) -> tuple[float, float]:
     """Clips and steps; returns (loss summed over ranks, gradient norm before clipping).
@@ -158,19 +142,16 @@ def optimizer_step(model, optimizer, lr: float, loss: torch.Tensor, max_grad_nor
     optimizer.zero_grad(set_to_none=True)
     return total, norm
 
-
 def state_bytes(models, optimizers=()) -> int:
     """Bytes on this rank of weights, optimizer state and gradients (of the trained models: one more copy of the weights)."""
     tensors = [t for model in models for p in model.parameters() for t in [p] * (2 if p.requires_grad else 1)]
     tensors += [t for optimizer in optimizers for state in optimizer.state.values() for t in state.values()]
     return sum(t.nbytes for t in (t.to_local() if hasattr(t, "to_local") else t for t in tensors))
 
-
 def _states(trained: dict) -> dict:
     for model, _ in trained.values():
         reshard(model)
     return {name: dict(zip(("model", "optimizer"), sd.get_state_dict(*pair), strict=True)) for name, pair in trained.items()}
-
 
 def save_checkpoint(run_dir: str, step: int, trained: dict, extra: dict, keep: int) -> None:
     """checkpoints/step-N with models, optimizers, RNG of each rank and `extra` (JSON). Written aside, then renamed.
@@ -193,7 +174,6 @@ def save_checkpoint(run_dir: str, step: int, trained: dict, extra: dict, keep: i
             shutil.rmtree(old)
     dist.barrier()
 
-
 def load_checkpoint(run_dir: str, trained: dict) -> dict:
     """Restores the newest whole checkpoint in place and returns its `extra` with `step`; {} where there is none."""
     found = sorted(Path(run_dir, "checkpoints").glob("step-*/state.json"))
@@ -208,7 +188,6 @@ def load_checkpoint(run_dir: str, trained: dict) -> dict:
         for put, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), torch.load(rng, weights_only=True), strict=False):
             put(state)
     return json.loads(found[-1].read_text())
-
 
 def export(model, tokenizer, folder: str, precision: str, **config) -> None:
     """A Hugging Face folder: weights (compute type), config with the `config` entries, tokenizer, chat template."""

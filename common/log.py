@@ -6,11 +6,11 @@ import math
 import os
 import resource
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 import tyro
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import fsdp
@@ -18,10 +18,8 @@ from common.data import fail, note
 
 PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "B200": 2250e12}  # dense FLOP/s, data sheets
 
-
 def parse(cls, reviews: dict, argv=None):
     """The command line as `cls`. On the embedded world the defaults are `cls`'s with `reviews` on top; a flag wins over both."""
-    argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(cls, args=argv)
     if args.dataset == "reviews":
         args = tyro.cli(cls, args=argv, default=cls(**reviews))
@@ -31,7 +29,6 @@ def parse(cls, reviews: dict, argv=None):
         if value < 0 or (value == 0 and getattr(cls, name) != 0):
             fail(f"--{name.replace('_', '-')} is {value}; it must be above 0")
     return args
-
 
 class Run:
     """The run folder. Rank 0 alone writes; each line of metrics.jsonl is flushed, so a crash loses nothing."""
@@ -47,9 +44,9 @@ class Run:
                 shutil.rmtree(self.dir, ignore_errors=True)
             self.dir.mkdir(parents=True, exist_ok=True)
             now, file = json.loads(json.dumps(dataclasses.asdict(args))), self.dir / "args.json"
-            before = json.loads(file.read_text()) if file.exists() else now
-            changed = [f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k] and k not in ("resume", "overwrite")]
-            if changed:
+            before = now | (json.loads(file.read_text()) if file.exists() else {}) | {"resume": True, "overwrite": args.overwrite}
+            changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
+            if args.resume and changed:
                 note("resuming with other arguments: " + ", ".join(changed))
             file.write_text(json.dumps(now, indent=1))
 
@@ -63,8 +60,6 @@ class Run:
             kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
             path.with_suffix(".part").write_text("".join(kept))
             path.with_suffix(".part").rename(path)
-        from torch.utils.tensorboard import SummaryWriter
-
         self.writer = SummaryWriter(str(self.dir), purge_step=step + 1 if step else None)
         self.bar = tqdm(total=total, initial=step, desc=self.dir.name, disable=None)
         if self.args.wandb:
@@ -72,16 +67,16 @@ class Run:
                 import wandb
             except ImportError:
                 fail("--wandb needs the package: pip install wandb")
-            os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")  # never a login prompt
-            name = str(self.dir).replace("/", "-")
-            self.wandb = wandb.init(project="value-first", name=name, id=name, resume="allow", config=dataclasses.asdict(self.args))
+            os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")  # no login prompt
+            run = dict(name=str(self.dir), id=str(self.dir).replace("/", "-"), resume="allow")
+            self.wandb = wandb.init(project="value-first", config=dataclasses.asdict(self.args), **run)
 
     def metrics(self, step: int, values: dict, show: tuple[str, ...] = ()) -> None:
         """One line of metrics.jsonl and TensorBoard; `show` names those beside the progress bar."""
         if fsdp.rank() != 0:
             return
         values = {key: float(value) for key, value in values.items()}
-        self._append("metrics.jsonl", {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()})
+        self.samples(step, [{k: v if math.isfinite(v) else None for k, v in values.items()}], "metrics.jsonl")
         for key, value in values.items():
             self.writer.add_scalar(key, value, step)
         if self.wandb:
@@ -92,28 +87,20 @@ class Run:
         if self.bar.disable and (step % max(1, self.total // 10) == 0 or step == self.total):  # not a terminal: ten lines
             note(f"{self.dir.name} {step}/{self.total} {text}")
 
-    def samples(self, step: int, rows: list[dict]) -> None:
-        for row in rows if fsdp.rank() == 0 else ():
-            self._append("samples.jsonl", {"step": step, **row})
-
-    def _append(self, name: str, row: dict) -> None:
-        with open(self.dir / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    def samples(self, step: int, rows: list[dict], name: str = "samples.jsonl") -> None:
+        with open(self.dir / name if fsdp.rank() == 0 else os.devnull, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
 
     def close(self) -> None:
         if fsdp.rank() == 0:
             self.writer.close()
             self.bar.close()
-            if self.wandb:
-                self.wandb.finish()
-
 
 def peak_memory_gb() -> float:
     """Peak on this rank: CUDA allocations, or the process's resident memory on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
 
 def mfu(model, tokens: int, seconds: float) -> dict:
     """Model FLOPs utilisation of an update of `tokens` (all ranks): 6 N FLOPs a token; empty where the peak is unknown."""

@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch.utils.checkpoint import checkpoint
-from transformers.utils import logging
 
 from common import fsdp, reviews
 from common.data import collate, encode_prompt, fail, micro_batches, stop_token
 
-logging.disable_progress_bar()
-logging.set_verbosity_error()  # what a load leaves out is checked below, and said in one line
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()  # what a load leaves out is checked below, and said in one line
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing here writes in place
 AUTO = {
     "policy": transformers.AutoModelForCausalLM,
@@ -23,24 +22,19 @@ AUTO = {
     "reward": transformers.AutoModelForSequenceClassification,  # the same on the last token
 }
 
-
 def resolve(name: str, embedded: str = "policy") -> str:
     """A model name to a folder or hub id: `reviews` becomes the embedded model of that kind."""
     if name == "reviews":
-        folder = reviews.folder(embedded) if fsdp.rank() == 0 else None  # one rank makes it, the others wait
-        return fsdp.all_gather_object(folder)[0]
-    local = name.count("/") > 1 or name.startswith((".", "/")) or Path(name).is_dir()
-    if local and not (Path(name) / "config.json").is_file():
+        return reviews.folder(embedded)
+    if (name.count("/") > 1 or name.startswith((".", "/")) or Path(name).is_dir()) and not Path(name, "config.json").is_file():
         fail(f"{name}: no model folder there (no config.json)")
     return name
-
 
 def _load(what: str, auto, name: str, **kwargs):
     try:
         return auto.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
         fail(f"{name}: no {what} in such a folder or hub id ({str(error).splitlines()[0]})")
-
 
 def load_tokenizer(name: str):
     """The tokenizer of a model, with a padding token (its eos where it has none: our masks come from positions)."""
@@ -52,13 +46,11 @@ def load_tokenizer(name: str):
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
-
 def check_same_tokenizer(tokenizer, name: str, flag: str = "") -> bool:
     """Whether a model reads the policy's tokens as they are. A value model (named by `flag`) must."""
     other = load_tokenizer(name)
     same = other.get_vocab() == tokenizer.get_vocab() and other.chat_template == tokenizer.chat_template
     return same or bool(flag and fail(f"{flag} {name}: its tokenizer differs from the policy's; train it on the policy's own"))
-
 
 def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: int = 0):
     """A sharded policy, value or reward model, dropout off, head zero-initialised where the folder has none.
@@ -105,7 +97,6 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train(trained)
 
-
 def token_logprobs(hidden, weight, bias, tokens, temperature=1.0, forbidden=None, chunk=512):
     """Log-probability of each token and entropy of its distribution, both [N], from hidden states [N, H], without ever
     holding [N, vocab]: `chunk` rows at a time, recomputed in backward. `forbidden`: a token of probability zero."""
@@ -125,12 +116,10 @@ def token_logprobs(hidden, weight, bias, tokens, temperature=1.0, forbidden=None
     ]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
-
 def response_positions(prompt_lengths, response_mask, width: int):
     """[B, T + 1] positions in the sequence of the last prompt token and of each response token, clamped to `width`."""
     steps = torch.arange(response_mask.shape[1] + 1, device=prompt_lengths.device)
     return (prompt_lengths[:, None] - 1 + steps).clamp(max=width - 1)
-
 
 def response_logprobs(self, input_ids, prompt_lengths, response_mask, temperature=1.0):
     """log pi(y_t | x, y_<t) and the entropy at each step, both [B, T], zero where masked.
@@ -143,18 +132,15 @@ def response_logprobs(self, input_ids, prompt_lengths, response_mask, temperatur
     found = token_logprobs(hidden, layer.weight, layer.bias, tokens.flatten(), temperature, self.forbidden_token)
     return [x.view_as(tokens).masked_fill(~response_mask, 0.0) for x in found]
 
-
 def response_values(model, input_ids, prompt_lengths, response_mask):
     """[B, T + 1]: V(s_1) at the last prompt token, then Q(s_t, a_t) at each response token; zero where masked."""
     values = model(input_ids=input_ids, use_cache=False).logits.squeeze(-1)
     values = values.gather(1, response_positions(prompt_lengths, response_mask, input_ids.shape[1]))
     return values.masked_fill(~torch.cat([response_mask[:, :1], response_mask], 1), 0.0)
 
-
 def sequence_scores(model, input_ids, prompt_lengths, response_mask):
     """[B, 1] scores. transformers reads the score at the last token that is not padding (with pad = eos: the one before)."""
     return model(input_ids=input_ids, use_cache=False).logits
-
 
 def run_micro_batches(forward, sequences, size: int, pad_id: int, width: int, dtype=torch.float32):
     """[N, width] results of `forward(micro-batch) -> [b, t]` for all N global sequences, on every rank.
@@ -167,7 +153,6 @@ def run_micro_batches(forward, sequences, size: int, pad_id: int, width: int, dt
             if pick:
                 out[torch.tensor(pick, device=out.device), : result.shape[1]] = result.to(dtype)
     return fsdp.all_reduce(out)
-
 
 class Reward:
     """`reward(rows, sequences, texts) -> [N]` from a reward-model folder or hub id, or from `module:function`.
@@ -210,7 +195,6 @@ class Reward:
             fail(f"--reward {self.name} gave {scores[bad].item()} for the response {texts[bad][:80]!r}")
         return scores
 
-
 class SampleByInverseCDF:
     """A logits processor that leaves one token: the first whose cumulative probability passes a uniform number.
     The numbers [B, T] are drawn per *sequence*, so a response depends on neither its rank nor its neighbours in the batch."""
@@ -229,9 +213,8 @@ class SampleByInverseCDF:
             token = torch.searchsorted(cdf, next(self.uniforms)[:, None] * cdf[:, -1:], right=True)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
-
 @torch.no_grad()
-def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: tuple[int, int], size: int = 0):
+def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: tuple, size: int = 0):
     """Sampled response tokens for all prompts (token lists), on every rank: list of N lists, stop token included.
     Temperature 0 is greedy. A response without a stop token was cut off at `max_new_tokens`. Parameters stay gathered
     for the whole rollout; `size` prompts at a time (0: all of this rank's at once); ranks finish together."""
@@ -244,8 +227,8 @@ def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, te
         for start in range(0, len(mine), size or len(mine) or 1):
             pick = mine[start : start + (size or len(mine))]
             width = max(len(prompts[i]) for i in pick)
-            ids = torch.full((len(pick), width), pad)
-            mask, uniforms = torch.zeros_like(ids), torch.empty(len(pick), max_new_tokens)
+            ids, uniforms = torch.full((len(pick), width), pad), torch.empty(len(pick), max_new_tokens)
+            mask = torch.zeros_like(ids)
             for row, i in enumerate(pick):  # padded on the left: generation goes on from the last column
                 ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
                 mask[row, width - len(prompts[i]) :] = 1

@@ -3,22 +3,20 @@ A prompt names an occasion and two topics ("lunch : the soup and the waiter ?");
 *authors* with different habits write the data (column `policy`). The true reward is sentiment with negation and degree, once
 for each topic asked for; the best is 3.0 ("the soup was very lovely and the waiter was very great .")."""
 
-import os
 import random
 import re
-import shutil
 from pathlib import Path
 
-OCCASIONS = "breakfast lunch dinner supper".split()
-TOPICS = "soup pasta fish salad bread cake curry rice coffee wine waiter chef music room table view".split()
-ADJECTIVES = {1.0: "perfect lovely great warm", 0.5: "good nice fresh fine", -1.0: "awful bad poor cold", -0.5: "dull slow bland sad"}
+OCCASIONS = ["breakfast", "lunch", "dinner", "supper"]
+TOPICS = ["soup", "pasta", "fish", "salad", "bread", "cake", "curry", "rice", "coffee", "wine", "waiter", "chef", "music", "room", "table", "view"]
+ADJECTIVES = {1.0: "perfect lovely great warm", 0.5: "good nice fresh fine"}
+ADJECTIVES |= {-1.0: "awful bad poor cold", -0.5: "dull slow bland sad"}
 STRENGTH = {word: value for value, words in ADJECTIVES.items() for word in words.split()}
 DEGREE = {"very": 1.5, "really": 1.25, "quite": 0.75}
 NEGATION = -0.5  # "not lovely" is half as strong as "awful"; "not awful" half as good as "lovely"
-MAX_CLAUSES = 4
 MIN_GAP = 0.5  # of a preference pair: a judge's clear choice
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<writer>"]
-WORDS = SPECIAL + OCCASIONS + TOPICS + list(STRENGTH) + list(DEGREE) + "the was not and but : ? .".split()
+WORDS = SPECIAL + OCCASIONS + TOPICS + list(STRENGTH) + list(DEGREE) + ["the", "was", "not", "and", "but", ":", "?", "."]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<user> {{ m['content'] }} {% else %}"
     "<writer> {{ m['content'] }} <eos>{% endif %}{% endfor %}{% if add_generation_prompt %}<writer> {% endif %}"
@@ -34,16 +32,13 @@ AUTHORS = {
 }
 
 _CLAUSE = rf"the ({'|'.join(TOPICS)}) was (not )?(?:({'|'.join(DEGREE)}) )?({'|'.join(STRENGTH)})"
-_REVIEW = re.compile(rf"{_CLAUSE}(?: (?:and|but) {_CLAUSE}){{0,{MAX_CLAUSES - 1}}} \.")
-_CLAUSE = re.compile(_CLAUSE)
-
+_REVIEW = re.compile(rf"{_CLAUSE}(?: (?:and|but) {_CLAUSE}){{0,3}} \.")
 
 def prompts() -> list[str]:
     """All 960 prompts, in a fixed shuffled order."""
     texts = [f"{o} : the {a} and the {b} ?" for o in OCCASIONS for a in TOPICS for b in TOPICS if a != b]
     random.Random(0).shuffle(texts)
     return texts
-
 
 def write(author: str, prompt: str, rng: random.Random) -> str:
     """One review of `prompt` by `author`."""
@@ -64,26 +59,23 @@ def write(author: str, prompt: str, rng: random.Random) -> str:
         last = positive
     return text + " ."
 
-
 def reward(prompts: list[str], responses: list[str], **_) -> list[float]:
     """Ground truth: for each topic the prompt asks for, the sentiment of the first clause about it. In [-3, 3]."""
     scores = []
     for prompt, response in zip(prompts, responses, strict=True):
         first = {}
-        for topic, negated, degree, adjective in _CLAUSE.findall(response):
+        for topic, negated, degree, adjective in re.findall(_CLAUSE, response):
             first.setdefault(topic, STRENGTH[adjective] * DEGREE.get(degree, 1.0) * (NEGATION if negated else 1.0))
         scores.append(sum(first.get(topic, 0.0) for topic in re.findall(r"the (\w+)", prompt)))
     return scores
-
 
 def grammatical(prompts: list[str], responses: list[str], **_) -> list[float]:
     """1.0 where the whole response is a sentence of the grammar that names no topic twice, else 0.0."""
     shares = []
     for response in responses:
-        topics = [clause[0] for clause in _CLAUSE.findall(response)]
+        topics = [clause[0] for clause in re.findall(_CLAUSE, response)]
         shares.append(float(bool(_REVIEW.fullmatch(response.strip())) and len(topics) == len(set(topics))))
     return shares
-
 
 def rows(kind: str, responses: int = 16) -> list[dict]:
     """The data set as rows of `kind`: `responses` by random authors for each of the 960 prompts; the preference rows pair
@@ -106,7 +98,6 @@ def rows(kind: str, responses: int = 16) -> list[dict]:
             out += scored
     return out
 
-
 def tokenizer():
     """A word-level tokenizer with a chat template, built in code."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -117,27 +108,6 @@ def tokenizer():
     roles = {f"{role}_token": f"<{role}>" for role in ("pad", "bos", "eos", "unk")} | {"chat_template": CHAT_TEMPLATE}
     return PreTrainedTokenizerFast(tokenizer_object=words, additional_special_tokens=SPECIAL[4:], **roles)
 
-
-def folder(kind: str, root: str = "runs/reviews") -> str:
-    """The folder of an embedded model: `policy` and `value` lie in assets/, trained by sft.py and gvm_td.py (`make assets`), so
-    that any one script runs alone; `untrained` is made on first use."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    path, part = Path(root, kind), Path(root, f"{kind}.{os.getpid()}")
-    if kind != "untrained":
-        return str(Path(__file__).parents[1] / "assets" / kind)
-    if not path.exists():
-        config = LlamaConfig(
-            vocab_size=len(WORDS), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            AutoModelForCausalLM.from_config(config).save_pretrained(part)
-        tokenizer().save_pretrained(part)
-        try:
-            part.rename(path)
-        except OSError:  # another process was first
-            shutil.rmtree(part)
-    return str(path)
+def folder(kind: str) -> str:
+    """The folder of an embedded model: `untrained`, `policy` or `value`; assets/make.py makes them with sft.py and gvm_td.py."""
+    return str(Path(__file__).parents[1] / "assets" / kind)

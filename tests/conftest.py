@@ -1,4 +1,4 @@
-"""One thread a process and no network, set before anything imports torch; a world of small files and models for the tests."""
+"""One thread a process and no network, set before anything imports torch; a world of small files for the tests."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ import ranks  # noqa: E402
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder to run in: runs/reviews with hastily fitted models, and ragged data files."""
+    """A folder to run in, with ragged data files."""
     folder = tmp_path_factory.mktemp("world")
     ranks.make_world(folder)
     return ranks.World(folder)

@@ -37,7 +37,7 @@ if sys.argv[0] == "-c":  # in the server: a table that every process would compi
 
 # Three small steps on ragged files; online scripts: 9 responses a step, mini-batches of 3, so 4 ranks leave one with nothing.
 SMALL = dict(
-    part="all", steps=3, micro_batch_size=8, max_prompt_length=24, max_response_length=12, warmup_steps=0, eval_every=0,
+    part="all", steps=3, micro_batch_size=8, max_prompt_length=24, max_response_length=16, warmup_steps=0, eval_every=0,
     save_every=0, lr=1e-3,
 )  # fmt: skip
 OFFLINE_ARGS = dict(batch_size=7, eval_fraction=0.3)
@@ -316,16 +316,9 @@ def not_finite(module, what, at):
 
 
 def make_world(folder):
-    """runs/reviews/{untrained,policy,value} (a fit of 60 steps, not 400) and ragged data: 24 prompts of 4 to 16 words."""
+    """Ragged data, 24 prompts of 4 to 16 words, and a GVM that reads context pairs."""
     from common import reviews
 
-    fit, root = reviews._fit, str(Path(folder, "runs/reviews"))
-    reviews._fit = functools.partial(fit, steps=60, batch=32)
-    try:
-        for kind in ("untrained", "policy", "value"):
-            reviews.folder(kind, root)
-    finally:
-        reviews._fit = fit
     world, rng, renamed = World(folder), random.Random(0), {}
     for prompt in reviews.prompts()[:24]:
         occasion, topics = prompt.removesuffix(" ?").split(" : ")
@@ -335,15 +328,16 @@ def make_world(folder):
     for kind, name in (("scored", "scored"), ("preference", "pairs"), ("prompts", "prompts")):
         rows = [row for row in reviews.rows(kind, responses=4) if row["prompt"] in renamed]
         world.write(f"{name}.jsonl", [row | {"prompt": renamed[row["prompt"]]} for row in rows])
-    edit_model(world, "value", "context", config=dict(context_pairs=2, context_length=8))
+    edit_model(world, "value", "context", config=lambda old: old | dict(context_pairs=2, context_length=8))
 
 
-def edit_model(world, source, name, config=None, **files) -> str:
-    """runs/<name>: the embedded model `source` with changed entries in its config, and other changed files
-    (`files`: stem of the .json file -> function of its content)."""
+def edit_model(world, source, name, **files) -> str:
+    """runs/<name>: the embedded model `source` with other files (`files`: stem of the .json file -> function of its content)."""
+    from common import reviews
+
     folder = world.path(f"runs/{name}")
-    shutil.copytree(world.path(f"runs/reviews/{source}"), folder)
-    for stem, edit in {"config": lambda old: old | (config or {}), **files}.items():
+    shutil.copytree(reviews.folder(source), folder)
+    for stem, edit in files.items():
         path = folder / f"{stem}.json"
         path.write_text(json.dumps(edit(json.loads(path.read_text()))))
     return f"runs/{name}"

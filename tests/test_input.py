@@ -149,7 +149,7 @@ def test_dropped_rows_are_counted(world):
     output = world.run("sft", **args, skip_bad_rows=True, run_dir="runs/mixed").ok().output
     assert "mixed.jsonl: dropped 2 bad rows of 36" in output
     assert "mixed.jsonl: dropped 1 of 34 rows: prompt longer than --max-prompt-length 24" in output
-    assert "mixed.jsonl: cut 1 responses at --max-response-length 12" in output
+    assert "mixed.jsonl: cut 1 responses at --max-response-length 16" in output
     assert "33 responses to learn from" in output
 
 
@@ -161,7 +161,7 @@ def test_pickled_weights_are_refused(world, processes):
 
     folder = world.path("runs/pickled")
     if not folder.exists():
-        shutil.copytree(world.path("runs/reviews/policy"), folder)
+        ranks.edit_model(world, "policy", "pickled")
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
     args = ranks.ARGS["sft"] | dict(model="runs/pickled", run_dir="runs/unpickled", overwrite=True)

@@ -97,7 +97,7 @@ def test_later_rewards_is_the_discounted_sum_from_t_on():
 
 
 def test_whiten_reads_only_the_valid_entries():
-    """Mean 0 (kept with centre=False) and standard deviation 1 over valid tokens of the batch; padding, even NaN, is not read."""
+    """Mean 0 (kept with centre=False) and standard deviation 1 over valid tokens; padding, even NaN, is not read."""
     mask, x = ragged([1, 3, 5]), 3 + 7 * noise(3, 5)
     clean = ppo.whiten(x, mask)
     expected = (x[mask] - np.mean(x[mask].numpy())) / np.std(x[mask].numpy())

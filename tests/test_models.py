@@ -370,7 +370,11 @@ def test_exports_open_in_a_fresh_process_with_plain_transformers(folders, tokeni
 
 def test_tied_embeddings_stay_tied(tokenizer, tmp_path):
     """Through load, step and export, input and output embeddings are one tensor; the step is that of the unwrapped model."""
-    name = reviews.folder("untrained", root=str(tmp_path))
+    name, shape = str(tmp_path / "tied"), dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    shape |= dict(vocab_size=len(reviews.WORDS), pad_token_id=PAD, initializer_range=0.2)
+    config = LlamaConfig(tie_word_embeddings=True, **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(name)
     model, reference = load_model("policy", name, tokenizer, ARGS, trained=True), AutoModelForCausalLM.from_pretrained(name)
     assert reference.config.tie_word_embeddings
     sequences = sample_sequences(seed=9)
@@ -405,7 +409,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(folders, toke
     optimizer, before = fsdp.adamw(model, 0.0), [p.full_tensor().clone() for p in model.parameters()]
     loss = model.response_logprobs(**collate(sample_sequences(), PAD, "cpu"))[0].sum()
     fsdp.backward(loss)
-    with pytest.raises(SystemExit, match="step 7, data rows .3.*before the"):
+    with pytest.raises(SystemExit, match="step 7, data rows .3."):
         fsdp.optimizer_step(model, optimizer, 1e-2, loss.detach() * math.nan, 1.0, "step 7, data rows [3]")
     model.lm_head.weight.grad.to_local()[0, 0] = math.inf
     with pytest.raises(SystemExit, match="gradient norm"):
