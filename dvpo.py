@@ -231,11 +231,12 @@ def main(args: Args) -> None:
     rows = tokenize(rows, tokenizer, (), args.max_prompt_length, limit, args.dataset)
     rows.sort(key=lambda row: prompt_hash(row["prompt"], args.split_seed + 1))
     eval_rows = rows[: args.eval_prompts]
-    rows = [row for row in rows[len(eval_rows) :] if not eval_rows or row["prompt"] != eval_rows[-1]["prompt"]]
+    rows = rows[len(eval_rows) :]
     if not rows:
         fail(f"{args.dataset}: all {len(eval_rows)} prompts are held out for evaluation; lower --eval-prompts")
 
     # --- models
+    eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
     policy = load_model("policy", name, tokenizer, args, trained=True)
     optimizer = fsdp.adamw(policy, args.lr)
     gvm = load_model("value", gvm_name, tokenizer, args, trained=False)
@@ -245,7 +246,6 @@ def main(args: Args) -> None:
     reference = load_model("policy", ref_name, tokenizer, args, trained=False)
     models, optimizers = [policy, gvm, reference], [optimizer]
     trained = {"policy": (policy, optimizer)}
-    eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
     state = fsdp.load_checkpoint(args.run_dir, trained) if args.resume else {}
     start, beta = state.get("step", 0), state.get("beta", args.beta)
     pool = state.get("pool", [])  # the policy's earlier answers, for a GVM with context
@@ -356,12 +356,14 @@ def main(args: Args) -> None:
         run.metrics(done, metrics, show=("objective/score", "objective/kl", "rollout/length"))
         if args.kl_target:
             beta = next_beta(beta, float(kl[mask].mean()), args.kl_target, args.batch_size)
-        if args.eval_every and eval_rows and (done % args.eval_every == 0 or done == args.steps):
+        if args.eval_every and eval_rows and done % args.eval_every == 0 and done < args.steps:
             evaluate(done)
 
         # --- save
         if args.save_every and (done % args.save_every == 0 or done == args.steps):
             fsdp.save_checkpoint(args.run_dir, done, trained, {"beta": beta, "pool": pool}, args.keep)
+    if args.eval_every and eval_rows:
+        evaluate(args.steps)
     fsdp.export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
     run.close()
 

@@ -237,7 +237,8 @@ def draw_values(texts: list[tuple[str, list[str], list[float]]], path: str) -> s
             lines[-1].append((x, token.replace("\n", " "), tuple(v / 255 for v in c)))
             x += len(token)
     style = "body{font:16px/2 monospace;max-width:60em;margin:2em auto} span{white-space:pre-wrap}"
-    Path(f"{path}.html").write_text(f'<!doctype html><meta charset="utf-8"><style>{style}</style>' + "".join(page), encoding="utf-8")
+    page.insert(0, f'<!doctype html><meta charset="utf-8"><style>{style}</style>')
+    Path(f"{path}.html").write_text("".join(page), encoding="utf-8")
     figure = plt.figure(figsize=(width * 0.105, 0.32 * len(lines) + 0.2))
     for i, line in enumerate(lines):
         for x, token, c in line:
@@ -265,12 +266,13 @@ def main(args: Args) -> None:
         if args.max_characters:
             texts = ("chosen", "rejected") if source == "preference" else ("response",)
             kept = [row for row in rows if all(len(row[text]) <= args.max_characters for text in texts)]
-            note(f"{dataset}: dropped {len(rows) - len(kept)} of {len(rows)} rows: response over --max-characters {args.max_characters}")
-            rows = kept
+            dropped = f"{len(rows) - len(kept)} of {len(rows)} rows: response over --max-characters {args.max_characters}"
+            note(f"{dataset}: dropped {dropped}")
+            rows = kept or fail(f"{dataset}: no usable row: every response is over --max-characters {args.max_characters}")
         return rows
 
-    def with_tokens(rows):
-        return tokenize(rows, tokenizer, ("response",), args.max_prompt_length, args.max_response_length, args.dataset)
+    def with_tokens(rows, dataset):
+        return tokenize(rows, tokenizer, ("response",), args.max_prompt_length, args.max_response_length, dataset)
 
     eval_source = args.eval_source or args.source
     rows = read(args.dataset, args.split, args.source, args.part)
@@ -283,20 +285,15 @@ def main(args: Args) -> None:
     if args.source == "preference":
         signs = (("chosen", 1.0), ("rejected", -1.0))
         rows = [{**row, "response": row[s], "reward": v, "policy": row.get(f"{s}_policy")} for row in rows for s, v in signs]
-    rows = with_tokens(rows)
-    no_pairs = f"{args.eval_dataset or args.dataset}: no held-out pair to evaluate on; raise --eval-fraction or give --eval-dataset"
+    rows = with_tokens(rows or fail(f"{args.dataset}: every prompt is held out; lower --eval-fraction"), args.dataset)
+    eval_name = args.eval_dataset or args.dataset
+    no_pairs = f"{eval_name}: no held-out pair to evaluate on; raise --eval-fraction, lower --eval-gap or give --eval-dataset"
     if not held_out:
         fail(no_pairs)
     if eval_source == "preference":
         held_out = [{**row, "response": row[s], "policy": row.get(f"{s}_policy"), "pair": i, "reward": sign}
                     for i, row in enumerate(held_out) for s, sign in (("chosen", 1e9), ("rejected", -1e9))]  # fmt: skip
-    held_out = with_tokens(held_out)
-
-    # --- models
-    model = load_model("value", name, tokenizer, args, trained=True, layers=args.layers)
-    optimizer = fsdp.adamw(model, args.lr)
-
-    # --- reward
+    held_out = with_tokens(held_out, eval_name)
     if args.reward:
         judge = Reward(args.reward, tokenizer, args)
         for part in (rows, held_out) if eval_source == "scores" else (rows,):
@@ -325,6 +322,10 @@ def main(args: Args) -> None:
     lengths = [len(p) + len(r) for p, r in sequences]
     steps = args.steps or args.epochs * max(1, len(rows) // args.batch_size)
     note(f"{len(rows)} responses to learn from, {len(pairs)} held-out pairs, {steps} steps")
+
+    # --- models
+    model = load_model("value", name, tokenizer, args, trained=True, layers=args.layers)
+    optimizer = fsdp.adamw(model, args.lr)
     state = fsdp.load_checkpoint(args.run_dir, {"model": (model, optimizer)}) if args.resume else {}
     start = state.get("step", 0)
     value_mean, value_std = state.get("value_mean", 0.0), state.get("value_std", 1.0)
@@ -332,8 +333,8 @@ def main(args: Args) -> None:
 
     def predict(sequences):
         """Values [N, T + 1] of all sequences, on every rank."""
-        width = max(len(r) for _, r in sequences) + 1
-        return run_micro_batches(lambda mb: response_values(model, **mb), sequences, args.micro_batch_size, pad, width, scores.dtype)
+        width, forward = max(len(r) for _, r in sequences) + 1, lambda mb: response_values(model, **mb)
+        return run_micro_batches(forward, sequences, args.micro_batch_size, pad, width, scores.dtype)
 
     def evaluate(step):
         """The accuracy table of appendix E on the held-out pairs; returns it with the token values."""
@@ -395,10 +396,10 @@ def main(args: Args) -> None:
         table = {**accuracy, **{f"baseline_{key}": float(value) for key, value in baselines.items()}, "pairs": len(pairs)}
         Path(args.run_dir, "accuracy.json").write_text(json.dumps(table, indent=1))
         note("accuracy on held-out pairs: " + ", ".join(f"{key} {value:.3f}" for key, value in table.items() if key != "pairs"))
-        shown = [
-            (f"{side}: {json.dumps(eval_rows[i]['prompt'], ensure_ascii=False)[:80]}", token_texts(tokenizer, eval_sequences[i][1]), values[i])
-            for j in range(0, 4, 2) for i, side in ((j, "chosen"), (j + 1, "rejected")) if i < len(eval_rows)
-        ]  # fmt: skip
+        shown = []
+        for i, row in enumerate(eval_rows[:4]):  # two pairs
+            title = f"{('chosen', 'rejected')[i % 2]}: {json.dumps(row['prompt'], ensure_ascii=False)[:80]}"
+            shown.append((title, token_texts(tokenizer, eval_sequences[i][1]), values[i]))
         note(draw_values(shown, f"{args.run_dir}/values"))
     if args.normalise_values:  # the exported head gives the normalised value
         head = model.score if hasattr(model, "score") else model.classifier

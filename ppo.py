@@ -230,20 +230,20 @@ def main(args: Args) -> None:
     rows = tokenize(rows, tokenizer, (), args.max_prompt_length, limit, args.dataset)
     rows.sort(key=lambda row: prompt_hash(row["prompt"], args.split_seed + 1))
     eval_rows = rows[: args.eval_prompts]
-    rows = [row for row in rows[len(eval_rows) :] if not eval_rows or row["prompt"] != eval_rows[-1]["prompt"]]
+    rows = rows[len(eval_rows) :]
     if not rows:
         fail(f"{args.dataset}: all {len(eval_rows)} prompts are held out for evaluation; lower --eval-prompts")
 
     # --- models
+    reward = Reward(args.reward, tokenizer, args)
+    eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
     policy = load_model("policy", name, tokenizer, args, trained=True)
     optimizer = fsdp.adamw(policy, args.lr)
     critic = load_model("value", critic_name, tokenizer, args, trained=True)
     critic_optimizer = fsdp.adamw(critic, args.critic_lr)
     reference = load_model("policy", ref_name, tokenizer, args, trained=False)
-    reward = Reward(args.reward, tokenizer, args)
     models, optimizers = [policy, critic, reference] + [reward.model] * reward_is_model, [optimizer, critic_optimizer]
     trained = {"policy": (policy, optimizer), "critic": (critic, critic_optimizer)}
-    eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
     state = fsdp.load_checkpoint(args.run_dir, trained) if args.resume else {}
     start, beta = state.get("step", 0), state.get("beta", args.beta)
     run.start(start, args.steps)
@@ -355,12 +355,14 @@ def main(args: Args) -> None:
         run.metrics(done, metrics, show=("objective/score", "objective/kl", "rollout/length"))
         if args.kl_target:
             beta = next_beta(beta, float(kl[mask].mean()), args.kl_target, args.batch_size)
-        if args.eval_every and eval_rows and (done % args.eval_every == 0 or done == args.steps):
+        if args.eval_every and eval_rows and done % args.eval_every == 0 and done < args.steps:
             evaluate(done)
 
         # --- save
         if args.save_every and (done % args.save_every == 0 or done == args.steps):
             fsdp.save_checkpoint(args.run_dir, done, trained, {"beta": beta}, args.keep)
+    if args.eval_every and eval_rows:
+        evaluate(args.steps)
     fsdp.export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
     fsdp.export(critic, tokenizer, f"{args.run_dir}/critic", args.precision)
     run.close()

@@ -4,8 +4,8 @@ Trains `AutoModelForSequenceClassification` with one label, the form most reward
 
     loss = -mean over pairs of log sigmoid(r(x, chosen) - r(x, rejected))                                (2203.02155 eq. 1)
 
-The exported config carries `score_mean` and `score_std` over (at most 2,000 pairs of) the training responses; ppo.py and gvm_td.py then use
-standardised scores, so that KL coefficients mean the same beside any of them.
+The exported config carries `score_mean` and `score_std` over the training responses (of at most 2,000 pairs); ppo.py and
+gvm_td.py then use standardised scores, so that KL coefficients mean the same beside any of them.
 
     python reward.py                                                   # the embedded world, one CPU
     python reward.py --model runs/sft/model --dataset pairs.jsonl
@@ -140,10 +140,11 @@ def main(args: Args) -> None:
     else:
         rows, held_out = hold_out(rows, args.eval_fraction, args.split_seed)
     if not rows or not held_out:
-        fail(f"{args.dataset}: {len(rows)} pairs to learn from, {len(held_out)} held out; change --eval-fraction or give --eval-dataset")
+        counts = f"{len(rows)} pairs to learn from, {len(held_out)} held out"
+        fail(f"{args.dataset}: {counts}; change --eval-fraction or give --eval-dataset")
     rows, held_out = (
-        tokenize(part, tokenizer, ("chosen", "rejected"), args.max_prompt_length, args.max_response_length, args.dataset)
-        for part in (rows, held_out)
+        tokenize(part, tokenizer, ("chosen", "rejected"), args.max_prompt_length, args.max_response_length, dataset)
+        for part, dataset in ((rows, args.dataset), (held_out, args.eval_dataset or args.dataset))
     )
 
     def sides(rows):
@@ -176,7 +177,7 @@ def main(args: Args) -> None:
         }  # fmt: skip
         run.metrics(step, metrics, show=("eval/accuracy", "eval/loss"))
         run.samples(step, [
-            {"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"], "chosen_score": c, "rejected_score": r}
+            {key: row[key] for key in ("prompt", "chosen", "rejected")} | {"chosen_score": c, "rejected_score": r}
             for row, c, r in zip(held_out[:4], chosen.tolist(), rejected.tolist(), strict=False)
         ])  # fmt: skip
         return metrics

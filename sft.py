@@ -138,10 +138,11 @@ def main(args: Args) -> None:
     else:
         rows, held_out = hold_out(rows, args.eval_fraction, args.split_seed)
     if not rows or not held_out:
-        fail(f"{args.dataset}: {len(rows)} rows to learn from, {len(held_out)} held out; change --eval-fraction or give --eval-dataset")
+        counts = f"{len(rows)} rows to learn from, {len(held_out)} held out"
+        fail(f"{args.dataset}: {counts}; change --eval-fraction or give --eval-dataset")
     rows, held_out = (
-        tokenize(part, tokenizer, ("response",), args.max_prompt_length, args.max_response_length, args.dataset)
-        for part in (rows, held_out)
+        tokenize(part, tokenizer, ("response",), args.max_prompt_length, args.max_response_length, dataset)
+        for part, dataset in ((rows, args.dataset), (held_out, args.eval_dataset or args.dataset))
     )
     sequences, eval_sequences = ([(row["prompt_ids"], row["response_ids"]) for row in part] for part in (rows, held_out))
     eval_rows = list({str(row["prompt"]): row for row in held_out}.values())[: args.eval_prompts]
@@ -150,9 +151,9 @@ def main(args: Args) -> None:
     note(f"{len(rows)} responses to learn from, {len(held_out)} held out, {steps} steps")
 
     # --- models
+    eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
     policy = load_model("policy", name, tokenizer, args, trained=True)
     optimizer = fsdp.adamw(policy, args.lr)
-    eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
     state = fsdp.load_checkpoint(args.run_dir, {"policy": (policy, optimizer)}) if args.resume else {}
     start = state.get("step", 0)
     run.start(start, steps)

@@ -10,11 +10,17 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from common import reviews  # noqa: E402
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<user> {{ m['content'] }} {% else %}"
+    "<writer> {{ m['content'] }} <eos>{% endif %}{% endfor %}{% if add_generation_prompt %}<writer> {% endif %}"
+)
 
 torch.manual_seed(0)
 config = LlamaConfig(
@@ -22,7 +28,11 @@ config = LlamaConfig(
     max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 AutoModelForCausalLM.from_config(config).save_pretrained(reviews.folder("untrained"))
-reviews.tokenizer().save_pretrained(reviews.folder("untrained"))
+words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(reviews.WORDS)}, unk_token="<unk>"))
+words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+roles = {f"{role}_token": f"<{role}>" for role in ("pad", "bos", "eos", "unk")} | {"chat_template": CHAT_TEMPLATE}
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, additional_special_tokens=reviews.SPECIAL[4:], **roles)
+tokenizer.save_pretrained(reviews.folder("untrained"))
 if "--untrained-only" not in sys.argv:
     for name, script, model in (("policy", "sft.py", "untrained"), ("value", "gvm_td.py", "policy")):
         run_dir = ROOT / "runs/assets" / name

@@ -40,7 +40,7 @@ def picture(evaluations: list[dict], training: list[dict], path: Path) -> None:
     steps = [row["step"] for row in evaluations]
     left.plot(steps, [row["eval/reward"] for row in evaluations], "o-", color="#2a7", label="true reward, held-out prompts")
     rolled = [row["step"] for row in training]
-    left.plot(rolled, [row["objective/score"] for row in training], color="#999", lw=1, label="the GVM's own estimate (standardised)")
+    left.plot(rolled, [row["objective/score"] for row in training], color="#999", lw=1, label="the GVM's estimate (standardised)")
     left.set(xlabel="DVPO step (256 reviews each)", ylabel="reward", title="reward")
     left.legend(frameon=False, fontsize=8, loc="lower right")
     right.plot(steps, [100 * row["eval/grammatical"] for row in evaluations], "o-", color="#27a", label="grammatical (%)")

@@ -6,7 +6,7 @@ then PPO with the reward model, DVPO with either GVM, and DVPO with `--advantage
     python benchmarks/reviews.py                   # 5 seeds, about 40 minutes on one core; resumes where it was stopped
     python benchmarks/reviews.py --seeds 0 1 --out runs/bench   # part of them; the table is over all that are finished
 
-Writes runs/bench/table.md, curves.png, truth.png and truth.json.
+Also GVMs from the true scores with other settings. Writes runs/bench/table.md, curves.png, gvm.md, truth.png and truth.json.
 """
 
 import argparse
@@ -27,6 +27,14 @@ METHODS = {  # name: (script, what takes the place of {seed}'s models, colour)
     "DVPO, GVM from +1/-1": ("dvpo.py", ["--gvm", "{}/gvm_pairs/model"], "#27a"),
     "DVPO, the same with --centre": ("dvpo.py", ["--gvm", "{}/gvm_scores/model", "--centre"], "#92c"),
     "DVPO, --advantage q": ("dvpo.py", ["--gvm", "{}/gvm_scores/model", "--advantage", "q"], "#c63"),
+}
+
+GVMS = {  # variants of the GVM from the true scores, for the table of accuracies
+    "lam 0.95 (default)": [],
+    "lam 0 (the paper's equation 1)": ["--lam", "0"],
+    "lam 1 (Monte Carlo)": ["--lam", "1"],
+    "--normalise-values (v1)": ["--normalise-values"],
+    "--context-pairs 2 (v1)": ["--context-pairs", "2"],
 }
 
 
@@ -55,6 +63,8 @@ def train(out: Path, seed: int, steps: int) -> None:
     for name, (script, flags, _) in METHODS.items():
         flags = [flag.format(home) for flag in flags]
         run(home / slug(name), script, *common, *flags, "--steps", str(steps), "--eval-every", "3")
+    for name, flags in GVMS.items():
+        run(home / f"gvm_{slug(name)}", "gvm_td.py", *common, *flags)
 
 
 def true_values(prompts: list[str], samples: int, least: int) -> list[tuple[str, list[str], float]]:
@@ -78,8 +88,10 @@ def truth(folder: Path, prefixes) -> dict:
     """Correlation of a GVM's values with the true values of prefixes, and the mean absolute error by position."""
     import numpy as np
     import torch
+    import transformers
     from transformers import AutoModelForTokenClassification, AutoTokenizer
 
+    transformers.utils.logging.disable_progress_bar()
     model = AutoModelForTokenClassification.from_pretrained(folder / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     texts = [f"<bos> <user> {prompt} <writer> {' '.join(words)}".strip() for prompt, words, _ in prefixes]
@@ -103,9 +115,9 @@ def curve(folder: Path) -> tuple[list[dict], list[dict]]:
     return [r for r in rows if "eval/reward" in r], [r for r in rows if "time/step_s" in r]
 
 
-def spread(values) -> str:
+def spread(values, digits: int = 2) -> str:
     values = list(values)
-    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0:.2f}"
+    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values) if len(values) > 1 else 0:.{digits}f}"
 
 
 def report(out: Path, seeds: list[int]) -> None:
@@ -131,47 +143,62 @@ def report(out: Path, seeds: list[int]) -> None:
             level = start + 0.8 * (best - start)
             reach.append(next((r["step"] for r in runs[seed][0] if r["eval/reward"] >= level), None))
         reached = [r for r in reach if r is not None]
-        when = spread(reached) + ("" if len(reached) == len(seeds) else f" ({len(reached)} of {len(seeds)} runs)") if reached else "never"
+        when = spread(reached) if reached else "never"
+        when += f" ({len(reached)} of {len(seeds)} runs)" if 0 < len(reached) < len(seeds) else ""
         ratio = spread(statistics.median(r["time/step_s"] for r in runs[s][1]) / seconds[s] for s in seeds)
         state = runs[seeds[0]][1][-1]["memory/state_gb"] * 1024
         grammar = spread(100 * x for x in last[1])
         cells = (name, spread(last[0]), f"{grammar} %", spread(last[2]), spread(last[3]), when, ratio, f"{state:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
-        for axis, key in zip(axes, ("eval/reward", "eval/grammatical", "eval/kl"), strict=True):
+        titles = {"eval/reward": "true reward, held-out prompts", "eval/grammatical": "share grammatical", "eval/kl": "KL (nats)"}
+        for axis, (key, title) in zip(axes, titles.items(), strict=True):
             steps = [r["step"] for r in runs[seeds[0]][0]]
             series = list(zip(*[[r[key] for r in runs[s][0]] for s in seeds], strict=True))
             axis.fill_between(steps, [min(v) for v in series], [max(v) for v in series], color=colour, alpha=0.15, lw=0)
             axis.plot(steps, [statistics.fmean(v) for v in series], color=colour, label=name, lw=1.8)
-            axis.set(xlabel="step", title={"eval/reward": "true reward, held-out prompts", "eval/grammatical": "share grammatical"}.get(key, "KL (nats)"))
+            axis.set(xlabel="step", title=title)
             axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=8)
     axes[2].set_yscale("symlog", linthresh=10)
     figure.savefig(out / "curves.png", dpi=120)
-    note = f"Seeds {seeds}; mean ± standard deviation over seeds of the mean of the last three evaluations (the band in the picture: lowest to highest)."
+    note = f"Seeds {seeds}; mean ± standard deviation over seeds of the mean of the last three evaluations."
     (out / "table.md").write_text("\n".join(lines) + "\n\n" + note + "\n")
     print("\n".join(lines))
 
 
 def report_truth(out: Path, seeds: list[int], prefixes) -> None:
+    """The GVMs: held-out pair accuracy, correlation with the true values of prefixes, error by position."""
     import matplotlib.pyplot as plt
 
-    from common import reviews  # noqa: F401 (the world the values are true in)
-
-    found = {kind: [truth(out / f"seed{s}/{kind}", prefixes) for s in seeds] for kind in ("gvm_true_scores", "gvm_scores", "gvm_pairs")}
-    for kind in found:
-        pairs = [json.loads((out / f"seed{s}/{kind}/accuracy.json").read_text()) for s in seeds]
-        print(f"{kind}: correlation {spread(f['correlation'] for f in found[kind])}, pair accuracy mean "
-              f"{spread(p['mean'] for p in pairs)}, last {spread(p['last'] for p in pairs)}")  # fmt: skip
-    (out / "truth.json").write_text(json.dumps(found, indent=1))
+    kinds = {"from reward-model scores": "gvm_scores", "from +1/-1": "gvm_pairs"}
+    kinds |= {f"from true scores, {name}": f"gvm_{slug(name)}" for name in GVMS}
+    lines = ["| GVM | pair accuracy, mean | last token | correlation with the truth | error after 0 words | 4 | 8 |"]
+    lines.append("|---|---|---|---|---|---|---|")
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    for kind, colour in (("gvm_true_scores", "#444"), ("gvm_scores", "#2a7")):
-        positions = list(found[kind][0]["error"])
-        axis.plot(positions, [statistics.fmean(f["error"][p] for f in found[kind]) for p in positions], "o-", ms=3, color=colour, label=kind)
-    axis.axhline(found["gvm_scores"][0]["spread"], color="#bbb", lw=1, label="standard deviation of the true values")
-    axis.set(xlabel="words of the response seen", ylabel="mean absolute error (reward)", ylim=(0, None), title="GVM against the true value of a prefix")
+    everything = {}
+    for name, kind in kinds.items():
+        folders = [out / f"seed{s}/{kind}" for s in seeds]
+        pairs = [json.loads((folder / "accuracy.json").read_text()) for folder in folders]
+        cells = [name, *(spread((p[key] for p in pairs), 3) for key in ("mean", "last"))]
+        if "context" not in kind and "normalise" not in kind:  # the first reads more than a prefix, the second's unit is its own
+            everything[kind] = found = [truth(folder, prefixes) for folder in folders]
+            cells.append(spread((f["correlation"] for f in found), 3))
+            if kind != "gvm_pairs":  # +1 / -1 are not in the unit of the reward
+                positions = list(found[0]["error"])
+                error = {p: statistics.fmean(f["error"][p] for f in found) for p in positions}
+                cells += [f"{error[p]:.2f}" for p in (0, 4, 8)]
+                if kind in ("gvm_scores", "gvm_lam_0_95_default_", "gvm_lam_0_the_paper_s_equation_1_"):
+                    axis.plot(positions, error.values(), "o-", ms=3, label=name)
+        lines.append("| " + " | ".join(cells + ["-"] * (7 - len(cells))) + " |")
+    (out / "truth.json").write_text(json.dumps(everything, indent=1))
+    axis.axhline(everything["gvm_scores"][0]["spread"], color="#bbb", lw=1, label="standard deviation of the true values")
+    axis.set(xlabel="words of the response seen", ylabel="mean absolute error (reward)", ylim=(0, None))
+    axis.set_title("GVM against the true value of a prefix")
     axis.legend(frameon=False, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(out / "truth.png", dpi=120)
+    (out / "gvm.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 def main() -> None:
@@ -186,13 +213,13 @@ def main() -> None:
     run(args.out / "sft", "sft.py")
     for seed in args.seeds:
         train(args.out, seed, args.steps)
-        run(args.out / f"seed{seed}/gvm_true_scores", "gvm_td.py", "--model", str(args.out / "sft/model"), "--seed", str(seed))
     if args.train_only:
         return
     from common.data import hold_out, read_rows
 
     rows = hold_out(read_rows("reviews", "prompts", part="value"), 0.2, 0)[1]
-    done = [s for s in range(100) if all((args.out / f"seed{s}" / slug(name) / "model").exists() for name in METHODS)]
+    last = f"gvm_{slug(list(GVMS)[-1])}"
+    done = [s for s in range(100) if (args.out / f"seed{s}" / last / "model").exists()]
     report(args.out, done)
     report_truth(args.out, done, true_values([row["prompt"] for row in rows[:24]], 8000, 100))
 

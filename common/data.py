@@ -62,6 +62,8 @@ def read_rows(name, kind, *, split="train", columns=None, part="all", split_seed
             bad += 1
     if bad:
         note(f"{name}: dropped {bad} bad rows of {len(source)}")
+    if kind == "prompts":  # each once, also where the file holds many answers to it
+        rows = list({json.dumps(row["prompt"]): row for row in rows}.values())
     low, high = PARTS[part]
     rows = [row for row in rows if low <= prompt_hash(row["prompt"], split_seed) < high]
     return rows or fail(f"{name}: no usable row (part {part!r} of split {split!r})")
@@ -96,8 +98,8 @@ def _read(name: str, split: str) -> list[dict]:
                 rows += value if isinstance(value, list) else [value]
     except json.JSONDecodeError as error:
         fail(f"{name}, row {i}: not JSON ({error.msg}); a .jsonl file has one object a line")
-    except (OSError, EOFError, UnicodeDecodeError, datasets.exceptions.DatasetGenerationError) as error:
-        fail(f"{name}: cannot be read ({error})")
+    except (OSError, EOFError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        fail(f"{name}: cannot be read ({str(error).splitlines()[0]})")
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             fail(f"{name}, row {i}: expected an object with named columns, found {type(row).__name__}")
@@ -160,7 +162,7 @@ def stop_token(tokenizer) -> int:
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "zq"}]
         tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("zq")[2].strip()
         ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
-        if ids and ids[0] in tokenizer.all_special_ids:
+        if ids and ids[0] in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
             return ids[0]
     return tokenizer.eos_token_id
 

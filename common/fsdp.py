@@ -33,6 +33,7 @@ def launch(main, args) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **alone)
     torch.manual_seed(args.seed)
     try:
+        mesh(args.shard_size)  # a size that does not divide stops here
         main(args)
     except Exception:  # the other ranks may wait in a collective: no tidy end, or this one would wait with them
         if world() == 1:
@@ -194,12 +195,14 @@ def export(model, tokenizer, folder: str, precision: str, **config) -> None:
     reshard(model)
     full = sd.get_model_state_dict(model, options=sd.StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank() == 0:
-        compute, _ = dtypes(precision)
         final, part = Path(folder), Path(folder + ".part")
         shutil.rmtree(part, ignore_errors=True)
         vars(model.config).update(config)
-        model.config.dtype = compute
-        model.save_pretrained(part, state_dict={k: v.to(compute) for k, v in full.items()})
+        model.config.dtype = compute = dtypes(precision)[0]
+        if model.can_generate():
+            model.generation_config = model.generation_to_export
+        tied = model.all_tied_weights_keys  # on several ranks the gathered copies share no memory, so both would be written
+        model.save_pretrained(part, state_dict={k: v.to(compute) for k, v in full.items() if k not in tied})
         tokenizer.save_pretrained(part)
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)

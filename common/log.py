@@ -23,8 +23,8 @@ def parse(cls, reviews: dict, argv=None):
     args = tyro.cli(cls, args=argv)
     if args.dataset == "reviews":
         args = tyro.cli(cls, args=argv, default=cls(**reviews))
-    sizes = ("batch_size", "mini_batch_size", "micro_batch_size", "max_prompt_length", "max_response_length", "keep")
-    for name in ("steps", "epochs", "lr", *sizes):
+    sizes = "batch_size mini_batch_size micro_batch_size rollout_batch_size max_prompt_length max_response_length keep"
+    for name in ("steps", "epochs", "lr", "critic_lr", "temperature", "gamma", *sizes.split()):
         value = getattr(args, name, 1)
         if value < 0 or (value == 0 and getattr(cls, name) != 0):
             fail(f"--{name.replace('_', '-')} is {value}; it must be above 0")
@@ -51,14 +51,15 @@ class Run:
             file.write_text(json.dumps(now, indent=1))
 
     def start(self, step: int, total: int) -> None:
-        """Opens the logs at `step`: on resume, what an interrupted run wrote after its checkpoint is written anew."""
+        """Opens the logs at `step`: on resume, what a run wrote after its checkpoint, the last evaluation too, comes anew."""
         self.total = total
         if fsdp.rank() != 0:
             return
         for path in (self.dir / "metrics.jsonl", self.dir / "samples.jsonl"):
-            lines = path.read_text().splitlines() if path.exists() else ()
-            kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            path.with_suffix(".part").write_text("".join(kept))
+            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() and step else ""
+            before = lambda row: row["step"] < step or (row["step"] == step and (step < total or "time/step_s" in row))
+            kept = [line + "\n" for line in text.split("\n")[:-1] if before(json.loads(line))]  # a torn line has no end
+            path.with_suffix(".part").write_text("".join(kept), encoding="utf-8")
             path.with_suffix(".part").rename(path)
         self.writer = SummaryWriter(str(self.dir), purge_step=step + 1 if step else None)
         self.bar = tqdm(total=total, initial=step, desc=self.dir.name, disable=None)

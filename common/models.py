@@ -3,6 +3,7 @@
 import importlib
 import types
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,14 +75,15 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
         wrong = sorted(key for key in missing if key.split(".")[0] not in ("score", "classifier"))
         if wrong:
             fail(f"{name}: weights missing for a {kind} model: {wrong[0]}")
+        if missing and not trained:
+            fail(f"{name}: it has no head that was trained ({min(missing)} is missing), so it is no {kind} model")
         for key, parameter in source.named_parameters():
             if key in missing:
                 torch.nn.init.zeros_(parameter)
         if kind == "value" and getattr(config, "score_std", None):  # from reward.py: start at its *standardised* scores
             fsdp.head(source).weight.data.div_(config.score_std)
             fsdp.head(source).bias.data.sub_(config.score_mean).div_(config.score_std)
-    if kind == "value":
-        config.score_std = None  # done
+            config.score_std = None  # done
     with torch.device("meta"):
         model = AUTO[kind].from_config(**options)
     for module in filter(None, (source, model) if kind == "value" else ()):
@@ -89,7 +91,11 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
     if kind == "policy":  # registered with FSDP below, so that calling it gathers the root's parameters
         model.response_logprobs = types.MethodType(response_logprobs, model)
         pad = tokenizer.pad_token_id
-        model.forbidden_token = None if pad in (tokenizer.eos_token_id, stop_token(tokenizer)) else pad
+        stops = sorted({tokenizer.eos_token_id, stop_token(tokenizer)})
+        model.forbidden_token = None if pad in stops else pad
+        if source:  # kept from `generate`, which would take a repetition penalty from it: not what log-probabilities are of
+            model.generation_to_export = source.generation_config
+            model.generation_to_export.eos_token_id = stops if len(stops) > 1 else stops[0]
     fsdp.shard(model, compute, args.shard_size, frozen=not trained)
     fsdp.load_full(model, source)
     model.requires_grad_(trained)
@@ -110,10 +116,8 @@ def token_logprobs(hidden, weight, bias, tokens, temperature=1.0, forbidden=None
             entropy = torch.logsumexp(logits, -1) - (logits.softmax(-1) * logits).sum(-1)
         return -F.cross_entropy(logits, y, reduction="none"), entropy
 
-    parts = [
-        checkpoint(one, h, y, use_reentrant=False) if torch.is_grad_enabled() else one(h, y)
-        for h, y in zip(hidden.split(chunk), tokens.split(chunk), strict=True)
-    ]
+    each = partial(checkpoint, one, use_reentrant=False) if torch.is_grad_enabled() else one
+    parts = [each(h, y) for h, y in zip(hidden.split(chunk), tokens.split(chunk), strict=True)]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 def response_positions(prompt_lengths, response_mask, width: int):

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 OCCASIONS = ["breakfast", "lunch", "dinner", "supper"]
-TOPICS = ["soup", "pasta", "fish", "salad", "bread", "cake", "curry", "rice", "coffee", "wine", "waiter", "chef", "music", "room", "table", "view"]
+TOPICS = "soup pasta fish salad bread cake curry rice coffee wine waiter chef music room table view".split()
 ADJECTIVES = {1.0: "perfect lovely great warm", 0.5: "good nice fresh fine"}
 ADJECTIVES |= {-1.0: "awful bad poor cold", -0.5: "dull slow bland sad"}
 STRENGTH = {word: value for value, words in ADJECTIVES.items() for word in words.split()}
@@ -17,10 +17,6 @@ NEGATION = -0.5  # "not lovely" is half as strong as "awful"; "not awful" half a
 MIN_GAP = 0.5  # of a preference pair: a judge's clear choice
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<writer>"]
 WORDS = SPECIAL + OCCASIONS + TOPICS + list(STRENGTH) + list(DEGREE) + ["the", "was", "not", "and", "but", ":", "?", "."]
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<user> {{ m['content'] }} {% else %}"
-    "<writer> {{ m['content'] }} <eos>{% endif %}{% endfor %}{% if add_generation_prompt %}<writer> {% endif %}"
-)
 
 # shares of positive clauses, negations, degree words, mild adjectives, a skipped second topic, a remark nobody asked for
 AUTHORS = {
@@ -71,11 +67,9 @@ def reward(prompts: list[str], responses: list[str], **_) -> list[float]:
 
 def grammatical(prompts: list[str], responses: list[str], **_) -> list[float]:
     """1.0 where the whole response is a sentence of the grammar that names no topic twice, else 0.0."""
-    shares = []
-    for response in responses:
-        topics = [clause[0] for clause in re.findall(_CLAUSE, response)]
-        shares.append(float(bool(_REVIEW.fullmatch(response.strip())) and len(topics) == len(set(topics))))
-    return shares
+    topics = [[clause[0] for clause in re.findall(_CLAUSE, text)] for text in responses]
+    whole = [bool(_REVIEW.fullmatch(text.strip())) for text in responses]
+    return [float(w and len(t) == len(set(t))) for w, t in zip(whole, topics, strict=True)]
 
 def rows(kind: str, responses: int = 16) -> list[dict]:
     """The data set as rows of `kind`: `responses` by random authors for each of the 960 prompts; the preference rows pair
@@ -97,16 +91,6 @@ def rows(kind: str, responses: int = 16) -> list[dict]:
         else:
             out += scored
     return out
-
-def tokenizer():
-    """A word-level tokenizer with a chat template, built in code."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    roles = {f"{role}_token": f"<{role}>" for role in ("pad", "bos", "eos", "unk")} | {"chat_template": CHAT_TEMPLATE}
-    return PreTrainedTokenizerFast(tokenizer_object=words, additional_special_tokens=SPECIAL[4:], **roles)
 
 def folder(kind: str) -> str:
     """The folder of an embedded model: `untrained`, `policy` or `value`; assets/make.py makes them with sft.py and gvm_td.py."""

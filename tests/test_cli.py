@@ -91,7 +91,6 @@ def test_unknown_part(world):
     assert "Traceback" not in result.output
 
 
-@pytest.mark.xfail(strict=True, reason="parse() does not look at these")
 @pytest.mark.parametrize("flag", ["critic-lr", "temperature", "rollout-batch-size"])
 def test_other_numbers(flag):
     """So are the other numbers that nothing works with."""

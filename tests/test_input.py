@@ -14,10 +14,6 @@ PAIRS = [{"prompt": row["prompt"], "chosen": "the soup was warm .", "rejected": 
 ROWS = {"sft": GOOD, "reward": PAIRS, "gvm_td": SCORED, "dvpo": GOOD, "ppo": GOOD}
 
 
-def bug(reason):
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 def fails(world, script, patch=ranks.no_models, processes=0, **args):
     """The one line a run with `args` stops with."""
     run_dir = world.path("runs/bad")
@@ -61,6 +57,7 @@ def test_label_type(world):
         read_rows(name, "labelled")
 
 
+EQUAL = dict(dataset="equal.jsonl", eval_dataset="pairs.jsonl", eval_split="train", eval_source="preference")
 # arguments, and what the error must say
 BAD_ARGS = {
     "missing file": ("sft", dict(dataset="nowhere.jsonl"), "nowhere.jsonl", "no such file"),
@@ -83,20 +80,15 @@ BAD_ARGS = {
     "missing GVM": ("dvpo", dict(gvm="./nowhere"), "./nowhere", "no model folder"),
     "no end token": ("sft", dict(model="runs/endless"), "runs/endless", "no end-of-sequence token"),
     "GVM of another tokenizer": ("dvpo", dict(gvm="runs/foreign"), "--gvm runs/foreign", "tokenizer differs"),
+    "broken .parquet": ("sft", dict(dataset="broken.parquet"), "broken.parquet"),
+    "reward without a function": ("ppo", dict(reward="ranks:nothing"), "--reward ranks:nothing", "module:function"),
+    "reward without a module": ("ppo", dict(reward="no.module:f"), "--reward no.module:f"),
+    "equal rewards": ("gvm_td", dict(EQUAL), "equal.jsonl", "all rewards are 2.0"),
+    "shard size": ("sft", dict(shard_size=2), "--shard-size 2 does not divide the 1 processes"),
+    "held-out prompts too long": ("sft", dict(eval_dataset="long.jsonl", eval_split="train"), "long.jsonl"),
+    "all responses too long": ("gvm_td", dict(max_characters=1), "scored.jsonl", "--max-characters"),
     "critic of another tokenizer": ("ppo", dict(critic="runs/foreign"), "--critic runs/foreign", "tokenizer differs"),
 }
-EQUAL = dict(dataset="equal.jsonl", eval_dataset="pairs.jsonl", eval_split="train", eval_source="preference")
-BAD_ARGS_BUGS = {
-    "broken .parquet": (("sft", dict(dataset="broken.parquet"), "broken.parquet"), "pyarrow's errors are not caught"),
-    "reward without a function": (("ppo", dict(reward="ranks:nothing"), "--reward"), "looked up after the models are loaded"),
-    "reward without a module": (("ppo", dict(reward="no.module:f"), "--reward"), "looked up after the models are loaded"),
-    "equal rewards": (("gvm_td", dict(EQUAL), "all rewards are 2.0"), "checked only after the model is loaded"),
-    "shard size": (("sft", dict(shard_size=2), "--shard-size 2"), "checked only after the weights are read"),
-    "held-out prompts too long": (
-        ("sft", dict(eval_dataset="long.jsonl", eval_split="train"), "long.jsonl"), "the error names --dataset instead",
-    ),
-    "all responses too long": (("gvm_td", dict(max_characters=1), "--max-characters"), "the error blames --max-prompt-length"),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +117,7 @@ def bad_files(world):
 
 @pytest.mark.parametrize(
     ("script", "args", "words"),
-    [pytest.param(s, a, w, id=name) for name, (s, a, *w) in BAD_ARGS.items()]
-    + [pytest.param(s, a, w, id=name, marks=bug(why)) for name, ((s, a, *w), why) in BAD_ARGS_BUGS.items()],
+    [pytest.param(s, a, w, id=name) for name, (s, a, *w) in BAD_ARGS.items()],
 )
 def test_bad_arguments(world, bad_files, script, args, words):
     """The error names what is wrong and the mend."""
@@ -171,36 +162,17 @@ def test_pickled_weights_are_refused(world, processes):
         assert "runs/pickled" in result.error()
 
 
-@pytest.mark.parametrize(
-    ("reward", "words"),
-    [
-        ("ranks:nan_reward", ("--reward ranks:nan_reward", "nan", "response")),
-        ("ranks:nothing", ("--reward ranks:nothing", "module:function")),
-        pytest.param("ranks:raising_reward", ("--reward ranks:raising_reward", "no such judge"), marks=bug("a traceback")),
-    ],
-)
-def test_bad_reward_function(world, reward, words):
-    """A reward that is no number, or whose function is missing or raises, ends the run with one line."""
-    line = fails(world, "ppo", patch=None, reward=reward, eval_every=0)
-    assert all(word in line for word in words), line
+def test_reward_that_is_no_number(world):
+    """Ends the run with one line that quotes the response."""
+    line = fails(world, "ppo", patch=None, reward="ranks:nan_reward", eval_every=0)
+    assert all(word in line for word in ("--reward ranks:nan_reward", "nan", "response")), line
 
 
 def test_reward_function_raises_on_one_rank(world):
-    """An exception ends every rank; none waits for ever."""
+    """An exception ends every rank, with the traceback its author needs; none waits for ever."""
     args = ranks.ARGS["ppo"] | dict(reward="ranks:raising_reward", eval_every=0, run_dir="runs/raises")
     result = world.run("ppo", 2, **args)
     assert all(result.codes) and "no such judge" in result.output
-
-
-def test_equal_rewards(world, bad_files):
-    """gvm_td refuses rewards that are all the same."""
-    line = fails(world, "gvm_td", patch=None, **EQUAL)
-    assert "equal.jsonl" in line and "all rewards are 2.0" in line
-
-
-def test_shard_size(world):
-    """--shard-size must divide the number of processes."""
-    assert "--shard-size 2 does not divide the 1 processes" in fails(world, "reward", patch=None, shard_size=2)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

@@ -57,7 +57,6 @@ def test_hybrid_sharding_and_frozen_models(world, alone):
         assert found == {"kinds": ["value", "policy"], "changed": [], "gradients": [], "optimized": []}
 
 
-@pytest.mark.xfail(strict=True, reason="fsdp.export writes the tied lm_head.weight a second time on 2 or more ranks")
 def test_tied_weights_are_exported_once(world, alone):
     """An export holds the same tensors from 2 ranks as from 1."""
     world.run("sft", 2, **ranks.ARGS["sft"] | dict(precision="fp64", steps=1, run_dir="runs/tied")).ok()

@@ -103,13 +103,7 @@ def test_nothing_to_resume(world, unbroken):
     assert_identical(world.path("runs/fresh"), unbroken("sft"))
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        pytest.param("gvm_td", marks=pytest.mark.xfail(strict=True, reason="the last evaluation is written a second time")),
-        "ppo",
-    ],
-)
+@pytest.mark.parametrize("script", ranks.SCRIPTS)
 def test_finished_run_resumed(world, unbroken, script):
     """--resume of a run that had ended changes neither its weights nor its metrics."""
     run_dir = f"runs/again-{script}"
@@ -119,7 +113,6 @@ def test_finished_run_resumed(world, unbroken, script):
     assert ranks.metrics(world.path(run_dir)) == ranks.metrics(unbroken(script))
 
 
-@pytest.mark.xfail(strict=True, reason="the evaluation of step 0 is written a second time")
 def test_killed_before_the_first_checkpoint(world, unbroken):
     """With no checkpoint yet, --resume starts anew and the rows of the first try are gone."""
     kill_at(world, "dvpo", "runs/early", 1, 0.0)
@@ -132,16 +125,8 @@ def test_killed_before_the_first_checkpoint(world, unbroken):
     ("name", "tail"),
     [
         ("metrics.jsonl", '{"step": 9, "sft/lo'),
-        pytest.param(
-            "samples.jsonl",
-            '{"step": 9, "prompt": [{"role": "user", "content": "soup"}',
-            marks=pytest.mark.xfail(strict=True, reason="a torn line may end in }"),
-        ),
-        pytest.param(
-            "samples.jsonl",
-            '{"step": 3, "prompt": "soup", "response": "warm\u2028very"}\n',
-            marks=pytest.mark.xfail(strict=True, reason="splitlines() splits at U+2028, which is no line end in JSON"),
-        ),
+        ("samples.jsonl", '{"step": 9, "prompt": [{"role": "user", "content": "soup"}'),
+        ("samples.jsonl", '{"step": 3, "prompt": "soup", "response": "warm\u2028very"}\n'),
     ],
     ids=["torn", "torn after a brace", "line separator in the text"],
 )
@@ -155,7 +140,8 @@ def test_torn_line_is_healed(world, unbroken, name, tail):
     world.run("sft", **ARGS["sft"], run_dir="runs/torn", resume=True).ok()
     rows = ranks.metrics(run_dir), ranks.samples(run_dir)  # every line is JSON again
     assert rows[0][: len(ranks.metrics(unbroken("sft")))] == ranks.metrics(unbroken("sft"))
-    assert (run_dir / name).read_text(encoding="utf-8").startswith(before + (tail if tail.endswith("\n") else ""))
+    lines = before.split("\n")[:-1] + [tail[:-1]] * tail.endswith("\n")
+    assert sorted((run_dir / name).read_text(encoding="utf-8").split("\n")[:-1]) == sorted(lines)
 
 
 def test_folder_in_use(world, unbroken):

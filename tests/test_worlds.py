@@ -18,7 +18,7 @@ import gvm_td
 import ppo
 from common import fsdp, reviews
 from common.data import collate
-from common.models import load_model, response_values
+from common.models import load_model, load_tokenizer, response_values
 
 LIMIT = 3
 TEXTS = [y for n in range(1, LIMIT + 1) for y in product(range(3), repeat=n)]
@@ -110,7 +110,7 @@ def group():
 def test_a_transformer_gvm_approaches_the_dynamic_programming_value(group, tmp_path):
     """load_model, response_values and td_loss at lam 0.95, responses weighted by their probability: within 0.1 of values that
     spread over more than 1, in each of the 29 prefixes."""
-    world, tokenizer = World(seed=1), reviews.tokenizer()
+    world, tokenizer = World(seed=1), load_tokenizer(reviews.folder("untrained"))
     shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.2)
     backbone = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2, **shape)
     torch.manual_seed(0)
