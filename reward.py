@@ -4,7 +4,7 @@ Trains `AutoModelForSequenceClassification` with one label, the form most reward
 
     loss = -mean over pairs of log sigmoid(r(x, chosen) - r(x, rejected))                                (2203.02155 eq. 1)
 
-The exported config carries `score_mean` and `score_std` over the training responses (of at most 2,000 pairs); ppo.py and
+The exported config carries `score_mean` and `score_std` over the training responses (of at most 500 pairs); ppo.py and
 gvm_td.py then use standardised scores, so that KL coefficients mean the same beside any of them.
 
     python reward.py                                                   # the embedded world, one CPU
@@ -215,7 +215,7 @@ def main(args: Args) -> None:
         if args.save_every and (done % args.save_every == 0 or done == steps):
             fsdp.save_checkpoint(args.run_dir, done, {"model": (model, optimizer)}, {}, args.keep)
     result = evaluate(steps)
-    scores = predict(sequences[: 2 * 2000])
+    scores = predict(sequences[: 2 * 500])  # a sample: the spread is known to 2 % then
     if rank == 0:
         table = {key.split("/")[1] if "eval" in key else key.replace("/", "_"): float(value) for key, value in result.items()}
         Path(args.run_dir, "accuracy.json").write_text(json.dumps({**table, "pairs": len(held_out)}, indent=1))

@@ -1,9 +1,10 @@
 """DVPO beside PPO on the embedded world, and the Global Value Model beside the truth.
 
 For each seed: a reward model, a GVM from its scores (the paper's comparison) and a GVM from +1 / -1, all from one SFT policy;
-then PPO with the reward model, DVPO with either GVM, and DVPO with `--advantage q`: same policy, prompts, batch and epochs.
+then PPO with the reward model, DVPO with either GVM, with `--centre` and with `--advantage q`: same policy, prompts, batch and
+epochs. PPO with the true reward and DVPO with a GVM from true scores show what is left when the reward model's errors are gone.
 
-    python benchmarks/reviews.py                   # 5 seeds, about 40 minutes on one core; resumes where it was stopped
+    python benchmarks/reviews.py                   # 5 seeds, about 45 minutes on one core; resumes where it was stopped
     python benchmarks/reviews.py --seeds 0 1 --out runs/bench   # part of them; the table is over all that are finished
 
 Also GVMs from the true scores with other settings. Writes runs/bench/table.md, curves.png, gvm.md, truth.png and truth.json.
@@ -27,6 +28,8 @@ METHODS = {  # name: (script, what takes the place of {seed}'s models, colour)
     "DVPO, GVM from +1/-1": ("dvpo.py", ["--gvm", "{}/gvm_pairs/model"], "#27a"),
     "DVPO, the same with --centre": ("dvpo.py", ["--gvm", "{}/gvm_scores/model", "--centre"], "#92c"),
     "DVPO, --advantage q": ("dvpo.py", ["--gvm", "{}/gvm_scores/model", "--advantage", "q"], "#c63"),
+    "PPO, true reward": ("ppo.py", ["--reward", "common.reviews:reward"], "#bbb"),
+    "DVPO, GVM from true scores": ("dvpo.py", ["--gvm", "{}/gvm_lam_0_95_default_/model"], "#7d6"),
 }
 
 GVMS = {  # variants of the GVM from the true scores, for the table of accuracies
@@ -60,11 +63,11 @@ def train(out: Path, seed: int, steps: int) -> None:
     run(home / "reward", "reward.py", *common)
     run(home / "gvm_scores", "gvm_td.py", *common, "--reward", f"{home}/reward/model")
     run(home / "gvm_pairs", "gvm_td.py", *common, "--source", "preference")
+    for name, flags in GVMS.items():
+        run(home / f"gvm_{slug(name)}", "gvm_td.py", *common, *flags)
     for name, (script, flags, _) in METHODS.items():
         flags = [flag.format(home) for flag in flags]
         run(home / slug(name), script, *common, *flags, "--steps", str(steps), "--eval-every", "3")
-    for name, flags in GVMS.items():
-        run(home / f"gvm_{slug(name)}", "gvm_td.py", *common, *flags)
 
 
 def true_values(prompts: list[str], samples: int, least: int) -> list[tuple[str, list[str], float]]:
@@ -218,7 +221,7 @@ def main() -> None:
     from common.data import hold_out, read_rows
 
     rows = hold_out(read_rows("reviews", "prompts", part="value"), 0.2, 0)[1]
-    last = f"gvm_{slug(list(GVMS)[-1])}"
+    last = slug(list(METHODS)[-1])
     done = [s for s in range(100) if (args.out / f"seed{s}" / last / "model").exists()]
     report(args.out, done)
     report_truth(args.out, done, true_values([row["prompt"] for row in rows[:24]], 8000, 100))
