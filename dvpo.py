@@ -6,7 +6,7 @@ V(s_1) at the last prompt token and Q(s_t, a_t) = V(s_{t+1}) at each response to
     --advantage gae: r_t = -beta * kl_t, plus Q(s_T, a_T) at the last token, GAE over V(s_t)     (v3: the value of the action
                      against the value of the state)
     --advantage q:   A_t = (Q_t - mean) / std, plus sum_{j>=t} gamma^{j-t} * (-beta * kl_j)            (v1, equations 2-3)
-    loss = -mean_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)
+    policy loss = -mean_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)                     (1707.06347 eq. 7)
 
 Differences from ppo.py:
  1. `--gvm` takes the place of `--reward` and `--critic`: it is frozen, has no optimizer and no gradient.
@@ -104,6 +104,8 @@ class Args:
     """gae: 2502.16944 v3, advantage over the state's value; q: v1, whitened action values (docs/dvpo.md: less stable)"""
     centre: bool = False
     """subtract the batch's mean from GAE advantages, as PPO does; a frozen GVM is better without (docs/dvpo.md)"""
+    log_odds: bool = False
+    """for a GVM trained on +1 / -1: use atanh(V), half the log-odds of being the chosen answer, which does not level off"""
     gamma: float = 1.0
     """discount; a GVM must have been trained with the same"""
     lam: float = 0.95
@@ -139,7 +141,7 @@ class Args:
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
 REVIEWS = dict(
     part="rl", steps=40, batch_size=256, mini_batch_size=64, micro_batch_size=64, max_prompt_length=16,
-    max_response_length=32, lr=3e-4, beta=0.1, warmup_steps=0, eval_every=10, eval_prompts=96, save_every=20,
+    max_response_length=32, beta=0.1, lr=3e-4, warmup_steps=0, eval_every=10, eval_prompts=96, save_every=20,
     eval_reward=("common.reviews:reward", "common.reviews:grammatical"),
 )  # fmt: skip
 
@@ -298,6 +300,8 @@ def main(args: Args) -> None:
         values = run_micro_batches(
             lambda mb: response_values(gvm, **mb), read, args.micro_batch_size, pad, mask.shape[1] + 1
         )
+        if args.log_odds:
+            values = torch.atanh(values.clamp(-0.99, 0.99))
         scores = values.gather(1, mask.sum(1, keepdim=True)).squeeze(1)  # Q(s_T, a_T)
         final = scores - args.missing_eos_penalty * truncated
 

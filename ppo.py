@@ -135,7 +135,8 @@ class Args:
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
 REVIEWS = dict(
     part="rl", steps=40, batch_size=256, mini_batch_size=64, micro_batch_size=64, max_prompt_length=16,
-    max_response_length=32, lr=3e-4, critic_lr=1e-3, beta=0.1, warmup_steps=0, eval_every=10, eval_prompts=96, save_every=20,
+    max_response_length=32, beta=0.1, lr=3e-4, warmup_steps=0, eval_every=10, eval_prompts=96, save_every=20,
+    critic_lr=1e-3,
     eval_reward=("common.reviews:reward", "common.reviews:grammatical"),
 )  # fmt: skip
 

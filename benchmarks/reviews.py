@@ -22,14 +22,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-METHODS = {  # name: (script, what takes the place of {seed}'s models, colour)
+METHODS = {  # name: (script, flags with {} for the seed's folder, colour in the picture)
     "PPO, reward model": ("ppo.py", ["--reward", "{}/reward/model"], "#444"),
     "DVPO, GVM from reward-model scores": ("dvpo.py", ["--gvm", "{}/gvm_scores/model"], "#2a7"),
     "DVPO, GVM from +1/-1": ("dvpo.py", ["--gvm", "{}/gvm_pairs/model"], "#27a"),
-    "DVPO, the same with --centre": ("dvpo.py", ["--gvm", "{}/gvm_scores/model", "--centre"], "#92c"),
-    "DVPO, --advantage q": ("dvpo.py", ["--gvm", "{}/gvm_scores/model", "--advantage", "q"], "#c63"),
-    "PPO, true reward": ("ppo.py", ["--reward", "common.reviews:reward"], "#bbb"),
-    "DVPO, GVM from true scores": ("dvpo.py", ["--gvm", "{}/gvm_lam_0_95_default_/model"], "#7d6"),
+    "DVPO, GVM from +1/-1, --log-odds": ("dvpo.py", ["--gvm", "{}/gvm_pairs/model", "--log-odds"], "#0cc"),
+    "DVPO, GVM from +1/-1, --beta 0.05": ("dvpo.py", ["--gvm", "{}/gvm_pairs/model", "--beta", "0.05"], None),
+    "DVPO, GVM from scores, --centre": ("dvpo.py", ["--gvm", "{}/gvm_scores/model", "--centre"], "#92c"),
+    "DVPO, GVM from scores, --advantage q": ("dvpo.py", ["--gvm", "{}/gvm_scores/model", "--advantage", "q"], "#c63"),
+    "PPO, true reward": ("ppo.py", ["--reward", "common.reviews:reward"], None),
+    "DVPO, GVM from true scores": ("dvpo.py", ["--gvm", "{}/gvm_lam_0_95_default_/model"], None),
 }
 
 GVMS = {  # variants of the GVM from the true scores, for the table of accuracies
@@ -154,7 +156,7 @@ def report(out: Path, seeds: list[int]) -> None:
         cells = (name, spread(last[0]), f"{grammar} %", spread(last[2]), spread(last[3]), when, ratio, f"{state:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
         titles = {"eval/reward": "true reward, held-out prompts", "eval/grammatical": "share grammatical", "eval/kl": "KL (nats)"}
-        for axis, (key, title) in zip(axes, titles.items(), strict=True):
+        for axis, (key, title) in zip(axes, titles.items() if colour else (), strict=bool(colour)):
             steps = [r["step"] for r in runs[seeds[0]][0]]
             series = list(zip(*[[r[key] for r in runs[s][0]] for s in seeds], strict=True))
             axis.fill_between(steps, [min(v) for v in series], [max(v) for v in series], color=colour, alpha=0.15, lw=0)
