@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -99,6 +100,16 @@ def test_other_numbers(flag):
     module = importlib.import_module("ppo")
     with pytest.raises(SystemExit, match=f"--{flag}"):
         parse(module.Args, module.REVIEWS, [f"--{flag}=-1"])
+
+
+def test_log_odds(world):
+    """--log-odds scores a response with atanh of the GVM's last value."""
+    found = []
+    for log_odds in (False, True):
+        args = ranks.ARGS["dvpo"] | dict(steps=1, batch_size=1, mini_batch_size=1, eval_every=0, log_odds=log_odds)
+        world.run("dvpo", **args, run_dir=f"runs/odds-{log_odds}").ok()
+        found += [ranks.metrics(world.path(f"runs/odds-{log_odds}"))[0]["objective/score"]]
+    assert found[1] == pytest.approx(math.atanh(max(-0.99, min(0.99, found[0]))), rel=1e-5)
 
 
 def assert_complete(folder, script):
