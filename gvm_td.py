@@ -19,6 +19,7 @@ Watch `eval/accuracy_mean` and `eval/accuracy_last` against the length and polic
 model that does not beat "the longer one wins" has learned length. docs/gvm_td.md explains the rest.
 """
 
+import gc
 import html
 import json
 import math
@@ -301,6 +302,7 @@ def main(args: Args) -> None:
             for row, score in zip(part, found.tolist(), strict=True):
                 row["reward"] = score
         del judge
+        gc.collect()  # sharded modules are in reference cycles
     pairs = make_pairs(held_out, args.eval_gap)
     eval_rows = [row for pair in random.Random(0).sample(pairs, min(len(pairs), 2000)) for row in pair] or fail(no_pairs)
     pairs = list(zip(eval_rows[::2], eval_rows[1::2], strict=True))
@@ -402,7 +404,8 @@ def main(args: Args) -> None:
             shown.append((title, token_texts(tokenizer, eval_sequences[i][1]), values[i]))
         note(draw_values(shown, f"{args.run_dir}/values"))
     if args.normalise_values:  # the exported head gives the normalised value
-        head = model.score if hasattr(model, "score") else model.classifier
+        fsdp.reshard(model)  # after a forward without gradient the root holds gathered copies
+        head = fsdp.head(model)
         head.weight.data.div_(value_std)
         head.bias.data.sub_(value_mean).div_(value_std)
     fsdp.export(

@@ -19,6 +19,7 @@ below a few nats a response, `rollout/length` neither collapse nor explode. Our 
 import math
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -219,7 +220,7 @@ def main(args: Args) -> None:
     check_same_tokenizer(tokenizer, ref_name, "--ref-model")
     pad, limit = tokenizer.pad_token_id, args.max_response_length
     stops = {stop_token(tokenizer), tokenizer.eos_token_id}
-    reward_is_model = ":" not in args.reward
+    reward_is_model = ":" not in args.reward or Path(args.reward).exists()
     critic_name = resolve(args.critic or (args.reward if reward_is_model else args.model))
     check_same_tokenizer(tokenizer, critic_name, "--critic")
 

@@ -7,38 +7,41 @@ import json
 import math
 import os
 import random
+import time
 from pathlib import Path
 
 import datasets
+import jinja2
 import torch
 
 from common import reviews
 
 KINDS = {  # the columns a row must have, by kind of data set
-    "prompts": ("prompt",),
-    "sft": ("prompt", "response"),
+    "prompts": ("prompt",), "sft": ("prompt", "response"),
     "preference": ("prompt", "chosen", "rejected"),
     "responses": ("prompt", "response"),  # all of them, where `sft` takes UltraFeedback's best
-    "scored": ("prompt", "response", "reward"),
-    "labelled": ("prompt", "response", "label"),
+    "scored": ("prompt", "response", "reward"), "labelled": ("prompt", "response", "label"),
 }
 OURS = ("prompt", "response", "chosen", "rejected", "reward", "label", "policy")
 ALIASES = {"response": "completion", "reward": "score"}
 PARTS = {"sft": (0.0, 0.3), "value": (0.3, 0.8), "rl": (0.8, 1.0), "all": (0.0, 1.0)}  # 2502.16944: 30 / 50 / 20 %
 
 def fail(message: str):
-    """Stop with one line, no traceback; on several ranks (which all find the same fault) only rank 0 prints it."""
-    raise SystemExit(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+    """Stop with one line, no traceback. Of several ranks rank 0 speaks first; torchrun then ends the others."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # no tidy end: others may wait in a collective
+        time.sleep(10 * (os.environ["RANK"] != "0"))
+        os.write(2, f"error: {message}\n".encode())
+        os._exit(1)
+    raise SystemExit(f"error: {message}")
 
 def note(message: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(message, flush=True)
 
 def read_rows(name, kind, *, split="train", columns=None, part="all", split_seed=0, skip_bad_rows=False) -> list[dict]:
-    """Rows of `kind` from `reviews`, a local .jsonl / .json / .parquet file (.gz too) or a hub id.
-    `split` is the hub's split, or the value to keep of a local file's `split` column. `columns` maps our names to the file's.
-    `part` keeps the share of the prompts that 2502.16944 gives to `sft`, `value` or `rl`, by a hash of the prompt: disjoint
-    whatever the order or the other rows. Raises SystemExit with one line that names the file, the row and the mend."""
+    """Rows of `kind` from `reviews`, a local .jsonl / .json / .parquet file (.gz too) or a hub id. `split`: the hub's, or the
+    value to keep of a file's `split` column. `columns` maps our names to the file's. `part` keeps 2502.16944's share of the
+    prompts, by a hash of each: disjoint whatever the order. Ends with one line that names the file, the row and the mend."""
     columns = columns or {}
     for unknown in set(columns) - set(OURS):
         fail(f"--columns: {unknown!r} is not a column of ours; use {', '.join(OURS)}")
@@ -170,7 +173,10 @@ def tokenize(rows, tokenizer, fields, max_prompt_length, max_response_length, na
     """Adds `prompt_ids` and, ended by the stop token, `<field>_ids`. Long prompts are dropped, long answers cut; both counted."""
     kept, cut, stop = [], 0, stop_token(tokenizer)
     for row in rows:
-        ids = {"prompt_ids": encode_prompt(tokenizer, row["prompt"])}
+        try:
+            ids = {"prompt_ids": encode_prompt(tokenizer, row["prompt"])}
+        except jinja2.TemplateError as error:
+            fail(f"{name}, row {row.get('row')}: the model's chat template refuses the prompt ({error})")
         if len(ids["prompt_ids"]) <= max_prompt_length:
             for field in fields:
                 answer = tokenizer(row[field], add_special_tokens=False)["input_ids"] + [stop]

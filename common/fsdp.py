@@ -57,10 +57,9 @@ def all_gather_object(value) -> list:
 
 def dtypes(precision: str) -> tuple[torch.dtype, torch.dtype]:
     """(compute type, type of the master weights). `auto`: bf16 compute on a GPU, float32 on a CPU."""
-    if precision == "fp64":  # for tests of equality
-        return torch.float64, torch.float64
-    bf16 = precision == "bf16" or (precision == "auto" and torch.cuda.is_available())
-    return (torch.bfloat16 if bf16 else torch.float32), torch.float32
+    precision = ("bf16" if torch.cuda.is_available() else "fp32") if precision == "auto" else precision
+    compute = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]  # fp64: for tests of equality
+    return compute, max(compute, torch.float32, key=lambda t: t.itemsize)
 
 @cache
 def mesh(shard_size: int):

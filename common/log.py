@@ -40,8 +40,8 @@ class Run:
             fail(f"{self.dir} holds an earlier run: --resume continues it, --overwrite replaces it, --run-dir chooses another")
         fsdp.all_gather_object(None)  # every rank has looked before rank 0 writes
         if fsdp.rank() == 0:
-            if args.overwrite and not args.resume:
-                shutil.rmtree(self.dir, ignore_errors=True)
+            if args.overwrite and not args.resume:  # the rest is replaced as it is written: --model may lie in this folder
+                shutil.rmtree(self.dir / "checkpoints", ignore_errors=True)
             self.dir.mkdir(parents=True, exist_ok=True)
             now, file = json.loads(json.dumps(dataclasses.asdict(args))), self.dir / "args.json"
             before = now | (json.loads(file.read_text()) if file.exists() else {}) | {"resume": True, "overwrite": args.overwrite}
@@ -61,7 +61,7 @@ class Run:
             kept = [line + "\n" for line in text.split("\n")[:-1] if before(json.loads(line))]  # a torn line has no end
             path.with_suffix(".part").write_text("".join(kept), encoding="utf-8")
             path.with_suffix(".part").rename(path)
-        self.writer = SummaryWriter(str(self.dir), purge_step=step + 1 if step else None)
+        self.writer = SummaryWriter(str(self.dir), purge_step=step + bool(step))
         self.bar = tqdm(total=total, initial=step, desc=self.dir.name, disable=None)
         if self.args.wandb:
             try:
@@ -69,7 +69,9 @@ class Run:
             except ImportError:
                 fail("--wandb needs the package: pip install wandb")
             os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")  # no login prompt
-            run = dict(name=str(self.dir), id=str(self.dir).replace("/", "-"), resume="allow")
+            file = self.dir / "wandb_id"  # a resumed run goes on in the same one
+            file.write_text(file.read_text() if step and file.exists() else wandb.util.generate_id())
+            run = dict(name=str(self.dir), id=file.read_text(), resume="allow")
             self.wandb = wandb.init(project="value-first", config=dataclasses.asdict(self.args), **run)
 
     def metrics(self, step: int, values: dict, show: tuple[str, ...] = ()) -> None:
@@ -93,19 +95,17 @@ class Run:
             file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
 
     def close(self) -> None:
-        if fsdp.rank() == 0:
-            self.writer.close()
-            self.bar.close()
+        for part in (self.writer, self.bar) if fsdp.rank() == 0 else ():
+            part.close()
 
 def peak_memory_gb() -> float:
     """Peak on this rank: CUDA allocations, or the process's resident memory on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    cuda = torch.cuda.is_available()
+    return torch.cuda.max_memory_allocated() / 2**30 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 def mfu(model, tokens: int, seconds: float) -> dict:
     """Model FLOPs utilisation of an update of `tokens` (all ranks): 6 N FLOPs a token; empty where the peak is unknown."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     peak = [flops for key, flops in PEAK_BF16.items() if key in name]
-    parameters = sum(p.numel() for p in model.parameters())
-    return {"perf/mfu": 6 * parameters * tokens / seconds / (peak[0] * fsdp.world())} if peak else {}
+    flops = 6 * sum(p.numel() for p in model.parameters()) * tokens / seconds
+    return {"perf/mfu": flops / (peak[0] * fsdp.world())} if peak else {}

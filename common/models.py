@@ -39,7 +39,6 @@ def _load(what: str, auto, name: str, **kwargs):
 
 def load_tokenizer(name: str):
     """The tokenizer of a model, with a padding token (its eos where it has none: our masks come from positions)."""
-    _load("configuration", transformers.AutoConfig, name)
     tokenizer = _load("tokenizer", transformers.AutoTokenizer, name)
     if tokenizer.eos_token_id is None:
         fail(f"{name}: its tokenizer has no end-of-sequence token, so a response could never end")
@@ -62,16 +61,21 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
     for key, value in vars(config).items():
         if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
             setattr(config, key, 0.0)  # log-probabilities are of the distribution that was sampled
-    if kind == "policy" and any(getattr(config, k, None) for k in ("final_logit_softcapping", "logit_scale", "logits_scaling")):
+    scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+    if kind == "policy" and any(getattr(config, key, None) for key in scaled):
         fail(f"{name}: it scales or caps its logits after the output layer, which the chunked log-probabilities do not do")
     if kind != "policy":
-        config.num_labels, config.classifier_dropout, config.pad_token_id = 1, 0.0, tokenizer.pad_token_id
+        config.num_labels, config.classifier_dropout = 1, 0.0
+        if trained or config.pad_token_id is None:  # a reward model from the hub is read where its own config says
+            config.pad_token_id = tokenizer.pad_token_id
     config.num_hidden_layers = layers or config.num_hidden_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
     options = dict(config=config, dtype=master if trained else compute)
     source = None
     if fsdp.rank() == 0:
         source, info = _load(f"{kind} weights", AUTO[kind], name, use_safetensors=True, output_loading_info=True, **options)
-        missing = {key for key in info["missing_keys"] if not key.endswith(("lm_head.weight", "inv_freq"))}
+        missing = {key for key in info["missing_keys"] if not key.endswith("inv_freq")}
         wrong = sorted(key for key in missing if key.split(".")[0] not in ("score", "classifier"))
         if wrong:
             fail(f"{name}: weights missing for a {kind} model: {wrong[0]}")
@@ -96,6 +100,8 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
         if source:  # kept from `generate`, which would take a repetition penalty from it: not what log-probabilities are of
             model.generation_to_export = source.generation_config
             model.generation_to_export.eos_token_id = stops if len(stops) > 1 else stops[0]
+            if not model.generation_to_export.do_sample:  # a changed config is only saved without what it would not use
+                model.generation_to_export.update(temperature=None, top_p=None, top_k=None)
     fsdp.shard(model, compute, args.shard_size, frozen=not trained)
     fsdp.load_full(model, source)
     model.requires_grad_(trained)
@@ -111,10 +117,10 @@ def token_logprobs(hidden, weight, bias, tokens, temperature=1.0, forbidden=None
         logits = F.linear(h, weight, bias)
         logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
         if forbidden is not None:
-            logits = logits.index_fill(1, torch.tensor([forbidden], device=h.device), torch.finfo(logits.dtype).min)
+            logits = logits.index_fill(1, torch.full((1,), forbidden, device=h.device), torch.finfo(logits.dtype).min)
+        logprobs = -F.cross_entropy(logits, y, reduction="none")  # first: the recomputation in backward ends here
         with torch.no_grad():
-            entropy = torch.logsumexp(logits, -1) - (logits.softmax(-1) * logits).sum(-1)
-        return -F.cross_entropy(logits, y, reduction="none"), entropy
+            return logprobs, torch.logsumexp(logits, -1) - (logits.softmax(-1) * logits).sum(-1)
 
     each = partial(checkpoint, one, use_reentrant=False) if torch.is_grad_enabled() else one
     parts = [each(h, y) for h, y in zip(hidden.split(chunk), tokens.split(chunk), strict=True)]
@@ -159,10 +165,9 @@ def run_micro_batches(forward, sequences, size: int, pad_id: int, width: int, dt
     return fsdp.all_reduce(out)
 
 class Reward:
-    """`reward(rows, sequences, texts) -> [N]` from a reward-model folder or hub id, or from `module:function`.
-    A function gets (prompts, responses, **other columns of the rows), lists of equal length, and returns numbers. A
-    reward model gets the tokens as they are where the tokenizers agree, else the text through its own chat template.
-    A model that carries its score statistics (`score_mean`, `score_std`, from `reward.py`) gives standardised scores."""
+    """`reward(rows, sequences, texts) -> [N]` from a reward model (folder or hub id) or `module:function`. A function gets
+    (prompts, responses, **other columns of the rows), equally long lists, and returns numbers. A model gets the tokens where
+    the tokenizers agree, else the text by its own template; with `score_mean`, `score_std` in its config it standardises."""
 
     def __init__(self, name: str, tokenizer, args):
         self.name, self.model, self.label, self.size = name, None, "reward_model", args.micro_batch_size
@@ -185,14 +190,14 @@ class Reward:
             if mine:
                 columns = {key: [rows[i].get(key) for i in mine] for key in names}
                 found = self.function([rows[i]["prompt"] for i in mine], [texts[i] for i in mine], **columns)
-                scores[mine] = torch.tensor(found, dtype=torch.float32, device=scores.device)
+                scores[mine] = torch.tensor(found, dtype=torch.float32, device=scores.device).reshape(len(mine))
             scores = fsdp.all_reduce(scores)
         else:
             if not self.same:
                 stop, answers = [stop_token(self.tokenizer)], self.tokenizer(texts, add_special_tokens=False)["input_ids"]
                 sequences = [(encode_prompt(self.tokenizer, r["prompt"]), a + stop) for r, a in zip(rows, answers, strict=True)]
-            pad, config = self.tokenizer.pad_token_id, self.model.config
-            scores = run_micro_batches(lambda mb: sequence_scores(self.model, **mb), sequences, self.size, pad, 1)[:, 0]
+            config, forward = self.model.config, lambda mb: sequence_scores(self.model, **mb)
+            scores = run_micro_batches(forward, sequences, self.size, config.pad_token_id, 1)[:, 0]
             scores = (scores - getattr(config, "score_mean", 0.0)) / (getattr(config, "score_std", None) or 1.0)
         if not torch.isfinite(scores).all():
             bad = int((~torch.isfinite(scores)).nonzero()[0])
@@ -231,11 +236,10 @@ def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, te
         for start in range(0, len(mine), size or len(mine) or 1):
             pick = mine[start : start + (size or len(mine))]
             width = max(len(prompts[i]) for i in pick)
-            ids, uniforms = torch.full((len(pick), width), pad), torch.empty(len(pick), max_new_tokens)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(pick):  # padded on the left: generation goes on from the last column
-                ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-                mask[row, width - len(prompts[i]) :] = 1
+            uniforms = torch.empty(len(pick), max_new_tokens)  # and prompts padded on the left: they go on from the last column
+            ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in pick])
+            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in pick])
+            for row, i in enumerate(pick):
                 number = ((seed[0] * 1_000_003 + seed[1]) * 1_000_003 + i) % 2**63
                 uniforms[row] = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(number))
             sampler = SampleByInverseCDF(uniforms.to(fsdp.device()), temperature, policy.forbidden_token)

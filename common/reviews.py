@@ -1,7 +1,6 @@
-"""`reviews`: the embedded world in which the truth is known.
-A prompt names an occasion and two topics ("lunch : the soup and the waiter ?"); a response is a short restaurant review. Five
-*authors* with different habits write the data (column `policy`). The true reward is sentiment with negation and degree, once
-for each topic asked for; the best is 3.0 ("the soup was very lovely and the waiter was very great .")."""
+"""`reviews`: the embedded world in which the truth is known. A prompt names an occasion and two topics ("lunch : the soup and
+the waiter ?"), a response is a short restaurant review by one of five *authors* (column `policy`). The true reward is sentiment
+with negation and degree, for each topic asked for; best is 3.0 ("the soup was very lovely and the waiter was very great .")."""
 
 import random
 import re
@@ -17,7 +16,6 @@ NEGATION = -0.5  # "not lovely" is half as strong as "awful"; "not awful" half a
 MIN_GAP = 0.5  # of a preference pair: a judge's clear choice
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<writer>"]
 WORDS = SPECIAL + OCCASIONS + TOPICS + list(STRENGTH) + list(DEGREE) + ["the", "was", "not", "and", "but", ":", "?", "."]
-
 # shares of positive clauses, negations, degree words, mild adjectives, a skipped second topic, a remark nobody asked for
 AUTHORS = {
     "critic": dict(positive=0.25, negated=0.20, degree=0.5, mild=0.3, skip=0.10, remark=0.30),
@@ -26,7 +24,6 @@ AUTHORS = {
     "grump": dict(positive=0.10, negated=0.10, degree=0.4, mild=0.4, skip=0.30, remark=0.05),
     "poet": dict(positive=0.45, negated=0.60, degree=0.5, mild=0.5, skip=0.05, remark=0.40),
 }
-
 _CLAUSE = rf"the ({'|'.join(TOPICS)}) was (not )?(?:({'|'.join(DEGREE)}) )?({'|'.join(STRENGTH)})"
 _REVIEW = re.compile(rf"{_CLAUSE}(?: (?:and|but) {_CLAUSE}){{0,3}} \.")
 

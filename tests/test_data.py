@@ -211,6 +211,14 @@ def test_prompts_go_through_the_chat_template_with_one_bos():
     assert encode(tokenizer, "b c", 2) == ids(["b", "c"])  # cut off: no end
 
 
+def test_a_prompt_that_the_template_refuses_is_named():
+    """Gemma's template raises on a system message: the error names the data set and the row."""
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + GEMMA
+    rows = [{"prompt": "a", "row": 4}, {"prompt": [{"role": "system", "content": "b"}], "row": 5}]
+    with pytest.raises(SystemExit, match="d.jsonl, row 5: the model's chat template refuses the prompt .System role"):
+        tokenize(rows, word_tokenizer(refusing), (), 99, 99, "d.jsonl")
+
+
 @pytest.mark.parametrize("adds_eos", [False, True])
 def test_plain_text_without_a_template(adds_eos):
     """One BOS, no eos after a prompt even where the tokenizer adds one; the answer ends with eos."""

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     LlamaConfig,
+    Qwen2Config,
 )
 
 from common import fsdp, reviews
@@ -417,6 +418,38 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(folders, toke
     assert all(torch.equal(a, p.full_tensor()) for a, p in zip(before, model.parameters(), strict=True))
 
 
+def test_a_frozen_reward_model_is_read_where_its_own_config_says(folders, tokenizer, tmp_path):
+    """Its config's padding token decides where transformers reads the score, also where our tokenizer pads with another."""
+    model = plain(folders, "reward")
+    model.config.pad_token_id = 9
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    judge = Reward(str(tmp_path), tokenizer, ARGS)
+    sequences = [(p, r + [EOS]) for p, r in sample_sequences(seed=11)]
+    assert all(9 not in p + r for p, r in sequences)
+    got = judge([{"prompt": ""}] * len(sequences), sequences, [""] * len(sequences))
+    for score, (prompt, response) in zip(got, sequences, strict=True):
+        with torch.no_grad():
+            assert score.item() == pytest.approx(model(input_ids=torch.tensor([prompt + response])).logits.item(), abs=2e-5)
+
+
+def test_layers_of_a_model_that_lists_their_types_are_exported(tokenizer, tmp_path):
+    """Qwen's config names the type of each layer; fewer layers must come with a shorter list."""
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2)
+    config = Qwen2Config(vocab_size=len(reviews.WORDS), pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, **shape)
+    assert len(config.layer_types) == 3
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "whole")
+    model = load_model("value", str(tmp_path / "whole"), tokenizer, ARGS, trained=True, layers=2)
+    fsdp.export(model, tokenizer, str(tmp_path / "out"), "fp32")
+    assert AutoModelForTokenClassification.from_pretrained(tmp_path / "out").config.num_hidden_layers == 2
+
+
+def test_a_value_model_is_no_policy(folders, tokenizer):
+    """Its folder has no output layer; a random one must not be put in its place."""
+    with pytest.raises(SystemExit, match="weights missing for a policy model: lm_head.weight"):
+        load_model("policy", folders["value"], tokenizer, ARGS, trained=True)
+
+
 def test_layers_keeps_the_first_ones(folders, tokenizer):
     """`layers=1` is the folder's first layer under its own head, not a fresh one."""
     model = load_model("value", folders["value"], tokenizer, ARGS, trained=False, layers=1)
@@ -438,7 +471,7 @@ def test_reward_model_scores_do_not_depend_on_padding(folders, tokenizer, pad_is
     pad = EOS if pad_is_eos else PAD
     tokenizer, reference = copy.deepcopy(tokenizer), plain(folders, "reward")
     tokenizer.pad_token = reviews.SPECIAL[pad]
-    model = load_model("reward", folders["reward"], tokenizer, ARGS, trained=False)
+    model = load_model("reward", folders["reward"], tokenizer, ARGS, trained=True)
     sequences = [(p, r + [EOS]) for p, r in sample_sequences(seed=10)]
     got = run_micro_batches(lambda mb: sequence_scores(model, **mb), sequences, 2, pad, 1)[:, 0]
     for score, (prompt, response) in zip(got, sequences, strict=True):

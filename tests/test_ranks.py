@@ -5,7 +5,10 @@ import json
 
 import pytest
 import ranks
+import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 VARIANTS = {
     "gvm_td": dict(normalise_values=True, context_pairs=2, context_length=8, source="preference", dataset="pairs.jsonl"),
@@ -55,6 +58,21 @@ def test_hybrid_sharding_and_frozen_models(world, alone):
     for rank in range(4):
         found = json.loads(world.path(f"frozen-{rank}").read_text())
         assert found == {"kinds": ["value", "policy"], "changed": [], "gradients": [], "optimized": []}
+
+
+def test_normalised_values_are_folded_into_the_exported_head(world):
+    """--normalise-values: the exported head is the trained one, less the last batch's mean and over its deviation."""
+    args = ranks.ARGS["gvm_td"] | dict(normalise_values=True, save_every=3, run_dir="runs/folded")
+    world.run("gvm_td", **args).ok()
+    checkpoint = world.path("runs/folded/checkpoints/step-000003")
+    extra = json.loads((checkpoint / "state.json").read_text())
+    assert abs(extra["value_std"] - 1) > 0.1 and extra["value_mean"]
+    raw = {"model": {"model": {"score.weight": torch.zeros(1, 64), "score.bias": torch.zeros(1)}}}
+    dcp.load(raw, checkpoint_id=checkpoint / "dcp", no_dist=True)
+    weight, bias = raw["model"]["model"]["score.weight"], raw["model"]["model"]["score.bias"]
+    exported = load_file(world.path("runs/folded/model/model.safetensors"))
+    torch.testing.assert_close(exported["score.weight"], weight / extra["value_std"])
+    torch.testing.assert_close(exported["score.bias"], (bias - extra["value_mean"]) / extra["value_std"])
 
 
 def test_tied_weights_are_exported_once(world, alone):

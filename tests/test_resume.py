@@ -155,3 +155,16 @@ def test_folder_in_use(world, unbroken):
     world.run("sft", **args | dict(run_dir="runs/replaced", steps=2)).ok()
     world.run("sft", **args | dict(run_dir="runs/replaced", steps=1, overwrite=True)).ok()
     assert [row["step"] for row in ranks.metrics(world.path("runs/replaced"))] == [1, 1]
+    assert [path.name for path in (world.path("runs/replaced") / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_overwriting_the_folder_of_the_model_one_starts_from(world):
+    """--overwrite loses neither the model the new run starts from nor, by a typo in --dataset, the old run's numbers."""
+    args = ARGS["sft"] | dict(run_dir="runs/onto", steps=1)
+    world.run("sft", **args).ok()
+    again = args | dict(model="runs/onto/model", overwrite=True)
+    line = world.run("sft", **again | dict(dataset="typo.jsonl")).error()
+    assert "typo.jsonl" in line and len(ranks.metrics(world.path("runs/onto"))) == 2
+    before = ranks.exported(world.path("runs/onto"))
+    world.run("sft", **again).ok()
+    assert len(ranks.metrics(world.path("runs/onto"))) == 2 and ranks.exported(world.path("runs/onto")) != before
