@@ -47,7 +47,9 @@ def test_same_training_of_variants(world, script):
     args = ranks.ARGS[script] | VARIANTS[script] | dict(precision="fp64")
     for processes, micro in ((0, 8), (2, 1)):
         world.run(script, processes, **args | dict(micro_batch_size=micro, run_dir=f"runs/variant-{script}-{processes}")).ok()
-    ranks.assert_same(*(world.path(f"runs/variant-{script}-{processes}") for processes in (0, 2)))
+    # normalised values leave the bias no gradient but rounding, which the fold divides by a small deviation
+    weights = 1e-9 if script == "gvm_td" else 1e-10
+    ranks.assert_same(*(world.path(f"runs/variant-{script}-{processes}") for processes in (0, 2)), weights=weights)
 
 
 def test_hybrid_sharding_and_frozen_models(world, alone):
