@@ -135,7 +135,7 @@ def report(out: Path, seeds: list[int]) -> None:
         "| | reward at the end | grammatical | KL (nats) | length | steps to 80 % of PPO's best | s a step / PPO's | state MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
     ppo = {seed: curve(out / f"seed{seed}" / slug("PPO, reward model")) for seed in seeds}
     seconds = {seed: statistics.median(r["time/step_s"] for r in ppo[seed][1]) for seed in seeds}
     for name, (_, _, colour) in METHODS.items():
@@ -163,7 +163,7 @@ def report(out: Path, seeds: list[int]) -> None:
             axis.plot(steps, [statistics.fmean(v) for v in series], color=colour, label=name, lw=1.8)
             axis.set(xlabel="step", title=title)
             axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside lower center", ncols=3)
     axes[2].set_yscale("symlog", linthresh=10)
     figure.savefig(out / "curves.png", dpi=120)
     note = f"Seeds {seeds}; mean ± standard deviation over seeds of the mean of the last three evaluations."
