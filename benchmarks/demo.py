@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("runs/demo")
-HALF, STEPS = 15, 30  # the reward must be up at HALF, and still be there at twice as many steps
+HALF, STEPS = 10, 20  # the reward must be up at HALF, and still be there at twice as many steps
 
 
 def run(script: str, *flags: str) -> float:
