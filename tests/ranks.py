@@ -22,7 +22,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-SCRIPTS = ("sft", "reward", "gvm_td", "dvpo", "ppo")
+SCRIPTS = ("sft", "reward", "gvm_td", "dvpo", "ppo", "rpo")
 ONLINE = ("dvpo", "ppo")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -50,6 +50,7 @@ ARGS = {
     "reward": SMALL | OFFLINE_ARGS | dict(dataset="pairs.jsonl"),
     "gvm_td": SMALL | OFFLINE_ARGS | dict(dataset="scored.jsonl", eval_source=""),
     "dvpo": SMALL | ONLINE_ARGS,
+    "rpo": SMALL | OFFLINE_ARGS | dict(dataset="scored.jsonl", eval_prompts=3, eval_reward=()),
     "ppo": SMALL | ONLINE_ARGS | dict(critic_lr=1e-3, reward="ranks:length_reward"),
 }
 

@@ -15,15 +15,17 @@ import ranks
 TINY = "--steps 2 --batch-size 4 --eval-every 2 --save-every 2".split()
 OFFLINE = [*TINY, "--eval-fraction", "0.02"]
 ONLINE = [*TINY, *"--mini-batch-size 2 --epochs 1 --max-response-length 8 --eval-prompts 4".split()]
-FLAGS = {"sft": OFFLINE, "reward": OFFLINE, "gvm_td": OFFLINE, "dvpo": ONLINE, "ppo": ONLINE}
+FLAGS = {"sft": OFFLINE, "reward": OFFLINE, "gvm_td": OFFLINE, "dvpo": ONLINE, "ppo": ONLINE, "rpo": OFFLINE}
 FILES = {  # the same on the small files: torchrun's workers are slow enough to start
     "sft": "--dataset scored.jsonl --eval-fraction 0.2",
     "reward": "--dataset pairs.jsonl --eval-fraction 0.2",
     "gvm_td": "--dataset pairs.jsonl --eval-fraction 0.2",
     "dvpo": "--dataset prompts.jsonl",
     "ppo": "--dataset prompts.jsonl",
+    "rpo": "--dataset scored.jsonl --eval-fraction 0.2",
 }
-PAPER = {  # 2502.16944
+PAPER = {  # 2502.16944; rpo: 2506.13702
+    "rpo": dict(lr=1e-4, lr_schedule="linear", warmup_steps=150, tau=1.0, partition=True, length_normalise=False),
     "sft": dict(lr=2e-5, lr_schedule="cosine", batch_size=16, epochs=3),
     "reward": dict(lr=2e-5, lr_schedule="linear", epochs=2),
     "gvm_td": dict(lr=2e-6, batch_size=32),
@@ -126,7 +128,7 @@ def assert_complete(folder, script):
         files = {path.name for path in (folder / name).iterdir()}
         assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= files
         assert not any(file.endswith(".bin") for file in files)
-    if script in ranks.ONLINE + ("sft",):
+    if script in ranks.ONLINE + ("sft", "rpo"):
         assert (folder / "model/generation_config.json").exists()
 
 

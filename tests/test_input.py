@@ -11,7 +11,7 @@ import ranks
 GOOD = [{"prompt": f"lunch : the {topic} ?", "response": "the soup was warm ."} for topic in ("soup", "fish", "cake", "rice")]
 SCORED = [row | {"reward": float(i)} for i, row in enumerate(GOOD)]
 PAIRS = [{"prompt": row["prompt"], "chosen": "the soup was warm .", "rejected": "the soup was cold ."} for row in GOOD]
-ROWS = {"sft": GOOD, "reward": PAIRS, "gvm_td": SCORED, "dvpo": GOOD, "ppo": GOOD}
+ROWS = {"sft": GOOD, "reward": PAIRS, "gvm_td": SCORED, "dvpo": GOOD, "ppo": GOOD, "rpo": SCORED}
 
 
 def fails(world, script, patch=ranks.no_models, processes=0, **args):
@@ -84,6 +84,8 @@ BAD_ARGS = {
     "reward without a function": ("ppo", dict(reward="ranks:nothing"), "--reward ranks:nothing", "module:function"),
     "reward without a module": ("ppo", dict(reward="no.module:f"), "--reward no.module:f"),
     "equal rewards": ("gvm_td", dict(EQUAL), "equal.jsonl", "all rewards are 2.0"),
+    "one response a prompt": ("rpo", dict(dataset="single.jsonl", eval_dataset="equal.jsonl"), "--no-partition"),
+    "rpo, equal rewards": ("rpo", dict(dataset="equal.jsonl", eval_dataset="scored.jsonl"), "all rewards are 2.0"),
     "shard size": ("sft", dict(shard_size=2), "--shard-size 2 does not divide the 1 processes"),
     "held-out prompts too long": ("sft", dict(eval_dataset="long.jsonl", eval_split="train"), "long.jsonl"),
     "all responses too long": ("gvm_td", dict(max_characters=1), "scored.jsonl", "--max-characters"),
@@ -101,6 +103,7 @@ def bad_files(world):
     world.write("empty.jsonl", [])
     world.write("one.jsonl", GOOD[:1])
     world.write("equal.jsonl", [row | {"reward": 2.0} for row in SCORED * 3])
+    world.write("single.jsonl", SCORED)
     world.write("long.jsonl", [row | {"prompt": row["prompt"] * 30} for row in GOOD])
 
     def endless(config):

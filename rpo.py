@@ -1,0 +1,339 @@
+"""RPO: Reward Partitioning Optimization, offline, from (prompt, response, scalar reward). No pairs, no value model.
+
+Paper: 2506.13702 (not Robust Policy Optimization, nor Reward-aware Preference Optimization). All KL-regularised objectives share
+the optimum pi*(y|x) = pi_ref(y|x) exp(r(x, y) / tau) / Z(x). Its log-ratio is known up to Z, and Z is estimated from the
+responses at hand: over all training responses y_1 .. y_n to x, once, in log space,
+
+    V(x) = tau * logsumexp_j(log pi_ref(y_j|x) + r_j / tau)
+    loss = 0.5 * (log pi(y|x) - log pi_ref(y|x) - (r - V(x)) / tau)^2,  mean over responses
+
+So the targets of one prompt are those of a distribution over its responses: sum_j exp(log pi_ref(y_j|x) + (r_j - V) / tau) = 1. A
+prompt with a single response has the target log pi = 0 whatever its reward: such prompts are dropped and counted.
+
+    python rpo.py                                                      # the embedded world, one CPU
+    python rpo.py --model runs/sft/model --dataset scored.jsonl --lr 1e-5
+    torchrun --nproc_per_node=8 rpo.py --model runs/sft/model --dataset openbmb/UltraFeedback --part value --lr 5e-7 \
+        --gradient-checkpointing
+
+Watch `eval/pair_accuracy` (does the policy's own log-ratio order held-out answers?) and `eval/kl`; read samples.jsonl. With
+summed log-probabilities the targets are tens of nats for long answers (`rpo/target`): the policy is asked to put all its mass
+on the training responses. docs/rpo.md explains the rest.
+"""
+
+import hashlib
+import json
+import math
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from common import fsdp
+from common.data import batch_indices, collate, fail, hold_out, micro_batches, note, read_rows, tokenize
+from common.log import Run, mfu, parse, peak_memory_gb
+from common.models import Reward, check_same_tokenizer, load_model, load_tokenizer, resolve, rollout, run_micro_batches
+
+
+@dataclass
+class Args:
+    model: str = "reviews"
+    """policy to start from, usually an SFT model: folder or hub id"""
+    ref_model: str = ""
+    """reference; default: `--model` as it starts"""
+    dataset: str = "reviews"
+    """prompt, response, reward: hub id, or local .jsonl / .json / .parquet (.gz too); several responses a prompt"""
+    split: str = "train"
+    """the hub's split, or the value to keep of a local file's `split` column"""
+    eval_dataset: str = ""
+    """held-out data; default: `--eval-fraction` of the prompts of `--dataset`"""
+    eval_split: str = "test"
+    """split of --eval-dataset"""
+    eval_fraction: float = 0.05
+    """share of the prompts held out where there is no --eval-dataset"""
+    columns: dict[str, str] = field(default_factory=dict)
+    """our column names and yours, e.g. `--columns reward score`"""
+    part: Literal["all", "sft", "value", "rl"] = "all"
+    """share of the prompts: 30 % sft, 50 % value, 20 % rl, disjoint (2502.16944)"""
+    split_seed: int = 0
+    """seed of `--part` and of the held-out prompts; the same in every script"""
+    skip_bad_rows: bool = False
+    """drop and count unusable rows instead of stopping at the first"""
+    run_dir: str = "runs/rpo"
+    """metrics, samples, checkpoints and the exported model go here"""
+    seed: int = 0
+    """seed of the data order, and of --keep-responses and --reward-noise"""
+    epochs: int = 1
+    """passes over the data"""
+    steps: int = 0
+    """optimizer steps; 0: what `--epochs` gives"""
+    batch_size: int = 32
+    """responses an optimizer step, over all ranks"""
+    micro_batch_size: int = 4
+    """responses a forward pass, a rank; changes memory and speed, not the result"""
+    max_prompt_length: int = 1024
+    """tokens; longer prompts are dropped and counted"""
+    max_response_length: int = 1024
+    """tokens; longer responses are cut"""
+    tau: float = 1.0
+    """temperature of the optimum, in standard deviations of the reward (2506.13702: 1)"""
+    partition: bool = True
+    """subtract V(x); --no-partition is the paper's ablation"""
+    length_normalise: bool = False
+    """mean instead of summed log-probabilities, inside V too (the released code's); the paper's equations have sums"""
+    keep_responses: float = 1.0
+    """share of the responses kept of each prompt, at random (ablation)"""
+    reward_noise: float = 0.0
+    """standard deviation of Gaussian noise on the standardised rewards of the training responses (ablation)"""
+    precompute_ref: bool = True
+    """free the reference once the data are scored: one model less in memory, but no `eval/kl`"""
+    lr: float = 1e-4
+    """peak learning rate (2506.13702: 1e-4 for Flan-T5 of 0.1 to 3 B parameters; docs/rpo.md on decoders of 7 B)"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """after the warm-up (2506.13702: linear)"""
+    warmup_steps: int = 150
+    """optimizer steps of linear warm-up (2506.13702: 150)"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    temperature: float = 1.0
+    """of the samples"""
+    eval_every: int = 100
+    """optimizer steps between evaluations (also after the last); 0: only after the last"""
+    eval_prompts: int = 16
+    """held-out prompts to sample answers to"""
+    eval_reward: tuple[str, ...] = ()
+    """what to report of those: reward models or `module:function`s"""
+    save_every: int = 200
+    """optimizer steps between checkpoints for --resume; 0: none"""
+    keep: int = 2
+    """checkpoints kept"""
+    resume: bool = False
+    """go on from the newest checkpoint of --run-dir; from the start where there is none"""
+    overwrite: bool = False
+    """replace an earlier run in --run-dir"""
+    wandb: bool = False
+    """also log to Weights & Biases (offline without WANDB_API_KEY)"""
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    """compute type; auto: bf16 on a GPU, float32 on a CPU; master weights are float32"""
+    gradient_checkpointing: bool = False
+    """recompute activations in backward: less memory, a third more time"""
+    shard_size: int = 0
+    """ranks a model is sharded over (HSDP: replicas of it across nodes); 0: all"""
+
+
+# What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
+REVIEWS = dict(
+    eval_fraction=0.2, part="value", steps=400, batch_size=64, micro_batch_size=64, max_prompt_length=16, max_response_length=32,
+    tau=0.3, lr=3e-3, warmup_steps=20, eval_every=100, eval_prompts=96, save_every=100, precompute_ref=False,
+    eval_reward=("common.reviews:reward", "common.reviews:grammatical"),
+)  # fmt: skip
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """Rate of 0-based `step`: linear warm-up, then constant, or linear or cosine down to zero at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
+
+
+def partition_values(ref_logprobs, rewards, groups, tau):
+    """V(x) [N] for each response: tau * logsumexp over all responses to its prompt of ref_logprob + reward / tau (2506.13702).
+
+    ref_logprobs and rewards [N], groups [N] integers, one for each prompt. In float64 and log space: exp of a summed
+    log-probability is 0 in float32 below -104.
+    """
+    terms, n = ref_logprobs.double() + rewards.double() / tau, int(groups.max()) + 1
+    top = torch.full((n,), -torch.inf, dtype=terms.dtype, device=terms.device).scatter_reduce(0, groups, terms, "amax")
+    total = torch.zeros_like(top).scatter_add(0, groups, (terms - top[groups]).exp())
+    return (tau * (top + total.log()))[groups]
+
+
+def rpo_loss(logprobs, ref_logprobs, targets):
+    """Sum over responses of half the squared distance of the log-ratio from its target, all [B]."""
+    return 0.5 * ((logprobs - ref_logprobs - targets) ** 2).sum()
+
+
+def implied_accuracy(log_ratios, rewards, groups):
+    """Share of the pairs of responses to one prompt whose better one has the strictly higher log-ratio; all [N]."""
+    better = (rewards[:, None] > rewards[None]) & (groups[:, None] == groups[None])
+    return ((log_ratios[:, None] > log_ratios[None]) & better).sum() / better.sum().clamp(min=1)
+
+
+def distinct_2(texts):
+    """Different pairs of neighbouring words over all pairs, in all texts together: diversity (1510.03055)."""
+    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
+    return len(set(pairs)) / max(1, len(pairs))
+
+
+def thin(rows, share, seed):
+    """`share` of the responses of each prompt, at random, at least one; in the order they had."""
+    groups = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(json.dumps(row["prompt"]), []).append(i)
+    rng = random.Random(seed)
+    kept = {i for group in groups.values() for i in rng.sample(group, max(1, round(share * len(group))))}
+    return [row for i, row in enumerate(rows) if i in kept]
+
+
+def fingerprint(folder):
+    """The contents of a model: a hash of its local weights, or the hub's commit."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        from transformers import AutoConfig
+
+        return f"{folder}@{AutoConfig.from_pretrained(folder)._commit_hash}"
+    return "".join(hashlib.file_digest(open(file, "rb"), "sha256").hexdigest() for file in files)
+
+
+def main(args: Args) -> None:
+    # --- setup
+    run = Run(args)
+    device, rank, world = fsdp.device(), fsdp.rank(), fsdp.world()
+    name = resolve(args.model)
+    tokenizer = load_tokenizer(name)
+    ref_name = resolve(args.ref_model or args.model)
+    check_same_tokenizer(tokenizer, ref_name, "--ref-model")
+    pad = tokenizer.pad_token_id
+
+    # --- data
+    def read(dataset, split, part):
+        reader = dict(columns=args.columns, split_seed=args.split_seed, skip_bad_rows=args.skip_bad_rows)
+        return read_rows(dataset, "scored", split=split, part=part, **reader)
+
+    rows = read(args.dataset, args.split, args.part)
+    if args.eval_dataset:
+        held_out = read(args.eval_dataset, args.eval_split, "all")
+    else:
+        rows, held_out = hold_out(rows, args.eval_fraction, args.split_seed)
+    if not rows or not held_out:
+        counts = f"{len(rows)} rows to learn from, {len(held_out)} held out"
+        fail(f"{args.dataset}: {counts}; change --eval-fraction or give --eval-dataset")
+    rows, held_out = (
+        tokenize(part, tokenizer, ("response",), args.max_prompt_length, args.max_response_length, dataset)
+        for part, dataset in ((rows, args.dataset), (held_out, args.eval_dataset or args.dataset))
+    )
+    rows = thin(rows, args.keep_responses, args.seed)
+    count = {}
+    for row in rows:
+        count[json.dumps(row["prompt"])] = count.get(json.dumps(row["prompt"]), 0) + 1
+    single = sum(n == 1 for n in count.values())
+    if single and args.partition:  # V would be the response's own reward, the target log pi = 0 whatever that is
+        note(f"{args.dataset}: dropped {single} of {len(count)} prompts with a single response")
+        rows = [row for row in rows if count[json.dumps(row["prompt"])] > 1]
+        rows = rows or fail(f"{args.dataset}: every prompt has a single response; RPO needs several, --no-partition does not")
+    rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
+    mean, std = rewards.mean(), rewards.std()
+    if not std > 0:
+        fail(f"{args.dataset}: all rewards are {rewards[0].item()}; there is nothing to learn")
+    noise = torch.randn(len(rows), generator=torch.Generator().manual_seed(args.seed), dtype=torch.float64)
+    rewards = ((rewards - mean) / std + args.reward_noise * noise).to(device)
+    eval_rewards_given = torch.tensor([row["reward"] for row in held_out], dtype=torch.float64, device=device)
+    groups, eval_groups = (
+        torch.tensor([order.setdefault(json.dumps(row["prompt"]), len(order)) for row in part], device=device)
+        for part, order in ((rows, {}), (held_out, {}))
+    )
+    sequences, eval_sequences = ([(row["prompt_ids"], row["response_ids"]) for row in part] for part in (rows, held_out))
+    eval_rows = list({str(row["prompt"]): row for row in held_out}.values())[: args.eval_prompts]
+    lengths = [len(p) + len(r) for p, r in sequences]
+    steps = args.steps or args.epochs * max(1, len(rows) // args.batch_size)
+    note(f"{len(rows)} responses to {len(set(groups.tolist()))} prompts to learn from, {len(held_out)} held out, {steps} steps")
+
+    def response_scale(sequences):
+        """What a summed log-probability is divided by."""
+        ones = [len(r) if args.length_normalise else 1 for _, r in sequences]
+        return torch.tensor(ones, dtype=torch.float64, device=device)
+
+    def score(model, sequences):
+        """Log-probabilities [N] of whole responses, on every rank, summed or (--length-normalise) a token."""
+        forward = lambda mb: model.response_logprobs(**mb)[0].double().sum(1, keepdim=True)  # noqa: E731
+        sums = run_micro_batches(forward, sequences, args.micro_batch_size, pad, 1, torch.float64)[:, 0]
+        return sums / response_scale(sequences)
+
+    # --- models
+    eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
+    policy = load_model("policy", name, tokenizer, args, trained=True)
+    optimizer = fsdp.adamw(policy, args.lr)
+    cache = Path(args.run_dir, "reference.npz")  # of this reference on these tokens; a resumed run reads it
+    what = [sequences, eval_sequences, args.length_normalise, args.precision, fingerprint(ref_name) if rank == 0 else ""]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    found = np.load(cache) if rank == 0 and args.resume and cache.exists() else {}
+    usable = fsdp.all_gather_object(rank == 0 and "key" in found and str(found["key"]) == key)[0]
+    reference = None
+    if not (usable and args.precompute_ref):
+        reference = load_model("policy", ref_name, tokenizer, args, trained=False)
+    if usable:
+        both = [torch.tensor(found[part]) if rank == 0 else None for part in ("train", "held_out")]
+        ref_logprobs, eval_ref_logprobs = (x.to(device) for x in fsdp.all_gather_object(both)[0])
+    else:
+        ref_logprobs, eval_ref_logprobs = score(reference, sequences), score(reference, eval_sequences)
+        if rank == 0:
+            np.savez(cache, key=key, train=ref_logprobs.cpu().numpy(), held_out=eval_ref_logprobs.cpu().numpy())
+    if args.precompute_ref:
+        reference = None
+    values = partition_values(ref_logprobs, rewards, groups, args.tau) if args.partition else torch.zeros_like(rewards)
+    targets = (rewards - values) / args.tau
+    state = fsdp.load_checkpoint(args.run_dir, {"policy": (policy, optimizer)}) if args.resume else {}
+    start = state.get("step", 0)
+    run.start(start, steps)
+
+    def evaluate(step):
+        log_ratios = score(policy, eval_sequences) - eval_ref_logprobs
+        out = {"eval/pair_accuracy": implied_accuracy(log_ratios, eval_rewards_given, eval_groups)}
+        prompts = [row["prompt_ids"] for row in eval_rows]
+        responses = rollout(policy, tokenizer, prompts, args.max_response_length, args.temperature, (0, 0))
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        sampled = list(zip(prompts, responses, strict=True))
+        scores = {r.label: r(eval_rows, sampled, texts) for r in eval_rewards}
+        out |= {f"eval/{key}": value.mean() for key, value in scores.items()}
+        out |= {"eval/length": sum(map(len, responses)) / max(1, len(responses)), "eval/distinct_2": distinct_2(texts)}
+        if reference is not None:
+            scores["kl"] = (score(policy, sampled) - score(reference, sampled)) * response_scale(sampled)
+            out["eval/kl"] = scores["kl"].mean()
+        run.metrics(step, out, show=tuple(out))
+        run.samples(step, [
+            {"prompt": row["prompt"], "response": text, "length": len(responses[i])} | {k: v[i].item() for k, v in scores.items()}
+            for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
+        ])  # fmt: skip
+
+    if start == 0 and args.eval_every:
+        evaluate(0)
+    for step in range(start, steps):
+        # --- update
+        clock = time.perf_counter()
+        batch = batch_indices(len(rows), args.batch_size, step, args.seed)
+        stats = torch.zeros(2, device=device, dtype=torch.float64)
+        for pick in micro_batches(batch, lengths, args.micro_batch_size, rank, world):
+            mb, at = collate([sequences[i] for i in pick], pad, device), torch.tensor(pick or [0], device=device)
+            mb_logprobs = policy.response_logprobs(**mb)[0].sum(1) / response_scale([sequences[i] for i in at])
+            mb_loss = rpo_loss(mb_logprobs, ref_logprobs[at], targets[at]) * bool(pick)
+            fsdp.backward(mb_loss / len(batch))
+            stats += torch.stack([mb_loss, (mb_logprobs - ref_logprobs[at]).sum() * bool(pick)]).detach() / len(batch)
+        lr = learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
+        where = f"step {step}, data rows {[rows[i]['row'] for i in batch]}"
+        total, norm = fsdp.optimizer_step(policy, optimizer, lr, stats[0], args.max_grad_norm, where)
+
+        # --- log
+        done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
+        run.metrics(done, {
+            "rpo/loss": total, "rpo/log_ratio": fsdp.all_reduce(stats)[1], "rpo/target": targets[batch].mean(),
+            "rpo/value": values[batch].mean(), "rpo/grad_norm": norm, "rpo/lr": lr, "time/step_s": seconds,
+            "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": fsdp.state_bytes([policy], [optimizer]) / 2**30,
+            "memory/peak_gb": peak_memory_gb(), **mfu(policy, tokens, seconds),
+        }, show=("rpo/loss", "rpo/log_ratio"))  # fmt: skip
+        if args.eval_every and done % args.eval_every == 0 and done < steps:
+            evaluate(done)
+
+        # --- save
+        if args.save_every and (done % args.save_every == 0 or done == steps):
+            fsdp.save_checkpoint(args.run_dir, done, {"policy": (policy, optimizer)}, {}, args.keep)
+    evaluate(steps)
+    fsdp.export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
+    run.close()
+
+
+if __name__ == "__main__":
+    fsdp.launch(main, parse(Args, REVIEWS))

@@ -1,0 +1,133 @@
+"""rpo.py's functions against loops, identities of the paper, and the closed-form optimum of an enumerable world."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+
+import rpo
+
+
+def ragged(seed=0, prompts=7, low=1, high=6):
+    """Random (ref_logprobs, rewards, groups) of several responses a prompt, in mixed order."""
+    rng = random.Random(seed)
+    rows = [(rng.uniform(-40, -5), rng.gauss(0, 1), x) for x in range(prompts) for _ in range(rng.randint(low, high))]
+    rng.shuffle(rows)
+    ref, rewards, groups = (torch.tensor(column) for column in zip(*rows, strict=True))
+    return ref.double(), rewards.double(), groups
+
+
+@pytest.mark.parametrize("tau", [0.1, 1.0, 3.0])
+def test_partition_value_is_the_sum_over_the_prompts_responses(tau):
+    """V(x) against the brute-force sum; one number for each response, the same for all of a prompt."""
+    ref, rewards, groups = ragged()
+    values = rpo.partition_values(ref, rewards, groups, tau)
+    assert values.shape == ref.shape
+    for i, group in enumerate(groups.tolist()):
+        same = [j for j in range(len(ref)) if groups[j] == group]
+        total = sum(math.exp(ref[j].item() + rewards[j].item() / tau) for j in same)
+        assert values[i].item() == pytest.approx(tau * math.log(total), abs=1e-9)
+
+
+def test_targets_of_a_prompt_are_a_distribution():
+    """sum_j exp(ref_logprob_j + (r_j - V) / tau) = 1 for every prompt."""
+    ref, rewards, groups = ragged(1)
+    targets = (rewards - rpo.partition_values(ref, rewards, groups, 0.5)) / 0.5
+    mass = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).scatter_add(0, groups, (ref + targets).exp())
+    torch.testing.assert_close(mass, torch.ones_like(mass))
+
+
+def test_a_single_response_has_a_target_that_ignores_its_reward():
+    """Its target is -ref_logprob, log pi = 0, whatever the reward: why such prompts are dropped."""
+    ref, groups = torch.tensor([-9.0]), torch.tensor([0])
+    for reward in (-3.0, 5.0):
+        r = torch.tensor([reward])
+        target = (r - rpo.partition_values(ref, r, groups, 0.7)) / 0.7
+        assert target.item() == pytest.approx(9.0, abs=1e-6)
+
+
+def test_no_underflow_for_long_responses():
+    """Summed log-probabilities of 2,000-token responses, in float32: exp of each is 0, V is finite and right."""
+    ref = torch.tensor([-6000.0, -6001.0, -4000.0])
+    rewards, groups = torch.tensor([1.0, -1.0, 0.5]), torch.tensor([0, 0, 1])
+    assert ref.exp().eq(0).all()
+    values = rpo.partition_values(ref, rewards, groups, 1.0)
+    assert values.tolist() == pytest.approx([-5999 + math.log1p(math.exp(-3)), -5999 + math.log1p(math.exp(-3)), -3999.5])
+
+
+def test_loss_against_a_loop_and_without_broadcasting():
+    """Half the summed squares, and a gradient for each response from its own residual alone."""
+    generator = torch.Generator().manual_seed(0)
+    logprobs, ref, targets = torch.randn(3, 6, generator=generator, dtype=torch.float64).unbind(0)
+    logprobs.requires_grad_()
+    loss = rpo.rpo_loss(logprobs, ref, targets)
+    expected = [p - q - t for p, q, t in zip(logprobs.tolist(), ref.tolist(), targets.tolist(), strict=True)]
+    assert loss.item() == pytest.approx(0.5 * sum(e * e for e in expected))
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    assert gradient.tolist() == pytest.approx(expected)
+
+
+def test_reaches_the_closed_form_optimum_of_an_enumerable_world():
+    """With every response listed, training ends at pi_ref exp(r / tau) / Z: total variation below 0.02 for every prompt.
+
+    The policy is autoregressive: a table of next-token logits for each prompt and prefix over two words and the end.
+    """
+    texts = [y + (2,) for n in range(3) for y in itertools.product((0, 1), repeat=n)]
+    texts += list(itertools.product((0, 1), repeat=3))  # cut off at 3
+    prefixes = {p: i for i, p in enumerate(sorted({y[:t] for y in texts for t in range(len(y))}))}
+    rng, prompts, tau = torch.Generator().manual_seed(3), 4, 0.5
+    ref_logits = torch.randn(prompts, len(prefixes), 3, generator=rng, dtype=torch.float64)
+    rewards = torch.randn(prompts * len(texts), generator=rng, dtype=torch.float64)
+    groups = torch.arange(prompts).repeat_interleave(len(texts))
+
+    def logprobs(logits):
+        table = logits.log_softmax(-1)
+        return torch.stack([sum(table[x, prefixes[y[:t]], y[t]] for t in range(len(y))) for x in range(prompts) for y in texts])
+
+    ref = logprobs(ref_logits)
+    assert ref.view(prompts, -1).exp().sum(1).tolist() == pytest.approx([1.0] * prompts)  # all responses there are
+    targets = (rewards - rpo.partition_values(ref, rewards, groups, tau)) / tau
+    optimum = (ref + rewards / tau).view(prompts, -1).softmax(1)
+    logits = ref_logits.clone().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    distance = lambda: 0.5 * (logprobs(logits.detach()).view(prompts, -1).exp() - optimum).abs().sum(1)  # noqa: E731
+    assert distance().min() > 0.1
+    for _ in range(400):
+        optimizer.zero_grad()
+        (rpo.rpo_loss(logprobs(logits), ref, targets) / len(ref)).backward()
+        optimizer.step()
+    assert distance().max() < 0.02
+
+
+def test_implied_accuracy_by_hand():
+    """Pairs of one prompt with different rewards; a tie of log-ratios is not a win; other prompts do not count."""
+    log_ratios = torch.tensor([0.3, 0.1, 0.1, 5.0, -5.0])
+    rewards = torch.tensor([2.0, 1.0, 0.0, -9.0, -9.0])
+    groups = torch.tensor([0, 0, 0, 1, 1])
+    assert rpo.implied_accuracy(log_ratios, rewards, groups).item() == pytest.approx(2 / 3)
+
+
+def test_distinct_2_by_hand():
+    assert rpo.distinct_2(["a b a b", "a b"]) == pytest.approx(2 / 4)
+    assert rpo.distinct_2(["a", ""]) == 0
+
+
+def test_thin_keeps_a_share_of_every_prompt():
+    rows = [{"prompt": f"p{i % 3}", "n": i} for i in range(24)]
+    kept = rpo.thin(rows, 0.25, 0)
+    assert [sum(row["prompt"] == f"p{i}" for row in kept) for i in range(3)] == [2, 2, 2]
+    assert [row["n"] for row in kept] == sorted(row["n"] for row in kept) and kept != rpo.thin(rows, 0.25, 1)
+    assert rpo.thin(rows, 1.0, 0) == rows and len(rpo.thin(rows, 0.01, 0)) == 3
+
+
+def test_fingerprint_is_of_the_weights(tmp_path):
+    """Another model of the same name, or the same with one weight changed, has another one."""
+    from safetensors.torch import save_file
+
+    found = set()
+    for value in (0.0, 1.0, 1.0):
+        save_file({"w": torch.full((2,), value)}, tmp_path / "model.safetensors")
+        found.add(rpo.fingerprint(str(tmp_path)))
+    assert len(found) == 2
