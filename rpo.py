@@ -20,17 +20,20 @@ summed log-probabilities the targets are tens of nats for long answers (`rpo/tar
 on the training responses. docs/rpo.md explains the rest.
 """
 
+import gc
 import hashlib
 import json
 import math
 import random
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
 from common import fsdp
 from common.data import batch_indices, collate, fail, hold_out, micro_batches, note, read_rows, tokenize
@@ -159,8 +162,12 @@ def rpo_loss(logprobs, ref_logprobs, targets):
 
 def implied_accuracy(log_ratios, rewards, groups):
     """Share of the pairs of responses to one prompt whose better one has the strictly higher log-ratio; all [N]."""
-    better = (rewards[:, None] > rewards[None]) & (groups[:, None] == groups[None])
-    return ((log_ratios[:, None] > log_ratios[None]) & better).sum() / better.sum().clamp(min=1)
+    order, wins, pairs = torch.argsort(groups).cpu(), 0, 0
+    sizes = torch.bincount(groups.cpu()).tolist()
+    for r, y in zip(rewards.cpu()[order].split(sizes), log_ratios.cpu()[order].split(sizes), strict=True):  # never all N x N
+        better = r[:, None] > r[None]
+        wins, pairs = wins + ((y[:, None] > y[None]) & better).sum().item(), pairs + better.sum().item()
+    return wins / max(1, pairs)
 
 
 def distinct_2(texts):
@@ -183,14 +190,19 @@ def fingerprint(folder):
     """The contents of a model: a hash of its local weights, or the hub's commit."""
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
-        from transformers import AutoConfig
-
         return f"{folder}@{AutoConfig.from_pretrained(folder)._commit_hash}"
-    return "".join(hashlib.file_digest(open(file, "rb"), "sha256").hexdigest() for file in files)
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as weights:
+            digest.update(hashlib.file_digest(weights, "sha256").digest())
+    return digest.hexdigest()
 
 
 def main(args: Args) -> None:
     # --- setup
+    if not (args.tau > 0 and 0 < args.keep_responses <= 1 and args.reward_noise >= 0):
+        given = f"--tau {args.tau}, --keep-responses {args.keep_responses}, --reward-noise {args.reward_noise}"
+        fail(f"{given}: tau must be above 0, the share in (0, 1], the noise not negative")
     run = Run(args)
     device, rank, world = fsdp.device(), fsdp.rank(), fsdp.world()
     name = resolve(args.model)
@@ -217,9 +229,7 @@ def main(args: Args) -> None:
         for part, dataset in ((rows, args.dataset), (held_out, args.eval_dataset or args.dataset))
     )
     rows = thin(rows, args.keep_responses, args.seed)
-    count = {}
-    for row in rows:
-        count[json.dumps(row["prompt"])] = count.get(json.dumps(row["prompt"]), 0) + 1
+    count = Counter(json.dumps(row["prompt"]) for row in rows)
     single = sum(n == 1 for n in count.values())
     if single and args.partition:  # V would be the response's own reward, the target log pi = 0 whatever that is
         note(f"{args.dataset}: dropped {single} of {len(count)} prompts with a single response")
@@ -255,8 +265,6 @@ def main(args: Args) -> None:
 
     # --- models
     eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
-    policy = load_model("policy", name, tokenizer, args, trained=True)
-    optimizer = fsdp.adamw(policy, args.lr)
     cache = Path(args.run_dir, "reference.npz")  # of this reference on these tokens; a resumed run reads it
     what = [sequences, eval_sequences, args.length_normalise, args.precision, fingerprint(ref_name) if rank == 0 else ""]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
@@ -270,10 +278,16 @@ def main(args: Args) -> None:
         ref_logprobs, eval_ref_logprobs = (x.to(device) for x in fsdp.all_gather_object(both)[0])
     else:
         ref_logprobs, eval_ref_logprobs = score(reference, sequences), score(reference, eval_sequences)
-        if rank == 0:
-            np.savez(cache, key=key, train=ref_logprobs.cpu().numpy(), held_out=eval_ref_logprobs.cpu().numpy())
-    if args.precompute_ref:
+        if rank == 0:  # under another name first: a kill leaves no half of it
+            part = cache.with_suffix(".part.npz")
+            np.savez(part, key=key, train=ref_logprobs.cpu().numpy(), held_out=eval_ref_logprobs.cpu().numpy())
+            part.rename(cache)
+    if args.precompute_ref:  # before the policy is loaded: the two are never in memory together
         reference = None
+        gc.collect()  # sharded modules are in reference cycles
+    policy = load_model("policy", name, tokenizer, args, trained=True)
+    optimizer = fsdp.adamw(policy, args.lr)
+    models = [policy] if reference is None else [policy, reference]
     values = partition_values(ref_logprobs, rewards, groups, args.tau) if args.partition else torch.zeros_like(rewards)
     targets = (rewards - values) / args.tau
     state = fsdp.load_checkpoint(args.run_dir, {"policy": (policy, optimizer)}) if args.resume else {}
@@ -321,7 +335,7 @@ def main(args: Args) -> None:
         run.metrics(done, {
             "rpo/loss": total, "rpo/log_ratio": fsdp.all_reduce(stats)[1], "rpo/target": targets[batch].mean(),
             "rpo/value": values[batch].mean(), "rpo/grad_norm": norm, "rpo/lr": lr, "time/step_s": seconds,
-            "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": fsdp.state_bytes([policy], [optimizer]) / 2**30,
+            "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": fsdp.state_bytes(models, [optimizer]) / 2**30,
             "memory/peak_gb": peak_memory_gb(), **mfu(policy, tokens, seconds),
         }, show=("rpo/loss", "rpo/log_ratio"))  # fmt: skip
         if args.eval_every and done % args.eval_every == 0 and done < steps:

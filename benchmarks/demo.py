@@ -56,7 +56,7 @@ def picture(evaluations: list[dict], training: list[dict], path: Path) -> None:
 def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sft, gvm = str(OUT / "sft/model"), str(OUT / "gvm_td/model")
-    seconds = [run("sft.py"), run("gvm_td.py", "--model", sft)]
+    seconds = [run("sft.py", "--save-every", "0"), run("gvm_td.py", "--model", sft, "--save-every", "0")]
     seconds.append(run("dvpo.py", "--model", sft, "--gvm", gvm, "--steps", str(STEPS), "--eval-every", "5"))
 
     rows = {row["step"]: row for row in read("dvpo") if "eval/reward" in row}

@@ -4,7 +4,7 @@ For each seed: a reward model, a GVM from its scores (the paper's comparison) an
 then PPO with the reward model, DVPO with either GVM, with `--centre` and with `--advantage q`: same policy, prompts, batch and
 epochs. PPO with the true reward and DVPO with a GVM from true scores show what is left when the reward model's errors are gone.
 
-    python benchmarks/reviews.py                   # 5 seeds, about 45 minutes on one core; resumes where it was stopped
+    python benchmarks/reviews.py                   # 5 seeds, about an hour on one core; resumes where it was stopped
     python benchmarks/reviews.py --seeds 0 1 --out runs/bench   # part of them; the table is over all that are finished
 
 Also GVMs from the true scores with other settings. Writes runs/bench/table.md, curves.png, gvm.md, truth.png and truth.json.
@@ -155,8 +155,10 @@ def report(out: Path, seeds: list[int]) -> None:
         grammar = spread(100 * x for x in last[1])
         cells = (name, spread(last[0]), f"{grammar} %", spread(last[2]), spread(last[3]), when, ratio, f"{state:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
+        if not colour:
+            continue
         titles = {"eval/reward": "true reward, held-out prompts", "eval/grammatical": "share grammatical", "eval/kl": "KL (nats)"}
-        for axis, (key, title) in zip(axes, titles.items() if colour else (), strict=bool(colour)):
+        for axis, (key, title) in zip(axes, titles.items(), strict=True):
             steps = [r["step"] for r in runs[seeds[0]][0]]
             series = list(zip(*[[r[key] for r in runs[s][0]] for s in seeds], strict=True))
             axis.fill_between(steps, [min(v) for v in series], [max(v) for v in series], color=colour, alpha=0.15, lw=0)

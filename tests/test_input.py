@@ -86,6 +86,8 @@ BAD_ARGS = {
     "equal rewards": ("gvm_td", dict(EQUAL), "equal.jsonl", "all rewards are 2.0"),
     "one response a prompt": ("rpo", dict(dataset="single.jsonl", eval_dataset="equal.jsonl"), "--no-partition"),
     "rpo, equal rewards": ("rpo", dict(dataset="equal.jsonl", eval_dataset="scored.jsonl"), "all rewards are 2.0"),
+    "share of responses": ("rpo", dict(keep_responses=1.5), "--keep-responses 1.5", "(0, 1]"),
+    "tau": ("rpo", dict(tau=0.0), "--tau 0.0", "above 0"),
     "shard size": ("sft", dict(shard_size=2), "--shard-size 2 does not divide the 1 processes"),
     "held-out prompts too long": ("sft", dict(eval_dataset="long.jsonl", eval_split="train"), "long.jsonl"),
     "all responses too long": ("gvm_td", dict(max_characters=1), "scored.jsonl", "--max-characters"),

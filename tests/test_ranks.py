@@ -14,6 +14,7 @@ VARIANTS = {
     "gvm_td": dict(normalise_values=True, context_pairs=2, context_length=8, source="preference", dataset="pairs.jsonl"),
     "dvpo": dict(gvm="runs/context", advantage="q", missing_eos_penalty=1.0),
     "ppo": dict(reward="runs/judge/model", critic=""),
+    "rpo": dict(length_normalise=True, keep_responses=0.75, reward_noise=0.5, precompute_ref=True),
 }
 
 
@@ -41,7 +42,7 @@ def test_same_training(world, alone, script, processes, micro):
 
 @pytest.mark.parametrize("script", VARIANTS)
 def test_same_training_of_variants(world, script):
-    """The same for normalised values, context pairs, action-value advantages, and a reward model that starts the critic."""
+    """The same for normalised values, context pairs, action values, a reward model as critic, mean log-probabilities."""
     if script == "ppo":
         world.run("reward", **ranks.ARGS["reward"] | dict(run_dir="runs/judge", steps=2)).ok()
     args = ranks.ARGS[script] | VARIANTS[script] | dict(precision="fp64")

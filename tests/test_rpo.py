@@ -4,7 +4,9 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
+import ranks
 import torch
 
 import rpo
@@ -106,7 +108,9 @@ def test_implied_accuracy_by_hand():
     log_ratios = torch.tensor([0.3, 0.1, 0.1, 5.0, -5.0])
     rewards = torch.tensor([2.0, 1.0, 0.0, -9.0, -9.0])
     groups = torch.tensor([0, 0, 0, 1, 1])
-    assert rpo.implied_accuracy(log_ratios, rewards, groups).item() == pytest.approx(2 / 3)
+    assert rpo.implied_accuracy(log_ratios, rewards, groups) == pytest.approx(2 / 3)
+    mixed = torch.tensor([3, 0, 4, 2, 1])
+    assert rpo.implied_accuracy(log_ratios[mixed], rewards[mixed], groups[mixed]) == pytest.approx(2 / 3)
 
 
 def test_distinct_2_by_hand():
@@ -120,6 +124,20 @@ def test_thin_keeps_a_share_of_every_prompt():
     assert [sum(row["prompt"] == f"p{i}" for row in kept) for i in range(3)] == [2, 2, 2]
     assert [row["n"] for row in kept] == sorted(row["n"] for row in kept) and kept != rpo.thin(rows, 0.25, 1)
     assert rpo.thin(rows, 1.0, 0) == rows and len(rpo.thin(rows, 0.01, 0)) == 3
+
+
+def test_kept_reference_is_used_on_resume_unless_it_is_of_something_else(world):
+    """With its key the file's numbers are taken (here moved by 100 nats, which moves the targets); with another they are not."""
+    args = ranks.ARGS["rpo"] | dict(precompute_ref=True, save_every=1, steps=1, tau=1.0, lr_schedule="constant")
+    for key, moved in ((None, True), ("of something else", False)):
+        run_dir = f"runs/kept-{moved}"
+        world.run("rpo", **args, run_dir=run_dir).ok()
+        cache = world.path(run_dir) / "reference.npz"
+        found = dict(np.load(cache))
+        np.savez(cache, **found | {"train": found["train"] + 100.0} | ({"key": key} if key else {}))
+        world.run("rpo", **args | dict(steps=2), run_dir=run_dir, resume=True).ok()
+        first, second = (row["rpo/target"] for row in ranks.metrics(world.path(run_dir)) if "rpo/target" in row)
+        assert (abs(second - first) > 50) == moved
 
 
 def test_fingerprint_is_of_the_weights(tmp_path):
