@@ -38,6 +38,7 @@ from common.models import (
     Reward,
     check_same_tokenizer,
     load_model,
+    load_reference,
     load_tokenizer,
     resolve,
     response_values,
@@ -132,6 +133,14 @@ class Args:
     """also log to Weights & Biases (offline without WANDB_API_KEY)"""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     """compute type; auto: bf16 on a GPU, float32 on a CPU; master weights are float32"""
+    lora_rank: int = 0
+    """rank of LoRA adapters on every linear layer, through peft; 0: all weights are trained"""
+    lora_alpha: float = 32.0
+    """their scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)"""
+    lora_dropout: float = 0.0
+    """of their input, in the update alone"""
+    lora_merge: bool = True
+    """export the merged model; --no-lora-merge: the adapters alone, for peft"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, a third more time"""
     shard_size: int = 0
@@ -142,7 +151,7 @@ class Args:
 REVIEWS = dict(
     part="rl", steps=40, batch_size=256, mini_batch_size=64, micro_batch_size=64, max_prompt_length=16,
     max_response_length=32, beta=0.1, lr=3e-4, warmup_steps=0, eval_every=10, eval_prompts=96, save_every=20,
-    eval_reward=("common.reviews:reward", "common.reviews:grammatical"),
+    eval_reward=("assets.reviews:reward", "assets.reviews:grammatical"),
 )  # fmt: skip
 
 
@@ -245,7 +254,7 @@ def main(args: Args) -> None:
     if getattr(gvm.config, "gamma", args.gamma) != args.gamma:
         fail(f"--gamma {args.gamma}, but {args.gvm} was trained with {gvm.config.gamma}")
     context_pairs, context_length = (getattr(gvm.config, key, 0) for key in ("context_pairs", "context_length"))
-    reference = load_model("policy", ref_name, tokenizer, args, trained=False)
+    reference = load_reference(policy, ref_name, tokenizer, args)
     models, optimizers = [policy, gvm, reference], [optimizer]
     trained = {"policy": (policy, optimizer)}
     state = fsdp.load_checkpoint(args.run_dir, trained) if args.resume else {}

@@ -120,6 +120,14 @@ class Args:
     """also log to Weights & Biases (offline without WANDB_API_KEY)"""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     """compute type; auto: bf16 on a GPU, float32 on a CPU; master weights are float32"""
+    lora_rank: int = 0
+    """rank of LoRA adapters on every linear layer, through peft; 0: all weights are trained"""
+    lora_alpha: float = 32.0
+    """their scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)"""
+    lora_dropout: float = 0.0
+    """of their input, in the update alone"""
+    lora_merge: bool = True
+    """export the merged model; --no-lora-merge: the adapters alone, for peft"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, a third more time"""
     shard_size: int = 0

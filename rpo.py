@@ -38,7 +38,16 @@ from transformers import AutoConfig
 from common import fsdp
 from common.data import batch_indices, collate, fail, hold_out, micro_batches, note, read_rows, tokenize
 from common.log import Run, mfu, parse, peak_memory_gb
-from common.models import Reward, check_same_tokenizer, load_model, load_tokenizer, resolve, rollout, run_micro_batches
+from common.models import (
+    Reward,
+    check_same_tokenizer,
+    load_model,
+    load_reference,
+    load_tokenizer,
+    resolve,
+    rollout,
+    sequence_logprobs,
+)
 
 
 @dataclass
@@ -82,11 +91,11 @@ class Args:
     max_response_length: int = 1024
     """tokens; longer responses are cut"""
     tau: float = 1.0
-    """temperature of the optimum, in standard deviations of the reward (2506.13702: 1)"""
+    """temperature of the optimum, in standard deviations of the reward (2405.19107, 2506.13702: 1)"""
     partition: bool = True
     """subtract V(x); --no-partition is the paper's ablation"""
     length_normalise: bool = False
-    """mean instead of summed log-probabilities, inside V too (the released code's); the paper's equations have sums"""
+    """mean instead of summed log-probabilities, everywhere (RPO's released code); the papers' equations have sums"""
     keep_responses: float = 1.0
     """share of the responses kept of each prompt, at random (ablation)"""
     reward_noise: float = 0.0
@@ -94,11 +103,11 @@ class Args:
     precompute_ref: bool = True
     """free the reference once the data are scored: one model less in memory, but no `eval/kl`"""
     lr: float = 1e-4
-    """peak learning rate (2506.13702: 1e-4 for Flan-T5 of 0.1 to 3 B parameters; docs/rpo.md on decoders of 7 B)"""
+    """peak learning rate (2405.19107, 2506.13702: 1e-4 for T5 of 0.1 to 3 B parameters; docs/rpo.md on decoders of 7 B)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """after the warm-up (2506.13702: linear)"""
+    """after the warm-up; linear: down to 0 at the end"""
     warmup_steps: int = 150
-    """optimizer steps of linear warm-up (2506.13702: 150)"""
+    """optimizer steps of linear warm-up (2405.19107, 2506.13702: 150)"""
     max_grad_norm: float = 1.0
     """gradients are clipped to this norm"""
     temperature: float = 1.0
@@ -121,6 +130,14 @@ class Args:
     """also log to Weights & Biases (offline without WANDB_API_KEY)"""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     """compute type; auto: bf16 on a GPU, float32 on a CPU; master weights are float32"""
+    lora_rank: int = 0
+    """rank of LoRA adapters on every linear layer, through peft; 0: all weights are trained"""
+    lora_alpha: float = 32.0
+    """their scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)"""
+    lora_dropout: float = 0.0
+    """of their input, in the update alone"""
+    lora_merge: bool = True
+    """export the merged model; --no-lora-merge: the adapters alone, for peft"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, a third more time"""
     shard_size: int = 0
@@ -131,7 +148,7 @@ class Args:
 REVIEWS = dict(
     eval_fraction=0.2, part="value", steps=400, batch_size=64, micro_batch_size=64, max_prompt_length=16, max_response_length=32,
     tau=0.3, lr=3e-3, warmup_steps=20, eval_every=100, eval_prompts=96, save_every=100, precompute_ref=False,
-    eval_reward=("common.reviews:reward", "common.reviews:grammatical"),
+    eval_reward=("assets.reviews:reward", "assets.reviews:grammatical"),
 )  # fmt: skip
 
 
@@ -186,16 +203,36 @@ def thin(rows, share, seed):
     return [row for i, row in enumerate(rows) if i in kept]
 
 
-def fingerprint(folder):
+def fingerprint(name):
     """The contents of a model: a hash of its local weights, or the hub's commit."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        return f"{folder}@{AutoConfig.from_pretrained(folder)._commit_hash}"
-    digest = hashlib.sha256()
+    files, digest = sorted(Path(name).glob("*.safetensors")), hashlib.sha256()
     for file in files:
         with open(file, "rb") as weights:
             digest.update(hashlib.file_digest(weights, "sha256").digest())
-    return digest.hexdigest()
+    return digest.hexdigest() if files else f"{name}@{AutoConfig.from_pretrained(name)._commit_hash}"
+
+
+def reference_logprobs(name, tokenizer, args, **parts):
+    """log pi_ref(y|x) of the (prompt, response) tokens of each part: [N] sums over tokens, in float64, on every rank.
+
+    Computed once, before the policy is loaded: the reference is freed at the end. The run folder keeps them for --resume, under
+    a key of the tokens, the precision and the reference's weights.
+    """
+    cache, first = Path(args.run_dir, "reference.npz"), fsdp.rank() == 0
+    key = hashlib.sha256(json.dumps([parts, args.precision, fingerprint(name) if first else ""]).encode()).hexdigest()
+    found = dict(np.load(cache)) if first and args.resume and cache.exists() else {}
+    kept = {part: torch.tensor(found[part]) for part in parts} if str(found.get("key")) == key else None
+    kept = fsdp.all_gather_object(kept)[0]
+    if kept is None:
+        reference, pad = load_model("policy", name, tokenizer, args, trained=False), tokenizer.pad_token_id
+        kept = {part: sequence_logprobs(reference, s, args.micro_batch_size, pad) for part, s in parts.items()}
+        reference = None
+        gc.collect()  # sharded modules are in reference cycles
+        if first:  # under another name first: a kill leaves no half of it
+            part = cache.with_suffix(".part.npz")
+            np.savez(part, key=key, **{name: x.cpu().numpy() for name, x in kept.items()})
+            part.rename(cache)
+    return [x.to(fsdp.device()) for x in kept.values()]
 
 
 def main(args: Args) -> None:
@@ -252,50 +289,31 @@ def main(args: Args) -> None:
     steps = args.steps or args.epochs * max(1, len(rows) // args.batch_size)
     note(f"{len(rows)} responses to {len(set(groups.tolist()))} prompts to learn from, {len(held_out)} held out, {steps} steps")
 
-    def response_scale(sequences):
-        """What a summed log-probability is divided by."""
+    def scale(sequences):
+        """What a summed log-probability is divided by, [N]."""
         ones = [len(r) if args.length_normalise else 1 for _, r in sequences]
         return torch.tensor(ones, dtype=torch.float64, device=device)
 
-    def score(model, sequences):
-        """Log-probabilities [N] of whole responses, on every rank, summed or (--length-normalise) a token."""
-        forward = lambda mb: model.response_logprobs(**mb)[0].double().sum(1, keepdim=True)  # noqa: E731
-        sums = run_micro_batches(forward, sequences, args.micro_batch_size, pad, 1, torch.float64)[:, 0]
-        return sums / response_scale(sequences)
-
     # --- models
     eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
-    cache = Path(args.run_dir, "reference.npz")  # of this reference on these tokens; a resumed run reads it
-    what = [sequences, eval_sequences, args.length_normalise, args.precision, fingerprint(ref_name) if rank == 0 else ""]
-    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
-    found = np.load(cache) if rank == 0 and args.resume and cache.exists() else {}
-    usable = fsdp.all_gather_object(rank == 0 and "key" in found and str(found["key"]) == key)[0]
-    reference = None
-    if not (usable and args.precompute_ref):
-        reference = load_model("policy", ref_name, tokenizer, args, trained=False)
-    if usable:
-        both = [torch.tensor(found[part]) if rank == 0 else None for part in ("train", "held_out")]
-        ref_logprobs, eval_ref_logprobs = (x.to(device) for x in fsdp.all_gather_object(both)[0])
-    else:
-        ref_logprobs, eval_ref_logprobs = score(reference, sequences), score(reference, eval_sequences)
-        if rank == 0:  # under another name first: a kill leaves no half of it
-            part = cache.with_suffix(".part.npz")
-            np.savez(part, key=key, train=ref_logprobs.cpu().numpy(), held_out=eval_ref_logprobs.cpu().numpy())
-            part.rename(cache)
-    if args.precompute_ref:  # before the policy is loaded: the two are never in memory together
-        reference = None
-        gc.collect()  # sharded modules are in reference cycles
+    sums = reference_logprobs(ref_name, tokenizer, args, train=sequences, held_out=eval_sequences)
+    ref_logprobs, eval_ref_logprobs = sums[0] / scale(sequences), sums[1] / scale(eval_sequences)
     policy = load_model("policy", name, tokenizer, args, trained=True)
     optimizer = fsdp.adamw(policy, args.lr)
-    models = [policy] if reference is None else [policy, reference]
+    reference = None if args.precompute_ref else load_reference(policy, ref_name, tokenizer, args)
+    models = [policy] + [reference] * (reference is not None)
     values = partition_values(ref_logprobs, rewards, groups, args.tau) if args.partition else torch.zeros_like(rewards)
     targets = (rewards - values) / args.tau
-    state = fsdp.load_checkpoint(args.run_dir, {"policy": (policy, optimizer)}) if args.resume else {}
+    trained, optimizers = {"policy": (policy, optimizer)}, [optimizer]
+    state = fsdp.load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
     run.start(start, steps)
 
+    def score(model, sequences):
+        return sequence_logprobs(model, sequences, args.micro_batch_size, pad)
+
     def evaluate(step):
-        log_ratios = score(policy, eval_sequences) - eval_ref_logprobs
+        log_ratios = score(policy, eval_sequences) / scale(eval_sequences) - eval_ref_logprobs
         out = {"eval/pair_accuracy": implied_accuracy(log_ratios, eval_rewards_given, eval_groups)}
         prompts = [row["prompt_ids"] for row in eval_rows]
         responses = rollout(policy, tokenizer, prompts, args.max_response_length, args.temperature, (0, 0))
@@ -305,7 +323,7 @@ def main(args: Args) -> None:
         out |= {f"eval/{key}": value.mean() for key, value in scores.items()}
         out |= {"eval/length": sum(map(len, responses)) / max(1, len(responses)), "eval/distinct_2": distinct_2(texts)}
         if reference is not None:
-            scores["kl"] = (score(policy, sampled) - score(reference, sampled)) * response_scale(sampled)
+            scores["kl"] = score(policy, sampled) - score(reference, sampled)
             out["eval/kl"] = scores["kl"].mean()
         run.metrics(step, out, show=tuple(out))
         run.samples(step, [
@@ -322,7 +340,7 @@ def main(args: Args) -> None:
         stats = torch.zeros(2, device=device, dtype=torch.float64)
         for pick in micro_batches(batch, lengths, args.micro_batch_size, rank, world):
             mb, at = collate([sequences[i] for i in pick], pad, device), torch.tensor(pick or [0], device=device)
-            mb_logprobs = policy.response_logprobs(**mb)[0].sum(1) / response_scale([sequences[i] for i in at])
+            mb_logprobs = policy.response_logprobs(**mb)[0].sum(1) / scale([sequences[i] for i in at])
             mb_loss = rpo_loss(mb_logprobs, ref_logprobs[at], targets[at]) * bool(pick)
             fsdp.backward(mb_loss / len(batch))
             stats += torch.stack([mb_loss, (mb_logprobs - ref_logprobs[at]).sum() * bool(pick)]).detach() / len(batch)
@@ -335,7 +353,7 @@ def main(args: Args) -> None:
         run.metrics(done, {
             "rpo/loss": total, "rpo/log_ratio": fsdp.all_reduce(stats)[1], "rpo/target": targets[batch].mean(),
             "rpo/value": values[batch].mean(), "rpo/grad_norm": norm, "rpo/lr": lr, "time/step_s": seconds,
-            "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": fsdp.state_bytes(models, [optimizer]) / 2**30,
+            "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": fsdp.state_bytes(models, optimizers) / 2**30,
             "memory/peak_gb": peak_memory_gb(), **mfu(policy, tokens, seconds),
         }, show=("rpo/loss", "rpo/log_ratio"))  # fmt: skip
         if args.eval_every and done % args.eval_every == 0 and done < steps:
@@ -343,7 +361,7 @@ def main(args: Args) -> None:
 
         # --- save
         if args.save_every and (done % args.save_every == 0 or done == steps):
-            fsdp.save_checkpoint(args.run_dir, done, {"policy": (policy, optimizer)}, {}, args.keep)
+            fsdp.save_checkpoint(args.run_dir, done, trained, {}, args.keep)
     evaluate(steps)
     fsdp.export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
     run.close()

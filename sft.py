@@ -92,6 +92,14 @@ class Args:
     """also log to Weights & Biases (offline without WANDB_API_KEY)"""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     """compute type; auto: bf16 on a GPU, float32 on a CPU; master weights are float32"""
+    lora_rank: int = 0
+    """rank of LoRA adapters on every linear layer, through peft; 0: all weights are trained"""
+    lora_alpha: float = 32.0
+    """their scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)"""
+    lora_dropout: float = 0.0
+    """of their input, in the update alone"""
+    lora_merge: bool = True
+    """export the merged model; --no-lora-merge: the adapters alone, for peft"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, a third more time"""
     shard_size: int = 0
@@ -102,7 +110,7 @@ class Args:
 REVIEWS = dict(
     eval_fraction=0.2, part="sft", steps=500, batch_size=64, micro_batch_size=64, max_prompt_length=16, max_response_length=32,
     lr=6e-3, eval_every=250, eval_prompts=64, save_every=100,
-    eval_reward=("common.reviews:reward", "common.reviews:grammatical"),
+    eval_reward=("assets.reviews:reward", "assets.reviews:grammatical"),
 )  # fmt: skip
 
 

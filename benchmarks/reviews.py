@@ -30,7 +30,7 @@ METHODS = {  # name: (script, flags with {} for the seed's folder, colour in the
     "DVPO, GVM from +1/-1, --beta 0.05": ("dvpo.py", ["--gvm", "{}/gvm_pairs/model", "--beta", "0.05"], None),
     "DVPO, GVM from scores, --centre": ("dvpo.py", ["--gvm", "{}/gvm_scores/model", "--centre"], "#92c"),
     "DVPO, GVM from scores, --advantage q": ("dvpo.py", ["--gvm", "{}/gvm_scores/model", "--advantage", "q"], "#c63"),
-    "PPO, true reward": ("ppo.py", ["--reward", "common.reviews:reward"], None),
+    "PPO, true reward": ("ppo.py", ["--reward", "assets.reviews:reward"], None),
     "DVPO, GVM from true scores": ("dvpo.py", ["--gvm", "{}/gvm_lam_0_95_default_/model"], None),
 }
 
@@ -75,7 +75,7 @@ def train(out: Path, seed: int, steps: int) -> None:
 def true_values(prompts: list[str], samples: int, least: int) -> list[tuple[str, list[str], float]]:
     """(prompt, prefix words, expected reward) by sampling the behaviour policy, a random author for each review: the mean
     reward of all reviews that begin so, for prefixes at least `least` of them share. The empty prefix is V(s_1)."""
-    from common import reviews
+    from assets import reviews
 
     rng, found = random.Random(7), []
     for prompt in prompts:

@@ -14,7 +14,7 @@ import datasets
 import jinja2
 import torch
 
-from common import reviews
+from assets import reviews
 
 KINDS = {  # the columns a row must have, by kind of data set
     "prompts": ("prompt",), "sft": ("prompt", "response"),
@@ -152,12 +152,14 @@ def _check_row(row: dict, kind: str, columns: dict[str, str]) -> dict:
     return row
 
 def encode_prompt(tokenizer, prompt) -> list[int]:
-    """Prompt tokens, ready for an answer: through the chat template where there is one, else plain text with one BOS."""
+    """Prompt tokens, ready for an answer: through the chat template where there is one, else plain text with one BOS. An encoder
+    reads its input with the eos it was trained with, a decoder goes on from the text."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     ids = tokenizer(prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt) + "\n")["input_ids"]
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+    ended = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not getattr(tokenizer, "of_encoder_decoder", False)
+    return ids[:-1] if ended else ids
 
 def stop_token(tokenizer) -> int:
     """The token that ends an answer: what the chat template writes after one (Gemma's is not its eos), else eos."""

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import state_dict as sd
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from common import lora
 from common.data import fail
 
 rank, world = dist.get_rank, dist.get_world_size
@@ -123,7 +124,8 @@ def reshard(model) -> None:
         unit.reshard()
 
 def adamw(model, lr: float):
-    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=torch.cuda.is_available())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=torch.cuda.is_available())
 
 def backward(loss: torch.Tensor) -> None:
     """FSDP averages gradients over ranks; our losses have the *global* denominator, so theirs is a sum."""
@@ -151,7 +153,9 @@ def state_bytes(models, optimizers=()) -> int:
 def _states(trained: dict) -> dict:
     for model, _ in trained.values():
         reshard(model)
-    return {name: dict(zip(("model", "optimizer"), sd.get_state_dict(*pair), strict=True)) for name, pair in trained.items()}
+    own = sd.StateDictOptions(ignore_frozen_params=True)  # of LoRA the adapters alone
+    found = {name: sd.get_state_dict(*pair, options=own) for name, pair in trained.items()}
+    return {name: dict(zip(("model", "optimizer"), pair, strict=True)) for name, pair in found.items()}
 
 def save_checkpoint(run_dir: str, step: int, trained: dict, extra: dict, keep: int) -> None:
     """checkpoints/step-N with models, optimizers, RNG of each rank and `extra` (JSON). Written aside, then renamed.
@@ -182,7 +186,8 @@ def load_checkpoint(run_dir: str, trained: dict) -> dict:
     folder, states = found[-1].parent, _states(trained)
     dcp.load(states, checkpoint_id=folder / "dcp")
     for name, pair in trained.items():
-        sd.set_state_dict(*pair, model_state_dict=states[name]["model"], optim_state_dict=states[name]["optimizer"])
+        parts = dict(model_state_dict=states[name]["model"], optim_state_dict=states[name]["optimizer"])
+        sd.set_state_dict(*pair, **parts, options=sd.StateDictOptions(strict=not hasattr(pair[0], "lora")))
     rng = folder / f"rng-{rank()}-of-{world()}.pt"
     if rng.exists():  # on another number of ranks there is none; only dropout (LoRA's) would draw from it
         for put, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), torch.load(rng, weights_only=True), strict=False):
@@ -190,7 +195,8 @@ def load_checkpoint(run_dir: str, trained: dict) -> dict:
     return json.loads(found[-1].read_text())
 
 def export(model, tokenizer, folder: str, precision: str, **config) -> None:
-    """A Hugging Face folder: weights (compute type), config with the `config` entries, tokenizer, chat template."""
+    """A Hugging Face folder: weights (compute type), config with the `config` entries, tokenizer, chat template. LoRA's adapters
+    are merged into the weights, or with --no-lora-merge the adapters alone."""
     reshard(model)
     full = sd.get_model_state_dict(model, options=sd.StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank() == 0:
@@ -201,7 +207,13 @@ def export(model, tokenizer, folder: str, precision: str, **config) -> None:
         if model.can_generate():
             model.generation_config = model.generation_to_export
         tied = model.all_tied_weights_keys  # on several ranks the gathered copies share no memory, so both would be written
-        model.save_pretrained(part, state_dict={k: v.to(compute) for k, v in full.items() if k not in tied})
+        full = {key: value for key, value in full.items() if key not in tied}
+        if hasattr(model, "lora") and not model.lora_merge:
+            part.mkdir()
+            lora.save_adapter(model, full, part)
+        else:
+            full = lora.merged(full, model.lora.lora_alpha / model.lora.r) if hasattr(model, "lora") else full
+            model.save_pretrained(part, state_dict={key: value.to(compute) for key, value in full.items()})
         tokenizer.save_pretrained(part)
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)

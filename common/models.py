@@ -11,7 +11,8 @@ import torch.nn.functional as F
 import transformers
 from torch.utils.checkpoint import checkpoint
 
-from common import fsdp, reviews
+from assets import reviews
+from common import fsdp, lora
 from common.data import collate, encode_prompt, fail, micro_batches, stop_token
 
 transformers.utils.logging.disable_progress_bar()
@@ -19,8 +20,10 @@ transformers.utils.logging.set_verbosity_error()  # what a load leaves out is ch
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing here writes in place
 AUTO = {
     "policy": transformers.AutoModelForCausalLM,
+    "encoder-decoder": transformers.AutoModelForSeq2SeqLM,  # a policy of the T5 family
     "value": transformers.AutoModelForTokenClassification,  # a linear hidden -> 1 on every token
     "reward": transformers.AutoModelForSequenceClassification,  # the same on the last token
+    "prompt value": transformers.AutoModelForTokenClassification,  # read at the prompt alone, so it may be an encoder
 }
 
 def resolve(name: str, embedded: str = "policy") -> str:
@@ -44,6 +47,8 @@ def load_tokenizer(name: str):
         fail(f"{name}: its tokenizer has no end-of-sequence token, so a response could never end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    config = _load("configuration", transformers.AutoConfig, name)
+    tokenizer.of_encoder_decoder = config.is_encoder_decoder  # encode_prompt asks
     return tokenizer
 
 def check_same_tokenizer(tokenizer, name: str, flag: str = "") -> bool:
@@ -64,14 +69,21 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
     scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
     if kind == "policy" and any(getattr(config, key, None) for key in scaled):
         fail(f"{name}: it scales or caps its logits after the output layer, which the chunked log-probabilities do not do")
-    if kind != "policy":
+    if config.is_encoder_decoder:
+        if kind in ("value", "reward"):
+            fail(f"{name}: an encoder-decoder cannot be a {kind} model here; its encoder would see the tokens it is to judge")
+        if not hasattr(config, "relative_attention_num_buckets"):
+            fail(f"{name}: of the encoder-decoders only the T5 family is supported, not {config.model_type}")
+        kind = "encoder-decoder" if kind == "policy" else kind
+    if kind not in ("policy", "encoder-decoder"):
         config.num_labels, config.classifier_dropout = 1, 0.0
         if trained or config.pad_token_id is None:  # a reward model from the hub is read where its own config says
             config.pad_token_id = tokenizer.pad_token_id
     config.num_hidden_layers = layers or config.num_hidden_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
-    options = dict(config=config, dtype=master if trained else compute)
+    adapted = trained and bool(args.lora_rank)
+    options = dict(config=config, dtype=master if trained and not adapted else compute)
     source = None
     if fsdp.rank() == 0:
         source, info = _load(f"{kind} weights", AUTO[kind], name, use_safetensors=True, output_loading_info=True, **options)
@@ -90,9 +102,12 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
             config.score_std = None  # done
     with torch.device("meta"):
         model = AUTO[kind].from_config(**options)
-    for module in filter(None, (source, model) if kind == "value" else ()):
-        fsdp.head(module).to(master)  # a value in bfloat16 has 3 digits: the head computes in full precision
-    if kind == "policy":  # registered with FSDP below, so that calling it gathers the root's parameters
+    for module in filter(None, (source, model)):
+        if "value" in kind:
+            fsdp.head(module).to(master)  # a value in bfloat16 has 3 digits: the head computes in full precision
+        if adapted:
+            lora.add(module, module.get_output_embeddings() if module.can_generate() else fsdp.head(module), name, args, master)
+    if model.can_generate():  # registered with FSDP below, so that calling it gathers the root's parameters
         model.response_logprobs = types.MethodType(response_logprobs, model)
         pad = tokenizer.pad_token_id
         stops = sorted({tokenizer.eos_token_id, stop_token(tokenizer)})
@@ -104,7 +119,8 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
                 model.generation_to_export.update(temperature=None, top_p=None, top_k=None)
     fsdp.shard(model, compute, args.shard_size, frozen=not trained)
     fsdp.load_full(model, source)
-    model.requires_grad_(trained)
+    if not adapted:  # else the adapters are, and a head
+        model.requires_grad_(trained)
     if trained and args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train(trained)
@@ -131,16 +147,34 @@ def response_positions(prompt_lengths, response_mask, width: int):
     steps = torch.arange(response_mask.shape[1] + 1, device=prompt_lengths.device)
     return (prompt_lengths[:, None] - 1 + steps).clamp(max=width - 1)
 
-def response_logprobs(self, input_ids, prompt_lengths, response_mask, temperature=1.0):
-    """log pi(y_t | x, y_<t) and the entropy at each step, both [B, T], zero where masked.
-    No attention mask: with padding on the right alone, a causal model never looks at it."""
-    hidden = self.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+def response_logprobs(self, input_ids, prompt_lengths, response_mask, temperature=1.0, prompt_head=None):
+    """log pi(y_t | x, y_<t) and the entropy at each step, both [B, T], zero where masked; with `prompt_head`, a linear layer,
+    also its output [B] for the prompt: at its last token, or of an encoder the mean over its tokens.
+    A decoder gets no attention mask: with padding on the right alone, a causal model never looks at it."""
     at = response_positions(prompt_lengths, response_mask, input_ids.shape[1])
     tokens = input_ids.gather(1, at[:, 1:])
-    hidden = hidden.gather(1, at[:, :-1, None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
+    if self.config.is_encoder_decoder:
+        ids, mask = only_prompts(input_ids, prompt_lengths)
+        states = self.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+        shifted = torch.cat([torch.full_like(tokens[:, :1], self.config.decoder_start_token_id), tokens[:, :-1]], 1)
+        seen = dict(encoder_hidden_states=states, encoder_attention_mask=mask, use_cache=False)
+        hidden = self.get_decoder()(input_ids=shifted, **seen).last_hidden_state
+        prompt = (states * mask[..., None]).sum(1) / prompt_lengths[:, None]
+        if getattr(self.config, "scale_decoder_outputs", False):  # T5's tied output layer; Flan-T5 has its own
+            hidden = hidden * self.config.d_model**-0.5
+    else:
+        hidden = self.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden = hidden.gather(1, at[:, :-1, None].expand(-1, -1, hidden.shape[-1]))
+        prompt = hidden[:, 0]
     layer = self.get_output_embeddings()
-    found = token_logprobs(hidden, layer.weight, layer.bias, tokens.flatten(), temperature, self.forbidden_token)
-    return [x.view_as(tokens).masked_fill(~response_mask, 0.0) for x in found]
+    found = token_logprobs(hidden.flatten(0, 1), layer.weight, layer.bias, tokens.flatten(), temperature, self.forbidden_token)
+    found = [x.view_as(tokens).masked_fill(~response_mask, 0.0) for x in found]
+    return found if prompt_head is None else [*found, prompt_head(prompt.to(prompt_head.weight.dtype)).squeeze(-1)]
+
+def only_prompts(input_ids, prompt_lengths):
+    """The prompts of collated sequences, [B, P], and their attention mask."""
+    mask = torch.arange(int(prompt_lengths.max()), device=input_ids.device) < prompt_lengths[:, None]
+    return input_ids[:, : mask.shape[1]], mask.long()
 
 def response_values(model, input_ids, prompt_lengths, response_mask):
     """[B, T + 1]: V(s_1) at the last prompt token, then Q(s_t, a_t) at each response token; zero where masked."""
@@ -163,6 +197,17 @@ def run_micro_batches(forward, sequences, size: int, pad_id: int, width: int, dt
             if pick:
                 out[torch.tensor(pick, device=out.device), : result.shape[1]] = result.to(dtype)
     return fsdp.all_reduce(out)
+
+def sequence_logprobs(model, sequences, size: int, pad_id: int):
+    """log pi(y | x) [N], summed over tokens, in float64, on every rank. No gradient."""
+    forward = lambda mb: model.response_logprobs(**mb)[0].double().sum(1, keepdim=True)
+    return run_micro_batches(forward, sequences, size, pad_id, 1, torch.float64)[:, 0]
+
+def load_reference(policy, name: str, tokenizer, args):
+    """The frozen reference; with LoRA, where --ref-model names no other, the policy itself with its adapters off."""
+    if args.lora_rank and not args.ref_model:
+        return lora.AdapterOff(policy)
+    return load_model("policy", name, tokenizer, args, trained=False)
 
 class Reward:
     """`reward(rows, sequences, texts) -> [N]` from a reward model (folder or hub id) or `module:function`. A function gets
@@ -208,27 +253,28 @@ class SampleByInverseCDF:
     """A logits processor that leaves one token: the first whose cumulative probability passes a uniform number.
     The numbers [B, T] are drawn per *sequence*, so a response depends on neither its rank nor its neighbours in the batch."""
 
-    def __init__(self, uniforms, temperature: float, forbidden: int | None):
-        self.uniforms, self.temperature, self.forbidden = iter(uniforms.double().unbind(1)), temperature, forbidden
+    def __init__(self, uniforms, temperatures, forbidden: int | None):  # [B, T], [B]
+        self.uniforms, self.temperatures, self.forbidden = iter(uniforms.double().unbind(1)), temperatures[:, None], forbidden
 
     def __call__(self, input_ids, scores):
         scores = scores.double()
         if self.forbidden is not None:
             scores[:, self.forbidden] = -torch.inf
-        if self.temperature == 0:
-            token = scores.argmax(-1, keepdim=True)
-        else:
-            cdf = (scores / self.temperature).softmax(-1).cumsum(-1)
-            token = torch.searchsorted(cdf, next(self.uniforms)[:, None] * cdf[:, -1:], right=True)
+        greedy = self.temperatures == 0
+        cdf = (scores / self.temperatures.masked_fill(greedy, 1.0)).softmax(-1).cumsum(-1)
+        token = torch.searchsorted(cdf, next(self.uniforms)[:, None] * cdf[:, -1:], right=True)
+        token = torch.where(greedy, scores.argmax(-1, keepdim=True), token)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 @torch.no_grad()
-def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: tuple, size: int = 0):
+def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, temperature, seed: tuple, size: int = 0):
     """Sampled response tokens for all prompts (token lists), on every rank: list of N lists, stop token included.
-    Temperature 0 is greedy. A response without a stop token was cut off at `max_new_tokens`. Parameters stay gathered
-    for the whole rollout; `size` prompts at a time (0: all of this rank's at once); ranks finish together."""
+    `temperature`: a number, or one for each prompt; 0 is greedy. A response without a stop token was cut off at
+    `max_new_tokens`. Parameters stay gathered for the whole rollout; `size` prompts at a time (0: all of this rank's)."""
     stops, pad = sorted({stop_token(tokenizer), tokenizer.eos_token_id}), tokenizer.pad_token_id
     config = transformers.GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad, do_sample=False)
+    config.decoder_start_token_id = getattr(policy.config, "decoder_start_token_id", None)
+    temperatures = torch.as_tensor(temperature, dtype=torch.float64, device=fsdp.device()).expand(len(prompts))
     mine = sorted(range(fsdp.rank(), len(prompts), fsdp.world()), key=lambda i: len(prompts[i]))
     responses, training = {}, policy.training
     policy.eval()
@@ -242,12 +288,13 @@ def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, te
             for row, i in enumerate(pick):
                 number = ((seed[0] * 1_000_003 + seed[1]) * 1_000_003 + i) % 2**63
                 uniforms[row] = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(number))
-            sampler = SampleByInverseCDF(uniforms.to(fsdp.device()), temperature, policy.forbidden_token)
+            sampler = SampleByInverseCDF(uniforms.to(fsdp.device()), temperatures[pick], policy.forbidden_token)
             out = policy.generate(
                 ids.to(fsdp.device()), attention_mask=mask.to(fsdp.device()), generation_config=config,
                 logits_processor=transformers.LogitsProcessorList([sampler]), synced_gpus=False,
             )  # fmt: skip
-            for i, tokens in zip(pick, out[:, width:].tolist(), strict=True):
+            first = 1 if policy.config.is_encoder_decoder else width  # a decoder's output begins with its input
+            for i, tokens in zip(pick, out[:, first:].tolist(), strict=True):
                 end = next((t for t, token in enumerate(tokens) if token in stops), len(tokens) - 1)
                 responses[i] = tokens[: end + 1]
     policy.train(training)

@@ -22,8 +22,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-SCRIPTS = ("sft", "reward", "gvm_td", "dvpo", "ppo", "rpo")
-ONLINE = ("dvpo", "ppo")
+SCRIPTS = ("sft", "reward", "gvm_td", "dvpo", "ppo", "rpo", "dro", "kto", "dpo", "grpo", "remax")
+ONLINE = ("dvpo", "ppo", "grpo", "remax")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [*SCRIPTS, "pytest", "ranks", "transformers.models.llama.modeling_llama", "torch.utils.tensorboard", "matplotlib.pyplot"]
@@ -51,6 +51,11 @@ ARGS = {
     "gvm_td": SMALL | OFFLINE_ARGS | dict(dataset="scored.jsonl", eval_source=""),
     "dvpo": SMALL | ONLINE_ARGS,
     "rpo": SMALL | OFFLINE_ARGS | dict(dataset="scored.jsonl", eval_prompts=3, eval_reward=()),
+    "dro": SMALL | OFFLINE_ARGS | dict(dataset="scored.jsonl", eval_prompts=3, eval_reward=()),
+    "kto": SMALL | OFFLINE_ARGS | dict(dataset="labels.jsonl", threshold=None, eval_prompts=3, eval_reward=()),
+    "dpo": SMALL | OFFLINE_ARGS | dict(dataset="pairs.jsonl", eval_prompts=3, eval_reward=()),
+    "grpo": SMALL | ONLINE_ARGS | dict(group_size=3, reward="ranks:length_reward"),
+    "remax": SMALL | ONLINE_ARGS | dict(reward="ranks:length_reward"),
     "ppo": SMALL | ONLINE_ARGS | dict(critic_lr=1e-3, reward="ranks:length_reward"),
 }
 
@@ -328,7 +333,7 @@ def not_finite(module, what, at):
 
 def make_world(folder):
     """Ragged data, 24 prompts of 4 to 16 words, and a GVM that reads context pairs."""
-    from common import reviews
+    from assets import reviews
 
     world, rng, renamed = World(folder), random.Random(0), {}
     for prompt in reviews.prompts()[:24]:
@@ -339,12 +344,15 @@ def make_world(folder):
     for kind, name in (("scored", "scored"), ("preference", "pairs"), ("prompts", "prompts")):
         rows = [row for row in reviews.rows(kind, responses=4) if row["prompt"] in renamed]
         world.write(f"{name}.jsonl", [row | {"prompt": renamed[row["prompt"]]} for row in rows])
+        if kind == "scored":
+            labelled = [row | {"prompt": renamed[row["prompt"]], "label": row["reward"] > 0} for row in rows]
+            world.write("labels.jsonl", labelled)
     edit_model(world, "value", "context", config=lambda old: old | dict(context_pairs=2, context_length=8))
 
 
 def edit_model(world, source, name, **files) -> str:
     """runs/<name>: the embedded model `source` with other files (`files`: stem of the .json file -> function of its content)."""
-    from common import reviews
+    from assets import reviews
 
     folder = world.path(f"runs/{name}")
     shutil.copytree(reviews.folder(source), folder)

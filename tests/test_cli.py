@@ -16,6 +16,7 @@ TINY = "--steps 2 --batch-size 4 --eval-every 2 --save-every 2".split()
 OFFLINE = [*TINY, "--eval-fraction", "0.02"]
 ONLINE = [*TINY, *"--mini-batch-size 2 --epochs 1 --max-response-length 8 --eval-prompts 4".split()]
 FLAGS = {"sft": OFFLINE, "reward": OFFLINE, "gvm_td": OFFLINE, "dvpo": ONLINE, "ppo": ONLINE, "rpo": OFFLINE}
+FLAGS |= {"dro": OFFLINE, "kto": OFFLINE, "dpo": OFFLINE, "grpo": [*ONLINE, "--group-size", "2"], "remax": ONLINE}
 FILES = {  # the same on the small files: torchrun's workers are slow enough to start
     "sft": "--dataset scored.jsonl --eval-fraction 0.2",
     "reward": "--dataset pairs.jsonl --eval-fraction 0.2",
@@ -23,8 +24,18 @@ FILES = {  # the same on the small files: torchrun's workers are slow enough to 
     "dvpo": "--dataset prompts.jsonl",
     "ppo": "--dataset prompts.jsonl",
     "rpo": "--dataset scored.jsonl --eval-fraction 0.2",
+    "dro": "--dataset scored.jsonl --eval-fraction 0.2",
+    "kto": "--dataset labels.jsonl --eval-fraction 0.2",
+    "dpo": "--dataset pairs.jsonl --eval-fraction 0.2",
+    "grpo": "--dataset prompts.jsonl",
+    "remax": "--dataset prompts.jsonl",
 }
-PAPER = {  # 2502.16944; rpo: 2506.13702
+PAPER = {  # 2502.16944; the others' own papers
+    "dro": dict(lr=1e-4, lr_schedule="linear", warmup_steps=150, tau=1.0, shared_encoder=False, rescale_lr=True),
+    "kto": dict(lr=5e-6, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0),
+    "dpo": dict(lr=1e-6, beta=0.1, batch_size=64, warmup_steps=150),
+    "grpo": dict(lr=1e-6, beta=0.04, epochs=1, clip=0.2, scale_std=True, aggregation="grpo"),
+    "remax": dict(lr=1e-6, epochs=1),
     "rpo": dict(lr=1e-4, lr_schedule="linear", warmup_steps=150, tau=1.0, partition=True, length_normalise=False),
     "sft": dict(lr=2e-5, lr_schedule="cosine", batch_size=16, epochs=3),
     "reward": dict(lr=2e-5, lr_schedule="linear", epochs=2),

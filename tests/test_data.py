@@ -12,7 +12,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from common import data, reviews
+from assets import reviews
+from common import data
 from common.data import (
     add_context,
     batch_indices,

@@ -11,7 +11,8 @@ import ranks
 GOOD = [{"prompt": f"lunch : the {topic} ?", "response": "the soup was warm ."} for topic in ("soup", "fish", "cake", "rice")]
 SCORED = [row | {"reward": float(i)} for i, row in enumerate(GOOD)]
 PAIRS = [{"prompt": row["prompt"], "chosen": "the soup was warm .", "rejected": "the soup was cold ."} for row in GOOD]
-ROWS = {"sft": GOOD, "reward": PAIRS, "gvm_td": SCORED, "dvpo": GOOD, "ppo": GOOD, "rpo": SCORED}
+ROWS = {"sft": GOOD, "reward": PAIRS, "gvm_td": SCORED, "dvpo": GOOD, "ppo": GOOD, "rpo": SCORED, "dro": SCORED, "dpo": PAIRS}
+ROWS |= {"kto": [row | {"label": i % 2 == 0} for i, row in enumerate(GOOD)], "grpo": GOOD, "remax": GOOD}
 
 
 def fails(world, script, patch=ranks.no_models, processes=0, **args):
@@ -35,6 +36,7 @@ BAD_ROWS = {
     "reward inf": ("gvm_td", '{"prompt": "lunch ?", "response": "good", "reward": -Infinity}', "reward is -inf", "finite"),
     "reward text": ("gvm_td", {"prompt": "lunch ?", "response": "good", "reward": "3"}, "reward is '3'", "number"),
     "reward bool": ("gvm_td", {"prompt": "lunch ?", "response": "good", "reward": True}, "reward is True", "number"),
+    "label type": ("kto", {"prompt": "lunch ?", "response": "good", "label": 1}, "label is 1", "true or false"),
     "not JSON": ("sft", '{"prompt": "lunch ?", "resp', "not JSON", "one object"),
     "not an object": ("sft", "[1, 2]", "expected an object"),
 }
@@ -46,15 +48,6 @@ def test_bad_row(world, case):
     script, row, *words = BAD_ROWS[case]
     line = fails(world, script, dataset=world.write("bad.jsonl", [ROWS[script][0], row, ROWS[script][1]]))
     assert line.startswith("error: bad.jsonl, row 2: ") and all(word in line for word in words), line
-
-
-def test_label_type(world):
-    """A label must be true or false: 1 is not (no script reads labels yet, so the reader itself)."""
-    from common.data import read_rows
-
-    name = str(world.path(world.write("labels.jsonl", [GOOD[0] | {"label": True}, GOOD[1] | {"label": 1}])))
-    with pytest.raises(SystemExit, match=r"row 2: label is 1, not true or false .*--skip-bad-rows"):
-        read_rows(name, "labelled")
 
 
 EQUAL = dict(dataset="equal.jsonl", eval_dataset="pairs.jsonl", eval_split="train", eval_source="preference")
@@ -88,6 +81,14 @@ BAD_ARGS = {
     "rpo, equal rewards": ("rpo", dict(dataset="equal.jsonl", eval_dataset="scored.jsonl"), "all rewards are 2.0"),
     "share of responses": ("rpo", dict(keep_responses=1.5), "--keep-responses 1.5", "(0, 1]"),
     "tau": ("rpo", dict(tau=0.0), "--tau 0.0", "above 0"),
+    "tau of DRO": ("dro", dict(tau=-1.0), "--tau -1.0", "above 0"),
+    "beta": ("kto", dict(beta=0.0), "--beta 0.0", "above 0"),
+    "beta of DPO": ("dpo", dict(beta=0.0), "--beta 0.0", "above 0"),
+    "one kind of label": ("kto", dict(dataset="scored.jsonl", threshold=99.0), "0 desirable", "--threshold"),
+    "no label": ("kto", dict(dataset="pairs.jsonl"), "pairs.jsonl, row 1", "'response'"),
+    "group size": ("grpo", dict(group_size=2), "--group-size 2", "--batch-size 9"),
+    "group of one": ("grpo", dict(group_size=1), "--group-size 1", "at least 2"),
+    "mini-batch of ReMax": ("remax", dict(mini_batch_size=4), "--mini-batch-size 4", "--batch-size 9"),
     "shard size": ("sft", dict(shard_size=2), "--shard-size 2 does not divide the 1 processes"),
     "held-out prompts too long": ("sft", dict(eval_dataset="long.jsonl", eval_split="train"), "long.jsonl"),
     "all responses too long": ("gvm_td", dict(max_characters=1), "scored.jsonl", "--max-characters"),

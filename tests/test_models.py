@@ -19,7 +19,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from common import fsdp, reviews
+from assets import reviews
+from common import fsdp
 from common.data import collate, encode_prompt, stop_token, tokenize
 from common.models import (
     Reward,
@@ -34,7 +35,7 @@ from common.models import (
 )
 
 PAD, BOS, EOS = (reviews.SPECIAL.index(f"<{role}>") for role in ("pad", "bos", "eos"))
-ARGS = SimpleNamespace(precision="fp32", shard_size=0, gradient_checkpointing=False, micro_batch_size=3)
+ARGS = SimpleNamespace(precision="fp32", shard_size=0, gradient_checkpointing=False, micro_batch_size=3, lora_rank=0)
 KINDS = {"policy": AutoModelForCausalLM, "value": AutoModelForTokenClassification, "reward": AutoModelForSequenceClassification}
 
 

@@ -15,6 +15,11 @@ VARIANTS = {
     "dvpo": dict(gvm="runs/context", advantage="q", missing_eos_penalty=1.0),
     "ppo": dict(reward="runs/judge/model", critic=""),
     "rpo": dict(length_normalise=True, keep_responses=0.75, reward_noise=0.5, precompute_ref=True),
+    "dro": dict(shared_encoder=True, length_normalise=True),
+    "kto": dict(length_normalise=True, threshold=0.5, dataset="scored.jsonl", undesirable_weight=2.0),
+    "dpo": dict(length_normalise=True, label_smoothing=0.1),
+    "grpo": dict(aggregation="dapo", scale_std=False, beta=0.0, clip_high=0.28, epochs=2, missing_eos_penalty=1.0),
+    "remax": dict(aggregation="grpo", epochs=2, missing_eos_penalty=1.0),
 }
 
 

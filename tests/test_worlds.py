@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import dvpo
 import gvm_td
 import ppo
-from common import fsdp, reviews
+from assets import reviews
+from common import fsdp
 from common.data import collate
 from common.models import load_model, load_tokenizer, response_values
 

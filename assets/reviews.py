@@ -91,4 +91,4 @@ def rows(kind: str, responses: int = 16) -> list[dict]:
 
 def folder(kind: str) -> str:
     """The folder of an embedded model: `untrained`, `policy` or `value`; assets/make.py makes them with sft.py and gvm_td.py."""
-    return str(Path(__file__).parents[1] / "assets" / kind)
+    return str(Path(__file__).parent / kind)

@@ -1,0 +1,68 @@
+"""LoRA through peft (2106.09685): adapters inside the Hugging Face model itself, merged into its weights for the export."""
+
+import torch
+from safetensors.torch import save_file
+
+from common.data import fail
+
+
+class Dropout(torch.nn.Dropout):
+    """On where gradients are: in the update; not in rollouts, nor in old and reference log-probabilities."""
+
+    def forward(self, x):
+        return torch.nn.functional.dropout(x, self.p, torch.is_grad_enabled())
+
+def add(model, head, name: str, args, master: torch.dtype) -> None:
+    """Adapters on every linear layer but `head`; they alone are trained, and the head of a value or reward model."""
+    try:
+        import peft
+    except ImportError:
+        fail("--lora-rank needs the package: pip install peft")
+    linear = [path for path, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    settings = dict(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, base_model_name_or_path=name)
+    config = peft.LoraConfig(target_modules=sorted({path.rpartition(".")[2] for path in linear}), **settings)
+    peft.inject_adapter_in_model(config, model)  # and freezes the rest
+    model.lora, model.lora_merge = config, args.lora_merge
+    if not model.can_generate():
+        head.requires_grad_(True)
+        config.modules_to_save = [path for path, m in model.named_modules() if m is head]
+    for module in model.modules():
+        module.__class__ = Dropout if type(module) is torch.nn.Dropout else module.__class__
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(master if parameter.requires_grad else parameter.dtype)
+
+class AdapterOff:
+    """The reference of a policy with adapters: the same weights with the adapters off, no second copy."""
+
+    def __init__(self, policy):
+        self.policy, self.layers = policy, [module for module in policy.modules() if hasattr(module, "lora_A")]
+
+    def parameters(self):
+        return iter(())  # none of its own
+
+    def response_logprobs(self, **mb):
+        for layer in self.layers:  # peft's enable_adapters() would also switch requires_grad, which FSDP reads once
+            layer._disable_adapters = True
+        try:
+            return self.policy.response_logprobs(**mb)
+        finally:
+            for layer in self.layers:
+                layer._disable_adapters = False
+
+def merged(full: dict, scale: float) -> dict:
+    """W + scale B A under the base model's names, from a whole state dict with adapters."""
+    out = {key: value for key, value in full.items() if ".lora_" not in key}
+    for key in [key for key in out if ".base_layer." in key]:
+        value, stem = out.pop(key), key.rpartition(".base_layer.")[0]
+        if key.endswith("weight"):
+            a, b = (full[f"{stem}.lora_{x}.default.weight"] for x in "AB")
+            value = (value.to(b.dtype) + scale * b @ a).to(value.dtype)
+        out[key.replace(".base_layer.", ".")] = value
+    return out
+
+def save_adapter(model, full: dict, folder) -> None:
+    """The adapters (and a trained head) as peft opens them; the model's config, with our entries, beside them."""
+    trained = [key for key in full if ".lora_" in key or key.rpartition(".")[0] in (model.lora.modules_to_save or ())]
+    save_file({f"base_model.model.{k.replace('.default.', '.')}": full[k] for k in trained}, folder / "adapter_model.safetensors")
+    model.lora.save_pretrained(folder)
+    model.config.to_json_file(folder / "model_config.json")

@@ -1,0 +1,318 @@
+"""DPO: Direct Preference Optimisation, offline, from pairs of a chosen and a rejected response.
+
+Paper: 2305.18290. With the implied reward h(y) = log pi(y|x) - log pi_ref(y|x), the Bradley-Terry likelihood of the pairs:
+
+    loss = -mean over pairs of log sigmoid(beta * (h(y_chosen) - h(y_rejected)))                                  (eq. 7)
+
+    python dpo.py                                                      # the embedded world, one CPU
+    python dpo.py --model runs/sft/model --dataset pairs.jsonl
+    torchrun --nproc_per_node=8 dpo.py --model runs/sft/model --dataset openbmb/UltraFeedback --part value \
+        --gradient-checkpointing
+
+Watch `eval/pair_accuracy` (does the log-ratio order held-out pairs?), `eval/kl`, and `dpo/log_ratio_chosen`: the loss sees the
+difference alone, so both can fall together while the policy leaves the data. Read samples.jsonl. docs/dpo.md explains the rest.
+"""
+
+import gc
+import hashlib
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig
+
+from common import fsdp
+from common.data import batch_indices, collate, fail, hold_out, micro_batches, note, read_rows, tokenize
+from common.log import Run, mfu, parse, peak_memory_gb
+from common.models import (
+    Reward,
+    check_same_tokenizer,
+    load_model,
+    load_reference,
+    load_tokenizer,
+    resolve,
+    rollout,
+    sequence_logprobs,
+)
+
+
+@dataclass
+class Args:
+    model: str = "reviews"
+    """policy to start from, usually an SFT model: folder or hub id"""
+    ref_model: str = ""
+    """reference; default: `--model` as it starts"""
+    dataset: str = "reviews"
+    """prompt, chosen, rejected: hub id, or local .jsonl / .json / .parquet (.gz too)"""
+    split: str = "train"
+    """the hub's split, or the value to keep of a local file's `split` column"""
+    eval_dataset: str = ""
+    """held-out data; default: `--eval-fraction` of the prompts of `--dataset`"""
+    eval_split: str = "test"
+    """split of --eval-dataset"""
+    eval_fraction: float = 0.05
+    """share of the prompts held out where there is no --eval-dataset"""
+    columns: dict[str, str] = field(default_factory=dict)
+    """our column names and yours, e.g. `--columns prompt question`"""
+    part: Literal["all", "sft", "value", "rl"] = "all"
+    """share of the prompts: 30 % sft, 50 % value, 20 % rl, disjoint (2502.16944)"""
+    split_seed: int = 0
+    """seed of `--part` and of the held-out prompts; the same in every script"""
+    skip_bad_rows: bool = False
+    """drop and count unusable rows instead of stopping at the first"""
+    run_dir: str = "runs/dpo"
+    """metrics, samples, checkpoints and the exported model go here"""
+    seed: int = 0
+    """seed of the data order"""
+    epochs: int = 1
+    """passes over the data"""
+    steps: int = 0
+    """optimizer steps; 0: what `--epochs` gives"""
+    batch_size: int = 64
+    """pairs an optimizer step, over all ranks (2305.18290: 64)"""
+    micro_batch_size: int = 2
+    """pairs a forward pass, a rank; changes memory and speed, not the result"""
+    max_prompt_length: int = 1024
+    """tokens; longer prompts are dropped and counted"""
+    max_response_length: int = 1024
+    """tokens; longer responses are cut"""
+    beta: float = 0.1
+    """of the log-ratios inside the sigmoid (2305.18290: 0.1)"""
+    label_smoothing: float = 0.0
+    """assumed share of pairs labelled the wrong way round (conservative DPO)"""
+    length_normalise: bool = False
+    """mean instead of summed log-probabilities, for a comparison with rpo.py's; the paper's equations have sums"""
+    precompute_ref: bool = True
+    """free the reference once the data are scored: one model less in memory, but no `eval/kl`"""
+    lr: float = 1e-6
+    """peak learning rate (2305.18290: 1e-6)"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """after the warm-up; linear: down to 0 at the end"""
+    warmup_steps: int = 150
+    """optimizer steps of linear warm-up (2305.18290: 150)"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    temperature: float = 1.0
+    """of the samples"""
+    eval_every: int = 100
+    """optimizer steps between evaluations (also after the last); 0: only after the last"""
+    eval_prompts: int = 16
+    """held-out prompts to sample answers to"""
+    eval_reward: tuple[str, ...] = ()
+    """what to report of those: reward models or `module:function`s"""
+    save_every: int = 200
+    """optimizer steps between checkpoints for --resume; 0: none"""
+    keep: int = 2
+    """checkpoints kept"""
+    resume: bool = False
+    """go on from the newest checkpoint of --run-dir; from the start where there is none"""
+    overwrite: bool = False
+    """replace an earlier run in --run-dir"""
+    wandb: bool = False
+    """also log to Weights & Biases (offline without WANDB_API_KEY)"""
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    """compute type; auto: bf16 on a GPU, float32 on a CPU; master weights are float32"""
+    lora_rank: int = 0
+    """rank of LoRA adapters on every linear layer, through peft; 0: all weights are trained"""
+    lora_alpha: float = 32.0
+    """their scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)"""
+    lora_dropout: float = 0.0
+    """of their input, in the update alone"""
+    lora_merge: bool = True
+    """export the merged model; --no-lora-merge: the adapters alone, for peft"""
+    gradient_checkpointing: bool = False
+    """recompute activations in backward: less memory, a third more time"""
+    shard_size: int = 0
+    """ranks a model is sharded over (HSDP: replicas of it across nodes); 0: all"""
+
+
+# What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
+REVIEWS = dict(
+    eval_fraction=0.2, part="value", steps=400, batch_size=32, micro_batch_size=32, max_prompt_length=16, max_response_length=32,
+    lr=3e-4, warmup_steps=20, eval_every=100, eval_prompts=96, save_every=100, precompute_ref=False,
+    eval_reward=("assets.reviews:reward", "assets.reviews:grammatical"),
+)  # fmt: skip
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """Rate of 0-based `step`: linear warm-up, then constant, or linear or cosine down to zero at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
+
+
+def dpo_loss(chosen_log_ratios, rejected_log_ratios, beta, label_smoothing=0.0):
+    """Sum over pairs of -log sigmoid(beta * (h_chosen - h_rejected)) (2305.18290 eq. 7); both [B]. `label_smoothing` is the
+    weight of the same loss with the pair turned round."""
+    margin = beta * (chosen_log_ratios - rejected_log_ratios)
+    return -((1 - label_smoothing) * F.logsigmoid(margin) + label_smoothing * F.logsigmoid(-margin)).sum()
+
+
+def distinct_2(texts):
+    """Different pairs of neighbouring words over all pairs, in all texts together: diversity (1510.03055)."""
+    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
+    return len(set(pairs)) / max(1, len(pairs))
+
+
+def fingerprint(name):
+    """The contents of a model: a hash of its local weights, or the hub's commit."""
+    files, digest = sorted(Path(name).glob("*.safetensors")), hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as weights:
+            digest.update(hashlib.file_digest(weights, "sha256").digest())
+    return digest.hexdigest() if files else f"{name}@{AutoConfig.from_pretrained(name)._commit_hash}"
+
+
+def reference_logprobs(name, tokenizer, args, **parts):
+    """log pi_ref(y|x) of the (prompt, response) tokens of each part: [N] sums over tokens, in float64, on every rank.
+
+    Computed once, before the policy is loaded: the reference is freed at the end. The run folder keeps them for --resume, under
+    a key of the tokens, the precision and the reference's weights.
+    """
+    cache, first = Path(args.run_dir, "reference.npz"), fsdp.rank() == 0
+    key = hashlib.sha256(json.dumps([parts, args.precision, fingerprint(name) if first else ""]).encode()).hexdigest()
+    found = dict(np.load(cache)) if first and args.resume and cache.exists() else {}
+    kept = {part: torch.tensor(found[part]) for part in parts} if str(found.get("key")) == key else None
+    kept = fsdp.all_gather_object(kept)[0]
+    if kept is None:
+        reference, pad = load_model("policy", name, tokenizer, args, trained=False), tokenizer.pad_token_id
+        kept = {part: sequence_logprobs(reference, s, args.micro_batch_size, pad) for part, s in parts.items()}
+        reference = None
+        gc.collect()  # sharded modules are in reference cycles
+        if first:  # under another name first: a kill leaves no half of it
+            part = cache.with_suffix(".part.npz")
+            np.savez(part, key=key, **{name: x.cpu().numpy() for name, x in kept.items()})
+            part.rename(cache)
+    return [x.to(fsdp.device()) for x in kept.values()]
+
+
+def main(args: Args) -> None:
+    # --- setup
+    if not (args.beta > 0 and 0 <= args.label_smoothing < 0.5):
+        fail(f"--beta {args.beta}, --label-smoothing {args.label_smoothing}: beta must be above 0, the smoothing in [0, 0.5)")
+    run = Run(args)
+    device, rank, world = fsdp.device(), fsdp.rank(), fsdp.world()
+    name = resolve(args.model)
+    tokenizer = load_tokenizer(name)
+    ref_name = resolve(args.ref_model or args.model)
+    check_same_tokenizer(tokenizer, ref_name, "--ref-model")
+    pad = tokenizer.pad_token_id
+
+    # --- data
+    def read(dataset, split, part):
+        reader = dict(columns=args.columns, split_seed=args.split_seed, skip_bad_rows=args.skip_bad_rows)
+        return read_rows(dataset, "preference", split=split, part=part, **reader)
+
+    rows = read(args.dataset, args.split, args.part)
+    if args.eval_dataset:
+        held_out = read(args.eval_dataset, args.eval_split, "all")
+    else:
+        rows, held_out = hold_out(rows, args.eval_fraction, args.split_seed)
+    if not rows or not held_out:
+        counts = f"{len(rows)} rows to learn from, {len(held_out)} held out"
+        fail(f"{args.dataset}: {counts}; change --eval-fraction or give --eval-dataset")
+    rows, held_out = (
+        tokenize(part, tokenizer, ("chosen", "rejected"), args.max_prompt_length, args.max_response_length, dataset)
+        for part, dataset in ((rows, args.dataset), (held_out, args.eval_dataset or args.dataset))
+    )
+    chosen, rejected, eval_chosen, eval_rejected = (
+        [(row["prompt_ids"], row[f"{side}_ids"]) for row in part] for part in (rows, held_out) for side in ("chosen", "rejected")
+    )
+    eval_rows = list({str(row["prompt"]): row for row in held_out}.values())[: args.eval_prompts]
+    lengths = [len(p) + len(a) + len(p) + len(b) for (p, a), (_, b) in zip(chosen, rejected, strict=True)]
+    steps = args.steps or args.epochs * max(1, len(rows) // args.batch_size)
+    note(f"{len(rows)} pairs to learn from, {len(held_out)} held out, {steps} steps")
+
+    def scale(sequences):
+        """What a summed log-probability is divided by, [N]."""
+        ones = [len(r) if args.length_normalise else 1 for _, r in sequences]
+        return torch.tensor(ones, dtype=torch.float64, device=device)
+
+    # --- models
+    eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
+    parts = dict(chosen=chosen, rejected=rejected, eval_chosen=eval_chosen, eval_rejected=eval_rejected)
+    sums = reference_logprobs(ref_name, tokenizer, args, **parts)
+    ref_logprobs = {name: total / scale(part) for (name, part), total in zip(parts.items(), sums, strict=True)}
+    policy = load_model("policy", name, tokenizer, args, trained=True)
+    optimizer = fsdp.adamw(policy, args.lr)
+    reference = None if args.precompute_ref else load_reference(policy, ref_name, tokenizer, args)
+    models = [policy] + [reference] * (reference is not None)
+    trained, optimizers = {"policy": (policy, optimizer)}, [optimizer]
+    state = fsdp.load_checkpoint(args.run_dir, trained) if args.resume else {}
+    start = state.get("step", 0)
+    run.start(start, steps)
+
+    def score(model, sequences):
+        return sequence_logprobs(model, sequences, args.micro_batch_size, pad)
+
+    def evaluate(step):
+        h_chosen, h_rejected = (
+            score(policy, parts[side]) / scale(parts[side]) - ref_logprobs[side] for side in ("eval_chosen", "eval_rejected")
+        )
+        out = {"eval/pair_accuracy": (h_chosen > h_rejected).double().mean()}
+        prompts = [row["prompt_ids"] for row in eval_rows]
+        responses = rollout(policy, tokenizer, prompts, args.max_response_length, args.temperature, (0, 0))
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        sampled = list(zip(prompts, responses, strict=True))
+        scores = {r.label: r(eval_rows, sampled, texts) for r in eval_rewards}
+        out |= {f"eval/{key}": value.mean() for key, value in scores.items()}
+        out |= {"eval/length": sum(map(len, responses)) / max(1, len(responses)), "eval/distinct_2": distinct_2(texts)}
+        if reference is not None:
+            scores["kl"] = score(policy, sampled) - score(reference, sampled)
+            out["eval/kl"] = scores["kl"].mean()
+        run.metrics(step, out, show=tuple(out))
+        run.samples(step, [
+            {"prompt": row["prompt"], "response": text, "length": len(responses[i])} | {k: v[i].item() for k, v in scores.items()}
+            for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
+        ])  # fmt: skip
+
+    if start == 0 and args.eval_every:
+        evaluate(0)
+    for step in range(start, steps):
+        # --- update
+        clock = time.perf_counter()
+        batch = batch_indices(len(rows), args.batch_size, step, args.seed)
+        stats = torch.zeros(3, device=device, dtype=torch.float64)
+        for pick in micro_batches(batch, lengths, args.micro_batch_size, rank, world):
+            at = pick or [0]
+            both = [chosen[i] for i in at] + [rejected[i] for i in at]
+            mb = collate(both if pick else [], pad, device)
+            mb_logprobs = policy.response_logprobs(**mb)[0].sum(1)
+            mb_logprobs = (mb_logprobs if pick else mb_logprobs.expand(2)) / scale(both)
+            h_chosen, h_rejected = mb_logprobs.split(len(at))
+            h_chosen, h_rejected = h_chosen - ref_logprobs["chosen"][at], h_rejected - ref_logprobs["rejected"][at]
+            mb_loss = dpo_loss(h_chosen, h_rejected, args.beta, args.label_smoothing) * bool(pick)
+            fsdp.backward(mb_loss / len(batch))
+            stats += torch.stack([mb_loss, *(h.sum() * bool(pick) for h in (h_chosen, h_rejected))]).detach() / len(batch)
+        lr = learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
+        where = f"step {step}, data rows {[rows[i]['row'] for i in batch]}"
+        total, norm = fsdp.optimizer_step(policy, optimizer, lr, stats[0], args.max_grad_norm, where)
+
+        # --- log
+        done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
+        run.metrics(done, {
+            "dpo/loss": total, "dpo/log_ratio_chosen": fsdp.all_reduce(stats)[1], "dpo/log_ratio_rejected": stats[2],
+            "dpo/grad_norm": norm, "dpo/lr": lr, "time/step_s": seconds,
+            "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": fsdp.state_bytes(models, optimizers) / 2**30,
+            "memory/peak_gb": peak_memory_gb(), **mfu(policy, tokens, seconds),
+        }, show=("dpo/loss", "dpo/log_ratio_chosen", "dpo/log_ratio_rejected"))  # fmt: skip
+        if args.eval_every and done % args.eval_every == 0 and done < steps:
+            evaluate(done)
+
+        # --- save
+        if args.save_every and (done % args.save_every == 0 or done == steps):
+            fsdp.save_checkpoint(args.run_dir, done, trained, {}, args.keep)
+    evaluate(steps)
+    fsdp.export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
+    run.close()
+
+
+if __name__ == "__main__":
+    fsdp.launch(main, parse(Args, REVIEWS))

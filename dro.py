@@ -1,0 +1,384 @@
+"""DRO-V: Direct Reward Optimisation with a value function, offline, from (prompt, response, scalar reward).
+
+Paper: 2405.19107 (not distributionally robust optimisation). All KL-regularised objectives share the optimum
+pi*(y|x) = pi_ref(y|x) exp((r(x, y) - V(x)) / tau). DRO-V learns policy and V together from its residual, in two networks:
+
+    delta = r - V(x) - tau * (log pi(y|x) - log pi_ref(y|x))
+    loss = 0.5 * delta^2, mean over responses: the policy's with V held fixed, V's with the policy held fixed
+
+V(x) is read at the last prompt token, of an encoder-decoder as the mean over the prompt. One response a prompt is enough.
+
+Differences from rpo.py: (1) V(x) is a second network with its own optimizer, not a sum over the prompt's responses; (2) so no
+prompt is dropped; (3) the loss is in the unit of the reward, tau^2 times RPO's, so the policy's learning rate carries the
+paper's rescale 1 / tau (under Adam a scaled gradient would change nothing).
+
+    python dro.py                                                      # the embedded world, one CPU
+    python dro.py --model runs/sft/model --dataset scored.jsonl --lr 1e-5
+    torchrun --nproc_per_node=8 dro.py --model runs/sft/model --dataset openbmb/UltraFeedback --part value --lr 5e-7 \
+        --gradient-checkpointing
+
+Watch `eval/pair_accuracy` (does the policy's own log-ratio order held-out answers?) and `eval/kl`; read samples.jsonl.
+docs/dro.md explains the rest.
+"""
+
+import gc
+import hashlib
+import json
+import math
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoConfig
+
+from common import fsdp
+from common.data import batch_indices, collate, fail, hold_out, micro_batches, note, read_rows, tokenize
+from common.log import Run, mfu, parse, peak_memory_gb
+from common.models import (
+    Reward,
+    check_same_tokenizer,
+    load_model,
+    load_reference,
+    load_tokenizer,
+    only_prompts,
+    resolve,
+    rollout,
+    sequence_logprobs,
+)
+
+
+@dataclass
+class Args:
+    model: str = "reviews"
+    """policy to start from, usually an SFT model: folder or hub id"""
+    ref_model: str = ""
+    """reference; default: `--model` as it starts"""
+    dataset: str = "reviews"
+    """prompt, response, reward: hub id, or local .jsonl / .json / .parquet (.gz too); several responses a prompt"""
+    split: str = "train"
+    """the hub's split, or the value to keep of a local file's `split` column"""
+    eval_dataset: str = ""
+    """held-out data; default: `--eval-fraction` of the prompts of `--dataset`"""
+    eval_split: str = "test"
+    """split of --eval-dataset"""
+    eval_fraction: float = 0.05
+    """share of the prompts held out where there is no --eval-dataset"""
+    columns: dict[str, str] = field(default_factory=dict)
+    """our column names and yours, e.g. `--columns reward score`"""
+    part: Literal["all", "sft", "value", "rl"] = "all"
+    """share of the prompts: 30 % sft, 50 % value, 20 % rl, disjoint (2502.16944)"""
+    split_seed: int = 0
+    """seed of `--part` and of the held-out prompts; the same in every script"""
+    skip_bad_rows: bool = False
+    """drop and count unusable rows instead of stopping at the first"""
+    run_dir: str = "runs/dro"
+    """metrics, samples, checkpoints and the exported model go here"""
+    seed: int = 0
+    """seed of the data order, and of --keep-responses and --reward-noise"""
+    epochs: int = 1
+    """passes over the data"""
+    steps: int = 0
+    """optimizer steps; 0: what `--epochs` gives"""
+    batch_size: int = 32
+    """responses an optimizer step, over all ranks"""
+    micro_batch_size: int = 4
+    """responses a forward pass, a rank; changes memory and speed, not the result"""
+    max_prompt_length: int = 1024
+    """tokens; longer prompts are dropped and counted"""
+    max_response_length: int = 1024
+    """tokens; longer responses are cut"""
+    tau: float = 1.0
+    """temperature of the optimum, in standard deviations of the reward (2405.19107, 2506.13702: 1)"""
+    shared_encoder: bool = False
+    """V as a linear layer on the policy's own hidden states (2405.19107's ablation: worse)"""
+    length_normalise: bool = False
+    """mean instead of summed log-probabilities, everywhere (RPO's released code); the papers' equations have sums"""
+    keep_responses: float = 1.0
+    """share of the responses kept of each prompt, at random (ablation)"""
+    reward_noise: float = 0.0
+    """standard deviation of Gaussian noise on the standardised rewards of the training responses (ablation)"""
+    precompute_ref: bool = True
+    """free the reference once the data are scored: one model less in memory, but no `eval/kl`"""
+    lr: float = 1e-4
+    """peak learning rate (2405.19107, 2506.13702: 1e-4 for T5 of 0.1 to 3 B parameters; docs/rpo.md on decoders of 7 B)"""
+    value_lr: float = 1e-4
+    """peak learning rate of V"""
+    rescale_lr: bool = True
+    """the policy's learning rate is lr / tau: 2405.19107 scales its gradient so"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """after the warm-up; linear: down to 0 at the end"""
+    warmup_steps: int = 150
+    """optimizer steps of linear warm-up (2405.19107, 2506.13702: 150)"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    temperature: float = 1.0
+    """of the samples"""
+    eval_every: int = 100
+    """optimizer steps between evaluations (also after the last); 0: only after the last"""
+    eval_prompts: int = 16
+    """held-out prompts to sample answers to"""
+    eval_reward: tuple[str, ...] = ()
+    """what to report of those: reward models or `module:function`s"""
+    save_every: int = 200
+    """optimizer steps between checkpoints for --resume; 0: none"""
+    keep: int = 2
+    """checkpoints kept"""
+    resume: bool = False
+    """go on from the newest checkpoint of --run-dir; from the start where there is none"""
+    overwrite: bool = False
+    """replace an earlier run in --run-dir"""
+    wandb: bool = False
+    """also log to Weights & Biases (offline without WANDB_API_KEY)"""
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    """compute type; auto: bf16 on a GPU, float32 on a CPU; master weights are float32"""
+    lora_rank: int = 0
+    """rank of LoRA adapters on every linear layer, through peft; 0: all weights are trained"""
+    lora_alpha: float = 32.0
+    """their scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)"""
+    lora_dropout: float = 0.0
+    """of their input, in the update alone"""
+    lora_merge: bool = True
+    """export the merged model; --no-lora-merge: the adapters alone, for peft"""
+    gradient_checkpointing: bool = False
+    """recompute activations in backward: less memory, a third more time"""
+    shard_size: int = 0
+    """ranks a model is sharded over (HSDP: replicas of it across nodes); 0: all"""
+
+
+# What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
+REVIEWS = dict(
+    eval_fraction=0.2, part="value", steps=400, batch_size=64, micro_batch_size=64, max_prompt_length=16, max_response_length=32,
+    tau=0.3, lr=1e-3, value_lr=3e-3, warmup_steps=20, eval_every=100, eval_prompts=96, save_every=100, precompute_ref=False,
+    eval_reward=("assets.reviews:reward", "assets.reviews:grammatical"),
+)  # fmt: skip
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """Rate of 0-based `step`: linear warm-up, then constant, or linear or cosine down to zero at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
+
+
+def prompt_values(model, input_ids, prompt_lengths, response_mask):
+    """V(x) [B]: a value model's output at the last prompt token, or of an encoder its mean over the prompt's tokens."""
+    ids, mask = only_prompts(input_ids, prompt_lengths)
+    values = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
+    if model.config.is_encoder_decoder:
+        return (values * mask).sum(1) / prompt_lengths
+    return values.gather(1, prompt_lengths[:, None] - 1).squeeze(1)
+
+
+def dro_losses(logprobs, ref_logprobs, rewards, values, tau):
+    """Sums over responses of half the squared residual (2405.19107), the policy's and V's, each with the other fixed; all [B]."""
+    log_ratio = logprobs - ref_logprobs
+    policy = 0.5 * ((rewards - values.detach() - tau * log_ratio) ** 2).sum()
+    return policy, 0.5 * ((rewards - values - tau * log_ratio.detach()) ** 2).sum()
+
+
+def implied_accuracy(log_ratios, rewards, groups):
+    """Share of the pairs of responses to one prompt whose better one has the strictly higher log-ratio; all [N]."""
+    order, wins, pairs = torch.argsort(groups).cpu(), 0, 0
+    sizes = torch.bincount(groups.cpu()).tolist()
+    for r, y in zip(rewards.cpu()[order].split(sizes), log_ratios.cpu()[order].split(sizes), strict=True):  # never all N x N
+        better = r[:, None] > r[None]
+        wins, pairs = wins + ((y[:, None] > y[None]) & better).sum().item(), pairs + better.sum().item()
+    return wins / max(1, pairs)
+
+
+def distinct_2(texts):
+    """Different pairs of neighbouring words over all pairs, in all texts together: diversity (1510.03055)."""
+    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
+    return len(set(pairs)) / max(1, len(pairs))
+
+
+def thin(rows, share, seed):
+    """`share` of the responses of each prompt, at random, at least one; in the order they had."""
+    groups = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(json.dumps(row["prompt"]), []).append(i)
+    rng = random.Random(seed)
+    kept = {i for group in groups.values() for i in rng.sample(group, max(1, round(share * len(group))))}
+    return [row for i, row in enumerate(rows) if i in kept]
+
+
+def fingerprint(name):
+    """The contents of a model: a hash of its local weights, or the hub's commit."""
+    files, digest = sorted(Path(name).glob("*.safetensors")), hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as weights:
+            digest.update(hashlib.file_digest(weights, "sha256").digest())
+    return digest.hexdigest() if files else f"{name}@{AutoConfig.from_pretrained(name)._commit_hash}"
+
+
+def reference_logprobs(name, tokenizer, args, **parts):
+    """log pi_ref(y|x) of the (prompt, response) tokens of each part: [N] sums over tokens, in float64, on every rank.
+
+    Computed once, before the policy is loaded: the reference is freed at the end. The run folder keeps them for --resume, under
+    a key of the tokens, the precision and the reference's weights.
+    """
+    cache, first = Path(args.run_dir, "reference.npz"), fsdp.rank() == 0
+    key = hashlib.sha256(json.dumps([parts, args.precision, fingerprint(name) if first else ""]).encode()).hexdigest()
+    found = dict(np.load(cache)) if first and args.resume and cache.exists() else {}
+    kept = {part: torch.tensor(found[part]) for part in parts} if str(found.get("key")) == key else None
+    kept = fsdp.all_gather_object(kept)[0]
+    if kept is None:
+        reference, pad = load_model("policy", name, tokenizer, args, trained=False), tokenizer.pad_token_id
+        kept = {part: sequence_logprobs(reference, s, args.micro_batch_size, pad) for part, s in parts.items()}
+        reference = None
+        gc.collect()  # sharded modules are in reference cycles
+        if first:  # under another name first: a kill leaves no half of it
+            part = cache.with_suffix(".part.npz")
+            np.savez(part, key=key, **{name: x.cpu().numpy() for name, x in kept.items()})
+            part.rename(cache)
+    return [x.to(fsdp.device()) for x in kept.values()]
+
+
+def main(args: Args) -> None:
+    # --- setup
+    if not (args.tau > 0 and 0 < args.keep_responses <= 1 and args.reward_noise >= 0):
+        given = f"--tau {args.tau}, --keep-responses {args.keep_responses}, --reward-noise {args.reward_noise}"
+        fail(f"{given}: tau must be above 0, the share in (0, 1], the noise not negative")
+    run = Run(args)
+    device, rank, world = fsdp.device(), fsdp.rank(), fsdp.world()
+    name = resolve(args.model)
+    tokenizer = load_tokenizer(name)
+    ref_name = resolve(args.ref_model or args.model)
+    check_same_tokenizer(tokenizer, ref_name, "--ref-model")
+    pad = tokenizer.pad_token_id
+
+    # --- data
+    def read(dataset, split, part):
+        reader = dict(columns=args.columns, split_seed=args.split_seed, skip_bad_rows=args.skip_bad_rows)
+        return read_rows(dataset, "scored", split=split, part=part, **reader)
+
+    rows = read(args.dataset, args.split, args.part)
+    if args.eval_dataset:
+        held_out = read(args.eval_dataset, args.eval_split, "all")
+    else:
+        rows, held_out = hold_out(rows, args.eval_fraction, args.split_seed)
+    if not rows or not held_out:
+        counts = f"{len(rows)} rows to learn from, {len(held_out)} held out"
+        fail(f"{args.dataset}: {counts}; change --eval-fraction or give --eval-dataset")
+    rows, held_out = (
+        tokenize(part, tokenizer, ("response",), args.max_prompt_length, args.max_response_length, dataset)
+        for part, dataset in ((rows, args.dataset), (held_out, args.eval_dataset or args.dataset))
+    )
+    rows = thin(rows, args.keep_responses, args.seed)
+    rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
+    mean, std = rewards.mean(), rewards.std()
+    if not std > 0:
+        fail(f"{args.dataset}: all rewards are {rewards[0].item()}; there is nothing to learn")
+    noise = torch.randn(len(rows), generator=torch.Generator().manual_seed(args.seed), dtype=torch.float64)
+    rewards = ((rewards - mean) / std + args.reward_noise * noise).to(device)
+    eval_rewards_given = torch.tensor([row["reward"] for row in held_out], dtype=torch.float64, device=device)
+    groups, eval_groups = (
+        torch.tensor([order.setdefault(json.dumps(row["prompt"]), len(order)) for row in part], device=device)
+        for part, order in ((rows, {}), (held_out, {}))
+    )
+    sequences, eval_sequences = ([(row["prompt_ids"], row["response_ids"]) for row in part] for part in (rows, held_out))
+    eval_rows = list({str(row["prompt"]): row for row in held_out}.values())[: args.eval_prompts]
+    lengths = [len(p) + len(r) for p, r in sequences]
+    steps = args.steps or args.epochs * max(1, len(rows) // args.batch_size)
+    note(f"{len(rows)} responses to {len(set(groups.tolist()))} prompts to learn from, {len(held_out)} held out, {steps} steps")
+
+    def scale(sequences):
+        """What a summed log-probability is divided by, [N]."""
+        ones = [len(r) if args.length_normalise else 1 for _, r in sequences]
+        return torch.tensor(ones, dtype=torch.float64, device=device)
+
+    # --- models
+    eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
+    sums = reference_logprobs(ref_name, tokenizer, args, train=sequences, held_out=eval_sequences)
+    ref_logprobs, eval_ref_logprobs = sums[0] / scale(sequences), sums[1] / scale(eval_sequences)
+    policy = load_model("policy", name, tokenizer, args, trained=True)
+    optimizer = fsdp.adamw(policy, args.lr)
+    if args.shared_encoder:
+        value = torch.nn.Linear(policy.config.hidden_size, 1, device=device, dtype=fsdp.dtypes(args.precision)[1])
+        value.weight.data.zero_(), value.bias.data.zero_()
+        fully_shard(value, mesh=fsdp.mesh(args.shard_size))
+    else:
+        value = load_model("prompt value", name, tokenizer, args, trained=True)
+    value_optimizer = fsdp.adamw(value, args.value_lr)
+    reference = None if args.precompute_ref else load_reference(policy, ref_name, tokenizer, args)
+    models = [policy, value] + [reference] * (reference is not None)
+    trained, optimizers = {"policy": (policy, optimizer), "value": (value, value_optimizer)}, [optimizer, value_optimizer]
+    state = fsdp.load_checkpoint(args.run_dir, trained) if args.resume else {}
+    start = state.get("step", 0)
+    run.start(start, steps)
+
+    def score(model, sequences):
+        return sequence_logprobs(model, sequences, args.micro_batch_size, pad)
+
+    def evaluate(step):
+        log_ratios = score(policy, eval_sequences) / scale(eval_sequences) - eval_ref_logprobs
+        out = {"eval/pair_accuracy": implied_accuracy(log_ratios, eval_rewards_given, eval_groups)}
+        prompts = [row["prompt_ids"] for row in eval_rows]
+        responses = rollout(policy, tokenizer, prompts, args.max_response_length, args.temperature, (0, 0))
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        sampled = list(zip(prompts, responses, strict=True))
+        scores = {r.label: r(eval_rows, sampled, texts) for r in eval_rewards}
+        out |= {f"eval/{key}": value.mean() for key, value in scores.items()}
+        out |= {"eval/length": sum(map(len, responses)) / max(1, len(responses)), "eval/distinct_2": distinct_2(texts)}
+        if reference is not None:
+            scores["kl"] = score(policy, sampled) - score(reference, sampled)
+            out["eval/kl"] = scores["kl"].mean()
+        run.metrics(step, out, show=tuple(out))
+        run.samples(step, [
+            {"prompt": row["prompt"], "response": text, "length": len(responses[i])} | {k: v[i].item() for k, v in scores.items()}
+            for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
+        ])  # fmt: skip
+
+    if start == 0 and args.eval_every:
+        evaluate(0)
+    for step in range(start, steps):
+        # --- update
+        clock = time.perf_counter()
+        batch = batch_indices(len(rows), args.batch_size, step, args.seed)
+        stats = torch.zeros(3, device=device, dtype=torch.float64)
+        for pick in micro_batches(batch, lengths, args.micro_batch_size, rank, world):
+            mb, at = collate([sequences[i] for i in pick], pad, device), torch.tensor(pick or [0], device=device)
+            if args.shared_encoder:
+                mb_logprobs, _, mb_values = policy.response_logprobs(**mb, prompt_head=value)
+            else:
+                mb_logprobs, mb_values = policy.response_logprobs(**mb)[0], prompt_values(value, **mb)
+            mb_logprobs = mb_logprobs.sum(1) / scale([sequences[i] for i in at])
+            mb_losses = dro_losses(mb_logprobs, ref_logprobs[at], rewards[at], mb_values, args.tau)
+            fsdp.backward(sum(mb_losses) * bool(pick) / len(batch))
+            found = torch.stack([mb_losses[0], (mb_logprobs - ref_logprobs[at]).sum(), mb_values.double().sum()])
+            stats += found.detach() * bool(pick) / len(batch)
+        lr = learning_rate(step, steps, args.lr / (args.tau if args.rescale_lr else 1), args.warmup_steps, args.lr_schedule)
+        value_lr = learning_rate(step, steps, args.value_lr, args.warmup_steps, args.lr_schedule)
+        where = f"step {step}, data rows {[rows[i]['row'] for i in batch]}"
+        total, norm = fsdp.optimizer_step(policy, optimizer, lr, stats[0], args.max_grad_norm, where)
+        _, value_norm = fsdp.optimizer_step(value, value_optimizer, value_lr, stats[0], args.max_grad_norm, where)
+
+        # --- log
+        done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
+        run.metrics(done, {
+            "dro/loss": total, "dro/log_ratio": fsdp.all_reduce(stats)[1], "dro/value": stats[2],
+            "dro/grad_norm": norm, "dro/value_grad_norm": value_norm, "dro/lr": lr, "time/step_s": seconds,
+            "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": fsdp.state_bytes(models, optimizers) / 2**30,
+            "memory/peak_gb": peak_memory_gb(), **mfu(policy, tokens, seconds),
+        }, show=("dro/loss", "dro/log_ratio"))  # fmt: skip
+        if args.eval_every and done % args.eval_every == 0 and done < steps:
+            evaluate(done)
+
+        # --- save
+        if args.save_every and (done % args.save_every == 0 or done == steps):
+            fsdp.save_checkpoint(args.run_dir, done, trained, {}, args.keep)
+    evaluate(steps)
+    fsdp.export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
+    if not args.shared_encoder:
+        fsdp.export(value, tokenizer, f"{args.run_dir}/value", args.precision)
+    run.close()
+
+
+if __name__ == "__main__":
+    fsdp.launch(main, parse(Args, REVIEWS))

@@ -1,0 +1,342 @@
+"""GRPO: Group Relative Policy Optimisation. Several responses to each prompt are their own baseline: no critic.
+
+Paper: 2402.03300. For the G responses to one prompt, with rewards r_1 .. r_G and ratio rho_t = pi(y_t|s_t) / pi_old(y_t|s_t):
+
+    A_i = (r_i - mean(r)) / (std(r) + eps),  the same for every token of response i
+    loss = -mean over tokens of min(rho_t A, clip(rho_t, 1 - clip, 1 + clip_high) A) + beta * KL_t                       (eq. 3)
+    KL_t = exp(log pi_ref - log pi) - (log pi_ref - log pi) - 1,  the k3 estimate                                         (eq. 4)
+
+--aggregation says what that mean is: `grpo`, of each response and then over responses; `dapo` (2503.14476), over all tokens of
+the mini-batch; `dr_grpo` (2503.20783), over responses times --max-response-length, a constant (with --no-scale-std).
+
+    python grpo.py                                                     # the embedded world, one CPU
+    python grpo.py --model runs/sft/model --reward runs/reward/model --dataset prompts.jsonl
+    torchrun --nproc_per_node=8 grpo.py --model Qwen/Qwen3-4B-Instruct --reward my_rewards:correct --dataset questions.jsonl \
+        --columns prompt question --batch-size 256 --mini-batch-size 64 --gradient-checkpointing
+
+Watch `eval/*` and read samples.jsonl; `rollout/zero_spread` near 1 means that most groups teach nothing (all right, or all
+wrong); `rollout/length` should neither collapse nor explode. Our page in docs/ explains every number and detail.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from common import fsdp
+from common.data import batch_indices, collate, fail, micro_batches, prompt_hash, read_rows, stop_token, tokenize
+from common.log import Run, mfu, parse, peak_memory_gb
+from common.models import (
+    Reward,
+    check_same_tokenizer,
+    load_model,
+    load_reference,
+    load_tokenizer,
+    resolve,
+    rollout,
+    run_micro_batches,
+)
+
+
+@dataclass
+class Args:
+    model: str = "reviews"
+    """policy to start from, usually an SFT model: folder or hub id"""
+    ref_model: str = ""
+    """reference of the KL penalty; default: `--model` as it starts"""
+    reward: str = "assets.reviews:reward"
+    """reward model (folder or hub id), or `module:function`"""
+    dataset: str = "reviews"
+    """prompts: hub id, or local .jsonl / .json / .parquet (.gz too) with a column `prompt`"""
+    split: str = "train"
+    """the hub's split, or the value to keep of a local file's `split` column"""
+    columns: dict[str, str] = field(default_factory=dict)
+    """our column names and yours, e.g. `--columns prompt question`"""
+    part: Literal["all", "sft", "value", "rl"] = "all"
+    """share of the prompts: 30 % sft, 50 % value, 20 % rl, disjoint (2502.16944)"""
+    split_seed: int = 0
+    """seed of `--part`; the same in every script"""
+    skip_bad_rows: bool = False
+    """drop and count unusable rows instead of stopping at the first"""
+    run_dir: str = "runs/grpo"
+    """metrics, samples, checkpoints and the exported model go here"""
+    seed: int = 0
+    """seed of data order and sampling"""
+    steps: int = 1000
+    """RL steps: one rollout of `batch-size` and `epochs` passes over it"""
+    batch_size: int = 64
+    """responses a step, over all ranks; a multiple of the group size"""
+    group_size: int = 8
+    """responses to each prompt (2402.03300: 64)"""
+    mini_batch_size: int = 64
+    """responses an optimizer step, over all ranks"""
+    micro_batch_size: int = 2
+    """responses a forward pass, a rank; changes memory and speed, not the result"""
+    rollout_batch_size: int = 0
+    """prompts generated at once, a rank; 0: all of the step's"""
+    epochs: int = 1
+    """passes over each rollout (2402.03300: 1)"""
+    max_prompt_length: int = 1024
+    """tokens; longer prompts are dropped and counted"""
+    max_response_length: int = 1024
+    """tokens; responses are cut off there (2402.03300: 1024)"""
+    temperature: float = 1.0
+    """of sampling, and of every log-probability"""
+    lr: float = 1e-6
+    """peak learning rate (2402.03300: 1e-6)"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """after the warm-up"""
+    warmup_steps: int = 10
+    """RL steps of linear warm-up"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm"""
+    beta: float = 0.04
+    """KL coefficient (2402.03300: 0.04); 0: no reference is loaded"""
+    scale_std: bool = True
+    """divide by the group's standard deviation; --no-scale-std is Dr. GRPO's"""
+    aggregation: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
+    """mean over tokens: grpo, of each response, then of those; dapo, of all at once; dr_grpo, over a constant"""
+    clip: float = 0.2
+    """of the probability ratio, below 1"""
+    clip_high: float = 0.2
+    """above 1 (DAPO: 0.28)"""
+    missing_eos_penalty: float = 0.0
+    """subtracted from the reward of a response cut off by the length limit"""
+    eval_every: int = 50
+    """steps between evaluations on held-out prompts (also before the first and after the last); 0: none"""
+    eval_prompts: int = 64
+    """prompts held out of training for evaluation"""
+    eval_reward: tuple[str, ...] = ()
+    """what to report there: reward models or `module:function`s; never trained on"""
+    save_every: int = 50
+    """steps between checkpoints for --resume; 0: none"""
+    keep: int = 2
+    """checkpoints kept"""
+    resume: bool = False
+    """go on from the newest checkpoint of --run-dir; from the start where there is none"""
+    overwrite: bool = False
+    """replace an earlier run in --run-dir"""
+    wandb: bool = False
+    """also log to Weights & Biases (offline without WANDB_API_KEY)"""
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    """compute type; auto: bf16 on a GPU, float32 on a CPU; master weights are float32"""
+    lora_rank: int = 0
+    """rank of LoRA adapters on every linear layer, through peft; 0: all weights are trained"""
+    lora_alpha: float = 32.0
+    """their scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)"""
+    lora_dropout: float = 0.0
+    """of their input, in the update alone"""
+    lora_merge: bool = True
+    """export the merged model; --no-lora-merge: the adapters alone, for peft"""
+    gradient_checkpointing: bool = False
+    """recompute activations in backward: less memory, a third more time"""
+    shard_size: int = 0
+    """ranks a model is sharded over (HSDP: replicas of it across nodes); 0: all"""
+
+
+# What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
+REVIEWS = dict(
+    part="rl", steps=40, batch_size=256, mini_batch_size=64, micro_batch_size=64, max_prompt_length=16,
+    max_response_length=32, lr=1e-3, warmup_steps=0, eval_every=10, eval_prompts=96, save_every=20,
+    eval_reward=("assets.reviews:reward", "assets.reviews:grammatical"),
+)  # fmt: skip
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """Rate of 0-based `step`: linear warm-up, then constant, or linear or cosine down to zero at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
+
+
+def group_advantages(rewards, group_size, scale_std=True, eps=1e-4):
+    """(r - mean) / (std + eps) in each group (2402.03300 section 4.1), and whether its rewards are all equal; both [N].
+
+    rewards [N], the responses to one prompt next to one another; the standard deviation has G - 1 in its denominator.
+    """
+    groups = rewards.view(-1, group_size)
+    centred, std = groups - groups.mean(1, keepdim=True), groups.std(1, keepdim=True)
+    equal = (groups == groups[:, :1]).all(1, keepdim=True)
+    centred = torch.where(equal, 0.0, centred)  # exactly: a rounded mean over a small std would not be
+    return (centred / (std + eps) if scale_std else centred).flatten(), equal.expand_as(groups).flatten()
+
+
+def token_weights(mask, aggregation, max_length):
+    """Weights [N, T] of the tokens of a mini-batch in its loss, mask [N, T]: `grpo` 1 / (N * length), `dapo` 1 / all tokens,
+    `dr_grpo` 1 / (N * max_length). Of the whole mini-batch, so neither ranks nor micro-batches change them."""
+    whole = {"grpo": len(mask) * mask.sum(1, keepdim=True), "dapo": mask.sum(), "dr_grpo": len(mask) * max_length}[aggregation]
+    return mask / whole
+
+
+def kl_estimates(logprobs, ref_logprobs, mask):
+    """Per-token estimates [B, T] of KL(pi || pi_ref) at tokens sampled from pi: k1 = log-ratio (unbiased, either sign) and
+    k3 = exp(-k1) - 1 + k1 (unbiased, never negative). Masked before exp."""
+    k1 = torch.where(mask, logprobs - ref_logprobs, 0.0)
+    return k1, torch.expm1(-k1) + k1
+
+
+def surrogate_loss(logprobs, old_logprobs, advantages, weights, mask, clip, clip_high):
+    """Weighted sum over tokens of the clipped surrogate (2402.03300 eq. 3), and sums for the log: clipped tokens, k3 of old
+    against new, ratio. All inputs [B, T]; advantages may be [B, 1]."""
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    ratio = log_ratio.exp()
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip_high))
+    clipped = ((ratio < 1 - clip) | (ratio > 1 + clip_high)) & mask
+    stats = torch.stack([clipped.sum(), ((ratio - 1 - log_ratio) * mask).sum(), (ratio * mask).sum()])
+    return (loss * weights * mask).sum(), stats.detach()
+
+
+def main(args: Args) -> None:
+    # --- setup
+    if args.batch_size % args.mini_batch_size:
+        fail(f"--mini-batch-size {args.mini_batch_size} does not divide --batch-size {args.batch_size}")
+    if args.group_size < 2 or args.batch_size % args.group_size:
+        fail(f"--group-size {args.group_size}: it must be at least 2 and divide --batch-size {args.batch_size}")
+    run = Run(args)
+    device, rank, world = fsdp.device(), fsdp.rank(), fsdp.world()
+    name = resolve(args.model)
+    tokenizer = load_tokenizer(name)
+    ref_name = resolve(args.ref_model or args.model)
+    check_same_tokenizer(tokenizer, ref_name, "--ref-model")
+    pad, limit = tokenizer.pad_token_id, args.max_response_length
+    stops = {stop_token(tokenizer), tokenizer.eos_token_id}
+
+    # --- data
+    rows = read_rows(
+        args.dataset, "prompts", split=args.split, columns=args.columns, part=args.part, split_seed=args.split_seed,
+        skip_bad_rows=args.skip_bad_rows,
+    )  # fmt: skip
+    rows = tokenize(rows, tokenizer, (), args.max_prompt_length, limit, args.dataset)
+    rows.sort(key=lambda row: prompt_hash(row["prompt"], args.split_seed + 1))
+    eval_rows = rows[: args.eval_prompts]
+    rows = rows[len(eval_rows) :]
+    if not rows:
+        fail(f"{args.dataset}: all {len(eval_rows)} prompts are held out for evaluation; lower --eval-prompts")
+
+    # --- models
+    reward = Reward(args.reward, tokenizer, args)
+    eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
+    policy = load_model("policy", name, tokenizer, args, trained=True)
+    optimizer = fsdp.adamw(policy, args.lr)
+    reference = load_reference(policy, ref_name, tokenizer, args) if args.beta else None
+    models = [model for model in (policy, reference, reward.model) if model is not None]
+    state = fsdp.load_checkpoint(args.run_dir, {"policy": (policy, optimizer)}) if args.resume else {}
+    start = state.get("step", 0)
+    run.start(start, args.steps)
+
+    def score(model, sequences):
+        """Log-probabilities [N, T] of the responses under a policy, on every rank."""
+        forward = lambda mb: model.response_logprobs(**mb, temperature=args.temperature)[0]  # noqa: E731
+        return run_micro_batches(forward, sequences, args.micro_batch_size, pad, max(len(r) for _, r in sequences))
+
+    def evaluate(step):
+        """The policy on the held-out prompts, sampled with the same random numbers each time."""
+        prompts = [row["prompt_ids"] for row in eval_rows]
+        responses = rollout(policy, tokenizer, prompts, limit, args.temperature, (0, 0), args.rollout_batch_size)
+        sequences = list(zip(prompts, responses, strict=True))
+        mask = collate(sequences, pad, device)["response_mask"]
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        scores = {f"eval/{r.label}": r(eval_rows, sequences, texts) for r in eval_rewards}
+        out = {key: value.mean() for key, value in scores.items()}
+        out["eval/length"] = mask.sum(1).float().mean()
+        if reference is not None:
+            kl, _ = kl_estimates(score(policy, sequences), score(reference, sequences), mask)
+            scores["eval/kl"] = kl.sum(1)
+            out["eval/kl"] = kl.sum(1).mean()
+        run.metrics(step, out, show=tuple(out))
+        run.samples(step, [
+            {"prompt": row["prompt"], "response": text, "length": len(responses[i])}
+            | {key.split("/")[1]: value[i].item() for key, value in scores.items()}
+            for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
+        ])  # fmt: skip
+
+    if start == 0 and args.eval_every and eval_rows:
+        evaluate(0)
+    for step in range(start, args.steps):
+        # --- rollout
+        clock = [time.perf_counter()]
+        drawn = batch_indices(len(rows), args.batch_size // args.group_size, step, args.seed)
+        batch = [rows[i] for i in drawn for _ in range(args.group_size)]
+        prompts = [row["prompt_ids"] for row in batch]
+        responses = rollout(policy, tokenizer, prompts, limit, args.temperature, (args.seed, step + 1), args.rollout_batch_size)
+        sequences = list(zip(prompts, responses, strict=True))
+        lengths = [len(p) + len(r) for p, r in sequences]
+        mask = collate(sequences, pad, device)["response_mask"]
+        truncated = torch.tensor([r[-1] not in stops for r in responses], device=device)
+        clock.append(time.perf_counter())
+
+        # --- reward
+        logprobs = score(policy, sequences)
+        ref_logprobs = logprobs if reference is None else score(reference, sequences)
+        kl, k3 = kl_estimates(logprobs, ref_logprobs, mask)
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        scores = reward(batch, sequences, texts)
+
+        # --- advantage
+        final = scores - args.missing_eos_penalty * truncated
+        advantages, equal = group_advantages(final, args.group_size, args.scale_std)
+        advantages = advantages[:, None].expand_as(kl)  # the same for every token
+        clock.append(time.perf_counter())
+
+        # --- update
+        totals, norms = torch.zeros(5, device=device), []
+        lr = learning_rate(step, args.steps, args.lr, args.warmup_steps, args.lr_schedule)
+        for epoch in range(args.epochs):
+            order = batch_indices(args.batch_size, args.batch_size, step * args.epochs + epoch, args.seed + 1)
+            for first in range(0, args.batch_size, args.mini_batch_size):
+                mini_batch = order[first : first + args.mini_batch_size]
+                weights = torch.zeros_like(logprobs)
+                weights[mini_batch] = token_weights(mask[mini_batch], args.aggregation, limit)  # over all ranks and micro-batches
+                loss = torch.zeros((), device=device)
+                for pick in micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world):
+                    mb = collate([sequences[i] for i in pick], pad, device)
+                    mb_mask, at = mb["response_mask"], torch.tensor(pick or [0], device=device)
+                    whole = (logprobs, ref_logprobs, weights, advantages)
+                    mb_old, mb_ref, mb_weights, mb_advantages = (x[at, : mb_mask.shape[1]] for x in whole)
+                    mb_logprobs, mb_entropy = policy.response_logprobs(**mb, temperature=args.temperature)
+                    clips = args.clip, args.clip_high
+                    mb_loss, stats = surrogate_loss(mb_logprobs, mb_old, mb_advantages, mb_weights, mb_mask, *clips)
+                    if args.beta:
+                        mb_loss = mb_loss + args.beta * (kl_estimates(mb_logprobs, mb_ref, mb_mask)[1] * mb_weights).sum()
+                    fsdp.backward(mb_loss)
+                    loss += mb_loss.detach()
+                    totals += torch.cat([stats, mb_entropy.detach().sum()[None], mb_mask.sum()[None]])
+                where = f"step {step}, epoch {epoch}, data rows {[batch[i]['row'] for i in mini_batch]}"
+                norms.append(fsdp.optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where))
+        clipped, approx_kl, ratio, entropy, count = fsdp.all_reduce(totals).tolist()
+        clock.append(time.perf_counter())
+
+        # --- log
+        done, response_tokens, means = step + 1, int(mask.sum()), torch.tensor(norms).mean(0).tolist()
+        metrics = {
+            "objective/score": scores.mean(), "objective/kl": kl.sum(1).mean(), "objective/kl_k3": k3.sum(1).mean(),
+            "objective/entropy": entropy / count, "rollout/zero_spread": equal.float().mean(),
+            "rollout/length": mask.sum(1).float().mean(), "rollout/truncated": truncated.float().mean(),
+            "policy/loss": means[0], "policy/grad_norm": means[1], "policy/clip_fraction": clipped / count,
+            "policy/approx_kl": approx_kl / count, "policy/ratio": ratio / count, "policy/lr": lr,
+            "time/step_s": clock[3] - clock[0], "time/rollout_s": clock[1] - clock[0],
+            "time/scoring_s": clock[2] - clock[1], "time/update_s": clock[3] - clock[2],
+            "perf/rollout_share": (clock[1] - clock[0]) / (clock[3] - clock[0]),
+            "perf/rollout_tokens_per_s": response_tokens / (clock[1] - clock[0]),
+            "perf/update_tokens_per_s": args.epochs * sum(lengths) / (clock[3] - clock[2]),
+            "memory/state_gb": fsdp.state_bytes(models, [optimizer]) / 2**30, "memory/peak_gb": peak_memory_gb(),
+            **mfu(policy, args.epochs * sum(lengths), clock[3] - clock[2]),
+        }  # fmt: skip
+        run.metrics(done, metrics, show=("objective/score", "objective/kl", "rollout/length"))
+        if args.eval_every and eval_rows and done % args.eval_every == 0 and done < args.steps:
+            evaluate(done)
+
+        # --- save
+        if args.save_every and (done % args.save_every == 0 or done == args.steps):
+            fsdp.save_checkpoint(args.run_dir, done, {"policy": (policy, optimizer)}, {}, args.keep)
+    if args.eval_every and eval_rows:
+        evaluate(args.steps)
+    fsdp.export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
+    run.close()
+
+
+if __name__ == "__main__":
+    fsdp.launch(main, parse(Args, REVIEWS))
