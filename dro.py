@@ -153,7 +153,7 @@ class Args:
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
 REVIEWS = dict(
     eval_fraction=0.2, part="value", steps=400, batch_size=64, micro_batch_size=64, max_prompt_length=16, max_response_length=32,
-    tau=0.3, lr=1e-3, value_lr=3e-3, warmup_steps=20, eval_every=100, eval_prompts=96, save_every=100, precompute_ref=False,
+    tau=0.3, lr=3e-5, value_lr=3e-3, warmup_steps=20, eval_every=100, eval_prompts=96, save_every=100, precompute_ref=False,
     eval_reward=("assets.reviews:reward", "assets.reviews:grammatical"),
 )  # fmt: skip
 
@@ -170,7 +170,7 @@ def prompt_values(model, input_ids, prompt_lengths, response_mask):
     """V(x) [B]: a value model's output at the last prompt token, or of an encoder its mean over the prompt's tokens."""
     ids, mask = only_prompts(input_ids, prompt_lengths)
     values = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
-    if model.config.is_encoder_decoder:
+    if hasattr(model.config, "relative_attention_num_buckets"):  # the encoder of a T5
         return (values * mask).sum(1) / prompt_lengths
     return values.gather(1, prompt_lengths[:, None] - 1).squeeze(1)
 

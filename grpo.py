@@ -139,7 +139,7 @@ class Args:
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
 REVIEWS = dict(
     part="rl", steps=40, batch_size=256, mini_batch_size=64, micro_batch_size=64, max_prompt_length=16,
-    max_response_length=32, lr=1e-3, warmup_steps=0, eval_every=10, eval_prompts=96, save_every=20,
+    max_response_length=32, lr=3e-4, warmup_steps=0, eval_every=10, eval_prompts=96, save_every=20,
     eval_reward=("assets.reviews:reward", "assets.reviews:grammatical"),
 )  # fmt: skip
 
@@ -193,6 +193,9 @@ def main(args: Args) -> None:
     # --- setup
     if args.batch_size % args.mini_batch_size:
         fail(f"--mini-batch-size {args.mini_batch_size} does not divide --batch-size {args.batch_size}")
+    if args.beta < 0 or not (0 < args.clip < 1 and args.clip_high > 0):
+        given = f"--beta {args.beta}, --clip {args.clip}, --clip-high {args.clip_high}"
+        fail(f"{given}: beta must not be negative, clip in (0, 1), clip_high above 0")
     if args.group_size < 2 or args.batch_size % args.group_size:
         fail(f"--group-size {args.group_size}: it must be at least 2 and divide --batch-size {args.batch_size}")
     run = Run(args)

@@ -146,7 +146,7 @@ class Args:
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
 REVIEWS = dict(
     eval_fraction=0.2, part="value", steps=400, batch_size=64, micro_batch_size=64, max_prompt_length=16, max_response_length=32,
-    threshold=0.0, desirable_weight=2.1, lr=2e-4, warmup_steps=20, eval_every=100, eval_prompts=96, save_every=100,
+    threshold=0.0, desirable_weight=2.1, lr=3e-4, warmup_steps=20, eval_every=100, eval_prompts=96, save_every=100,
     precompute_ref=False,
     eval_reward=("assets.reviews:reward", "assets.reviews:grammatical"),
 )  # fmt: skip
@@ -175,8 +175,15 @@ def mismatched(prompts, seed):
 
 def kto_loss(log_ratios, labels, reference_point, beta, desirable_weight, undesirable_weight):
     """Sum over responses of lambda_y - v (2402.01306 eq. 8); log_ratios [B], labels [B] bool, reference_point a number."""
-    sign, weight = torch.where(labels, 1.0, -1.0), torch.where(labels, desirable_weight, undesirable_weight)
+    up = labels.to(log_ratios.dtype)
+    sign, weight = 2 * up - 1, desirable_weight * up + undesirable_weight * (1 - up)
     return (weight * (1 - torch.sigmoid(sign * beta * (log_ratios - reference_point)))).sum()
+
+
+def auc(log_ratios, labels):
+    """Share of all pairs of a desirable and an undesirable response whose first has the strictly higher log-ratio; both [N]."""
+    good, bad = log_ratios[labels], log_ratios[~labels].sort().values
+    return torch.searchsorted(bad, good).sum().item() / max(1, len(good) * len(bad))  # searchsorted: how many are below
 
 
 def implied_accuracy(log_ratios, rewards, groups):
@@ -265,8 +272,9 @@ def main(args: Args) -> None:
     balance = args.desirable_weight * good / (args.undesirable_weight * bad or 1)
     if not 1 <= balance <= 1.5:
         note(f"weights: (lambda_D * {good}) / (lambda_U * {bad}) is {balance:.2f}; 2402.01306 advises 1 to 1.5")
-    eval_labels = torch.tensor([row["label"] for row in held_out], dtype=torch.float64, device=device)
-    eval_rewards_given = torch.tensor([row.get("reward", row["label"]) for row in held_out], dtype=torch.float64, device=device)
+    eval_labels = torch.tensor([row["label"] for row in held_out], device=device)
+    better = "label" if args.threshold is None else "reward"  # what orders the pairs of responses to one held-out prompt
+    eval_rewards_given = torch.tensor([row[better] for row in held_out], dtype=torch.float64, device=device)
     order = {}
     eval_groups = torch.tensor([order.setdefault(json.dumps(row["prompt"]), len(order)) for row in held_out], device=device)
     sequences, eval_sequences = ([(row["prompt_ids"], row["response_ids"]) for row in part] for part in (rows, held_out))
@@ -304,7 +312,7 @@ def main(args: Args) -> None:
     def evaluate(step):
         log_ratios = score(policy, eval_sequences) / scale(eval_sequences) - eval_ref_logprobs
         out = {"eval/pair_accuracy": implied_accuracy(log_ratios, eval_rewards_given, eval_groups)}
-        out["eval/label_auc"] = implied_accuracy(log_ratios, eval_labels, torch.zeros_like(eval_groups))
+        out["eval/label_auc"] = auc(log_ratios, eval_labels)
         prompts = [row["prompt_ids"] for row in eval_rows]
         responses = rollout(policy, tokenizer, prompts, args.max_response_length, args.temperature, (0, 0))
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)

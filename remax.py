@@ -1,8 +1,9 @@
 """ReMax: REINFORCE whose baseline is the reward of the policy's own greedy response. No critic, one sample a prompt.
 
-Paper: 2310.10505. For a sampled response y and the greedy one g to the same prompt, both from one rollout:
+Paper: 2310.10505 (algorithm 1); the KL is charged as in ppo.py. For a sampled response y and the greedy one g to the same
+prompt, both from one rollout:
 
-    A_t = r(x, y) - r(x, g) - beta * sum_{l >= t} kl_l,  kl_l = log pi(y_l|s_l) - log pi_ref(y_l|s_l)              (algorithm 1)
+    A_t = r(x, y) - r(x, g) - beta * sum_{l >= t} kl_l,  kl_l = log pi(y_l|s_l) - log pi_ref(y_l|s_l)
     loss = -mean over tokens of A_t log pi(y_t|s_t)
 
 Differences from grpo.py: (1) the baseline is the greedy response's reward, not a group's mean, and nothing is divided by a
@@ -136,7 +137,7 @@ class Args:
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
 REVIEWS = dict(
     part="rl", steps=40, batch_size=256, mini_batch_size=256, micro_batch_size=64, max_prompt_length=16,
-    max_response_length=32, lr=1e-3, warmup_steps=0, eval_every=10, eval_prompts=96, save_every=20,
+    max_response_length=32, lr=3e-3, warmup_steps=0, eval_every=10, eval_prompts=96, save_every=20,
     eval_reward=("assets.reviews:reward", "assets.reviews:grammatical"),
 )  # fmt: skip
 
@@ -185,6 +186,9 @@ def main(args: Args) -> None:
     # --- setup
     if args.batch_size % args.mini_batch_size:
         fail(f"--mini-batch-size {args.mini_batch_size} does not divide --batch-size {args.batch_size}")
+    if args.beta < 0 or not (0 < args.clip < 1 and args.clip_high > 0):
+        given = f"--beta {args.beta}, --clip {args.clip}, --clip-high {args.clip_high}"
+        fail(f"{given}: beta must not be negative, clip in (0, 1), clip_high above 0")
     run = Run(args)
     device, rank, world = fsdp.device(), fsdp.rank(), fsdp.world()
     name = resolve(args.model)

@@ -23,7 +23,10 @@ def add(model, head, name: str, args, master: torch.dtype) -> None:
     config = peft.LoraConfig(target_modules=sorted({path.rpartition(".")[2] for path in linear}), **settings)
     peft.inject_adapter_in_model(config, model)  # and freezes the rest
     model.lora, model.lora_merge = config, args.lora_merge
-    if not model.can_generate():
+    if model.can_generate():
+        config.task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    else:
+        config.task_type = "TOKEN_CLS" if "TokenClassification" in type(model).__name__ else "SEQ_CLS"
         head.requires_grad_(True)
         config.modules_to_save = [path for path, m in model.named_modules() if m is head]
     for module in model.modules():

@@ -1,5 +1,6 @@
 """One thread a process and no network, set before anything imports torch; a world of small files for the tests."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -19,3 +20,17 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     ranks.make_world(folder)
     return ranks.World(folder)
+
+
+@pytest.fixture(scope="module")
+def group():
+    """One process is a group, for tests that load sharded models themselves."""
+    import torch.distributed as dist
+
+    from common import fsdp
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    fsdp.mesh.cache_clear()
+    gc.collect()  # FSDP's models go before the group does
+    dist.destroy_process_group()

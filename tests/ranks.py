@@ -360,3 +360,29 @@ def edit_model(world, source, name, **files) -> str:
         path = folder / f"{stem}.json"
         path.write_text(json.dumps(edit(json.loads(path.read_text()))))
     return f"runs/{name}"
+
+
+def make_t5(folder, tied=False, **config):
+    """A random T5 with weights large enough that no distribution is uniform, and a unigram tokenizer trained on the reviews,
+    whose inputs end with </s> as T5's do."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    from assets import reviews
+
+    texts = [row[key] for row in reviews.rows("sft", responses=1)[:400] for key in ("prompt", "response")]
+    words = Tokenizer(models.Unigram())
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = dict(special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False)
+    words.train_from_iterator(texts, trainers.UnigramTrainer(vocab_size=200, **special))
+    words.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    torch.manual_seed(0)
+    shape = dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+    config = shape | dict(tie_word_embeddings=tied, decoder_start_token_id=0, dropout_rate=0.3) | config
+    model = T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), **config))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(3 if tied else 4)
+    model.save_pretrained(folder), tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -11,14 +11,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md")) + [page for page in [ROOT / "README.md"] if page.exists()]
-SCRIPTS = ("sft", "reward", "gvm_td", "dvpo", "ppo", "rpo")
+SCRIPTS = ("sft", "reward", "gvm_td", "dvpo", "ppo", "rpo", "dro", "kto", "dpo", "grpo", "remax")
 MEND = "mend the numbers with `python tests/test_docs.py --fix`"
 REFERENCE = re.compile(r"\[`([\w./]+\.py):(\d+)`\]\(([\w./]+)#L(\d+)\)(\s+)(`+)(.+?)\6(?!`)")
 LOOSE = re.compile(r"[\w./]+\.py:\d+")  # whatever looks like a reference, in whatever form
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 METRIC = re.compile(r"[a-z_]+/[a-z0-9_<> ]+")
 OTHERS = {"--fix", "--help", "--logdir", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"}  # not the scripts'
-OTHERS |= {"--no-partition"}  # tyro's opposite of --partition
+OTHERS |= {"--no-partition", "--no-scale-std", "--no-lora-merge", "--no-precompute-ref", "--no-rescale-lr"}  # tyro's opposites
 
 
 # --- references to lines ---------------------------------------------------------------------------------------------

@@ -86,6 +86,8 @@ BAD_ARGS = {
     "beta of DPO": ("dpo", dict(beta=0.0), "--beta 0.0", "above 0"),
     "one kind of label": ("kto", dict(dataset="scored.jsonl", threshold=99.0), "0 desirable", "--threshold"),
     "no label": ("kto", dict(dataset="pairs.jsonl"), "pairs.jsonl, row 1", "'response'"),
+    "negative beta": ("grpo", dict(beta=-1.0), "--beta -1.0", "not negative"),
+    "clip of ReMax": ("remax", dict(clip=1.5), "--clip 1.5", "(0, 1)"),
     "group size": ("grpo", dict(group_size=2), "--group-size 2", "--batch-size 9"),
     "group of one": ("grpo", dict(group_size=1), "--group-size 1", "at least 2"),
     "mini-batch of ReMax": ("remax", dict(mini_batch_size=4), "--mini-batch-size 4", "--batch-size 9"),

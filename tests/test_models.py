@@ -1,7 +1,6 @@
 """Log-probabilities, values, rewards, rollout and export, against plain transformers on one sequence at a time."""
 
 import copy
-import gc
 import math
 import subprocess
 import sys
@@ -9,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -37,18 +35,7 @@ from common.models import (
 PAD, BOS, EOS = (reviews.SPECIAL.index(f"<{role}>") for role in ("pad", "bos", "eos"))
 ARGS = SimpleNamespace(precision="fp32", shard_size=0, gradient_checkpointing=False, micro_batch_size=3, lora_rank=0)
 KINDS = {"policy": AutoModelForCausalLM, "value": AutoModelForTokenClassification, "reward": AutoModelForSequenceClassification}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group():
-    mine = not dist.is_initialized()
-    if mine:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    if mine:
-        fsdp.mesh.cache_clear()
-        gc.collect()  # FSDP's models go before the group does
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("group")
 
 
 @pytest.fixture(scope="module")
@@ -238,14 +225,15 @@ def test_inverse_cdf_over_a_grid_of_uniforms_has_the_softmax_frequencies():
     for token in forbidden:
         keep = [i for i in range(6) if i != token]
         for temperature in (0.7, 1.0):
-            sampler = SampleByInverseCDF((torch.arange(n)[:, None] / n).double(), temperature, token)
+            sampler = SampleByInverseCDF((torch.arange(n)[:, None] / n).double(), torch.full((n,), temperature), token)
             out = sampler(None, scores.repeat(n, 1))
             assert ((out == 0).sum(1) == 1).all() and ((out == -math.inf).sum(1) == 5).all()
             counts = out.argmax(1).bincount(minlength=6)
             expected = n * (scores[keep].double() / temperature).softmax(0)
             assert counts[token] == 0
             assert (counts[keep] - expected).abs().max() <= 1.01
-        assert SampleByInverseCDF(torch.zeros(1, 0), 0, token)(None, scores[None]).argmax() == (5 if token == 0 else 0)
+        greedy = SampleByInverseCDF(torch.zeros(1, 1), torch.zeros(1), token)
+        assert greedy(None, scores[None]).argmax() == (5 if token == 0 else 0)
 
 
 def test_rollout_draws_from_the_policys_own_distribution(folders, tokenizer, policy):
