@@ -7,7 +7,7 @@ RUN = OMP_NUM_THREADS=1 $(VENV)/bin/python
 demo: $(VENV)/installed
 	$(RUN) benchmarks/demo.py
 
-test: $(VENV)/installed
+test: $(VENV)/installed-test
 	$(RUN) -m pytest
 
 lint: $(VENV)/installed
@@ -15,12 +15,18 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(RUN) benchmarks/reviews.py
+	$(RUN) benchmarks/online.py
+	$(RUN) benchmarks/offline.py
 
 # the stamp is written last, so that an interrupted installation is done again
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed; make demo PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed requirements-test.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
 # the embedded models that `--model reviews` and `--gvm reviews` name

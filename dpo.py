@@ -135,7 +135,7 @@ class Args:
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
 REVIEWS = dict(
     eval_fraction=0.2, part="value", steps=400, batch_size=32, micro_batch_size=32, max_prompt_length=16, max_response_length=32,
-    lr=3e-5, warmup_steps=20, eval_every=100, eval_prompts=96, save_every=100, precompute_ref=False,
+    beta=0.5, lr=1e-4, warmup_steps=20, eval_every=100, eval_prompts=96, save_every=100, precompute_ref=False,
     eval_reward=("assets.reviews:reward", "assets.reviews:grammatical"),
 )  # fmt: skip
 

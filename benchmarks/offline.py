@@ -30,10 +30,8 @@ ABLATIONS = {  # of RPO
     "tau 0.3 (the table above)": None,
     "tau 1": ["--tau", "1"],
     "no partition value": ["--no-partition"],
-    "75 % of the responses": ["--keep-responses", "0.75"],
-    "50 %": ["--keep-responses", "0.5"],
+    "50 % of the responses": ["--keep-responses", "0.5"],
     "25 %": ["--keep-responses", "0.25"],
-    "noise 0.1": ["--reward-noise", "0.1"],
     "noise 0.5": ["--reward-noise", "0.5"],
     "noise 1.0": ["--reward-noise", "1.0"],
 }

@@ -47,7 +47,7 @@ class Run:
             before = now | (json.loads(file.read_text()) if file.exists() else {}) | {"resume": True, "overwrite": args.overwrite}
             changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
             if args.resume and before["lora_rank"] != args.lora_rank:
-                fail(f"--lora-rank {args.lora_rank}: the run in {self.dir} was started with {before['lora_rank']}, which --resume needs")
+                fail(f"--lora-rank {args.lora_rank}: the run in {self.dir} began with {before['lora_rank']}; resume with that")
             if args.resume and changed:
                 note("resuming with other arguments: " + ", ".join(changed))
             file.write_text(json.dumps(now, indent=1))

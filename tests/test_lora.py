@@ -174,12 +174,25 @@ def test_resumed_is_unbroken(world, script):
     assert size < (1.5 if script == "dpo" else 3) * full  # with AdamW's two moments it would be three times a model
 
 
+def test_encoder_decoder(world):
+    """Adapters in encoder and decoder of a T5, on 1 and 2 ranks; the reference with adapters off; a merged export."""
+    ranks.make_t5(world.path("runs/t5lora"))
+    sizes = dict(max_prompt_length=80, max_response_length=40, precision="fp64", model="runs/t5lora", precompute_ref=False)
+    for processes in (0, 2):
+        world.run("rpo", processes, **ranks.ARGS["rpo"] | LORA | sizes | dict(run_dir=f"runs/t5lora-{processes}")).ok()
+    ranks.assert_same(*(world.path(f"runs/t5lora-{processes}") for processes in (0, 2)), weights=1e-9)
+    before, after = (load_file(world.path(f) / "model.safetensors") for f in ("runs/t5lora", "runs/t5lora-0/model"))
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key].double(), after[key])}
+    assert changed == {key for key in before if "Attention." in key and "bias" not in key or "DenseReluDense" in key}
+
+
 def test_resume_with_another_rank(world):
     """One line, not a table of sizes that do not match."""
     args = ranks.ARGS["sft"] | LORA | dict(run_dir="runs/rank", steps=1, save_every=1)
     world.run("sft", **args).ok()
     line = world.run("sft", **args | dict(lora_rank=2, resume=True)).error()
-    assert "--lora-rank 2" in line and "started with 4" in line
+    assert "--lora-rank 2" in line and "began with 4" in line
 
 
 def test_without_peft(world):

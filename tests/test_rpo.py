@@ -140,6 +140,24 @@ def test_kept_reference_is_used_on_resume_unless_it_is_of_something_else(world):
         assert (abs(second - first) > 50) == moved
 
 
+def test_responses_of_2000_tokens_in_bf16(world):
+    """Nothing underflows: sums far below -104 give finite targets of their own size, and a step is made. Prompts with a single
+    response are dropped and counted."""
+    rng, rows = random.Random(0), []
+    for i in range(4):
+        for _ in range(1 if i == 3 else 3):
+            text = " ".join(rng.choice(["very", "warm", "soup", "and", "."]) for _ in range(2000))
+            rows.append({"prompt": f"lunch : the {'soup fish cake rice'.split()[i]} ?", "response": text, "reward": rng.gauss(0, 1)})
+    args = ranks.ARGS["rpo"] | dict(dataset=world.write("endless.jsonl", rows), eval_dataset="scored.jsonl", eval_split="train")
+    args |= dict(precision="bf16", batch_size=2, micro_batch_size=1, max_response_length=2048, steps=1, eval_prompts=0)
+    result = world.run("rpo", **args, run_dir="runs/endless").ok()
+    assert "endless.jsonl: dropped 1 of 4 prompts with a single response" in result.output
+    sums = np.load(world.path("runs/endless") / "reference.npz")["train"]
+    (row,) = (row for row in ranks.metrics(world.path("runs/endless")) if "rpo/target" in row)
+    assert sums.dtype == np.float64 and len(sums) == 9 and sums.max() < -2000
+    assert 1000 < row["rpo/target"] < -sums.min() + 100 and math.isfinite(row["rpo/grad_norm"]) and row["rpo/grad_norm"] > 0
+
+
 def test_fingerprint_is_of_the_weights(tmp_path):
     """Another model of the same name, or the same with one weight changed, has another one."""
     from safetensors.torch import save_file

@@ -121,10 +121,10 @@ def alone(world):
 
 def args_of(script):
     sizes = dict(max_prompt_length=80, max_response_length=40, precision="fp64", model="runs/t5")
-    return ranks.ARGS[script] | sizes | (dict(precompute_ref=False) if script != "sft" else {})
+    return ranks.ARGS[script] | sizes | (dict(precompute_ref=False) if script in ("rpo", "dro", "kto", "dpo") else {})
 
 
-@pytest.mark.parametrize("script", ["sft", "rpo", "dro", "kto", "dpo"])
+@pytest.mark.parametrize("script", ["sft", "rpo", "dro", "kto", "dpo", "grpo", "remax"])
 def test_same_training_on_two_ranks(world, alone, script):
     """Losses, gradient norms, KL, samples and weights do not depend on ranks or micro-batches; the export opens as it is."""
     world.run(script, 2, **args_of(script) | dict(micro_batch_size=2, run_dir=f"runs/t5-{script}-2")).ok()
@@ -132,7 +132,8 @@ def test_same_training_on_two_ranks(world, alone, script):
     before = AutoModelForSeq2SeqLM.from_pretrained(world.path("runs/t5")).state_dict()
     after, info = AutoModelForSeq2SeqLM.from_pretrained(alone(script) / "model", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert all((tensor != before[key]).any() for key, tensor in after.state_dict().items() if "layer_norm" not in key)
+    changed = [(tensor != before[key]).any().item() for key, tensor in after.state_dict().items() if "layer_norm" not in key]
+    assert any(changed) if script in ranks.ONLINE else all(changed)
 
 
 def test_shared_encoder_trains_on_two_ranks(world, alone):
