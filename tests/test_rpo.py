@@ -144,10 +144,10 @@ def test_responses_of_2000_tokens_in_bf16(world):
     """Nothing underflows: sums far below -104 give finite targets of their own size, and a step is made. Prompts with a single
     response are dropped and counted."""
     rng, rows = random.Random(0), []
-    for i in range(4):
-        for _ in range(1 if i == 3 else 3):
+    for topic in ("soup", "fish", "cake", "rice"):
+        for _ in range(1 if topic == "rice" else 3):
             text = " ".join(rng.choice(["very", "warm", "soup", "and", "."]) for _ in range(2000))
-            rows.append({"prompt": f"lunch : the {'soup fish cake rice'.split()[i]} ?", "response": text, "reward": rng.gauss(0, 1)})
+            rows.append({"prompt": f"lunch : the {topic} ?", "response": text, "reward": rng.gauss(0, 1)})
     args = ranks.ARGS["rpo"] | dict(dataset=world.write("endless.jsonl", rows), eval_dataset="scored.jsonl", eval_split="train")
     args |= dict(precision="bf16", batch_size=2, micro_batch_size=1, max_response_length=2048, steps=1, eval_prompts=0)
     result = world.run("rpo", **args, run_dir="runs/endless").ok()
