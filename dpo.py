@@ -162,8 +162,8 @@ def distinct_2(texts):
 
 
 def fingerprint(name):
-    """The contents of a model: a hash of its local weights, or the hub's commit."""
-    files, digest = sorted(Path(name).glob("*.safetensors")), hashlib.sha256()
+    """The contents of a model: a hash of its local weights and configuration, or the hub's commit."""
+    files, digest = sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("config.json")]), hashlib.sha256()
     for file in files:
         with open(file, "rb") as weights:
             digest.update(hashlib.file_digest(weights, "sha256").digest())
@@ -177,7 +177,8 @@ def reference_logprobs(name, tokenizer, args, **parts):
     a key of the tokens, the precision and the reference's weights.
     """
     cache, first = Path(args.run_dir, "reference.npz"), fsdp.rank() == 0
-    key = hashlib.sha256(json.dumps([parts, args.precision, fingerprint(name) if first else ""]).encode()).hexdigest()
+    what = [parts, str(fsdp.dtypes(args.precision)[0]), fingerprint(name) if first else ""]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     found = dict(np.load(cache)) if first and args.resume and cache.exists() else {}
     kept = {part: torch.tensor(found[part]) for part in parts} if str(found.get("key")) == key else None
     kept = fsdp.all_gather_object(kept)[0]
@@ -249,8 +250,8 @@ def main(args: Args) -> None:
     start = state.get("step", 0)
     run.start(start, steps)
 
-    def score(model, sequences):
-        return sequence_logprobs(model, sequences, args.micro_batch_size, pad)
+    def score(model, sequences, temperature=1.0):
+        return sequence_logprobs(model, sequences, args.micro_batch_size, pad, temperature)
 
     def evaluate(step):
         h_chosen, h_rejected = (
@@ -265,7 +266,7 @@ def main(args: Args) -> None:
         out |= {f"eval/{key}": value.mean() for key, value in scores.items()}
         out |= {"eval/length": sum(map(len, responses)) / max(1, len(responses)), "eval/distinct_2": distinct_2(texts)}
         if reference is not None:
-            scores["kl"] = score(policy, sampled) - score(reference, sampled)
+            scores["kl"] = score(policy, sampled, args.temperature) - score(reference, sampled, args.temperature)
             out["eval/kl"] = scores["kl"].mean()
         run.metrics(step, out, show=tuple(out))
         run.samples(step, [
@@ -281,7 +282,7 @@ def main(args: Args) -> None:
         batch = batch_indices(len(rows), args.batch_size, step, args.seed)
         stats = torch.zeros(3, device=device, dtype=torch.float64)
         for pick in micro_batches(batch, lengths, args.micro_batch_size, rank, world):
-            at = pick or [0]
+            at = pick or [0]  # a rank with nothing left: one dummy sequence, both sides of a pair that counts nothing
             both = [chosen[i] for i in at] + [rejected[i] for i in at]
             mb = collate(both if pick else [], pad, device)
             mb_logprobs = policy.response_logprobs(**mb)[0].sum(1)
@@ -296,9 +297,10 @@ def main(args: Args) -> None:
         total, norm = fsdp.optimizer_step(policy, optimizer, lr, stats[0], args.max_grad_norm, where)
 
         # --- log
+        fsdp.all_reduce(stats)
         done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
         run.metrics(done, {
-            "dpo/loss": total, "dpo/log_ratio_chosen": fsdp.all_reduce(stats)[1], "dpo/log_ratio_rejected": stats[2],
+            "dpo/loss": total, "dpo/log_ratio_chosen": stats[1], "dpo/log_ratio_rejected": stats[2],
             "dpo/grad_norm": norm, "dpo/lr": lr, "time/step_s": seconds,
             "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": fsdp.state_bytes(models, optimizers) / 2**30,
             "memory/peak_gb": peak_memory_gb(), **mfu(policy, tokens, seconds),

@@ -6,16 +6,13 @@ pi*(y|x) = pi_ref(y|x) exp((r(x, y) - V(x)) / tau). DRO-V learns policy and V to
     delta = r - V(x) - tau * (log pi(y|x) - log pi_ref(y|x))
     loss = 0.5 * delta^2, mean over responses: the policy's with V held fixed, V's with the policy held fixed
 
-V(x) is read at the last prompt token, of an encoder-decoder as the mean over the prompt. One response a prompt is enough.
-
-Differences from rpo.py: (1) V(x) is a second network with its own optimizer, not a sum over the prompt's responses; (2) so no
-prompt is dropped; (3) the loss is in the unit of the reward, tau^2 times RPO's, so the policy's learning rate carries the
-paper's rescale 1 / tau (under Adam a scaled gradient would change nothing).
+Differences from rpo.py: (1) V(x) is a second network with its own optimizer, not a sum over the prompt's responses: one is
+enough; (2) the policy's learning rate carries the paper's rescale 1 / tau (under Adam a scaled gradient changes nothing).
 
     python dro.py                                                      # the embedded world, one CPU
-    python dro.py --model runs/sft/model --dataset scored.jsonl --lr 1e-5
+    python dro.py --model runs/sft/model --dataset scored.jsonl --lr 1e-5 --value-lr 1e-5
     torchrun --nproc_per_node=8 dro.py --model runs/sft/model --dataset openbmb/UltraFeedback --part value --lr 5e-7 \
-        --gradient-checkpointing
+        --value-lr 5e-6 --gradient-checkpointing
 
 Watch `eval/pair_accuracy` (does the policy's own log-ratio order held-out answers?) and `eval/kl`; read samples.jsonl.
 docs/dro.md explains the rest.
@@ -183,13 +180,13 @@ def dro_losses(logprobs, ref_logprobs, rewards, values, tau):
 
 
 def implied_accuracy(log_ratios, rewards, groups):
-    """Share of the pairs of responses to one prompt whose better one has the strictly higher log-ratio; all [N]."""
+    """Share of the pairs of responses to one prompt whose better one has the strictly higher log-ratio; all [N]. NaN: no pair."""
     order, wins, pairs = torch.argsort(groups).cpu(), 0, 0
     sizes = torch.bincount(groups.cpu()).tolist()
     for r, y in zip(rewards.cpu()[order].split(sizes), log_ratios.cpu()[order].split(sizes), strict=True):  # never all N x N
         better = r[:, None] > r[None]
         wins, pairs = wins + ((y[:, None] > y[None]) & better).sum().item(), pairs + better.sum().item()
-    return wins / max(1, pairs)
+    return wins / pairs if pairs else math.nan
 
 
 def distinct_2(texts):
@@ -209,8 +206,8 @@ def thin(rows, share, seed):
 
 
 def fingerprint(name):
-    """The contents of a model: a hash of its local weights, or the hub's commit."""
-    files, digest = sorted(Path(name).glob("*.safetensors")), hashlib.sha256()
+    """The contents of a model: a hash of its local weights and configuration, or the hub's commit."""
+    files, digest = sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("config.json")]), hashlib.sha256()
     for file in files:
         with open(file, "rb") as weights:
             digest.update(hashlib.file_digest(weights, "sha256").digest())
@@ -224,7 +221,8 @@ def reference_logprobs(name, tokenizer, args, **parts):
     a key of the tokens, the precision and the reference's weights.
     """
     cache, first = Path(args.run_dir, "reference.npz"), fsdp.rank() == 0
-    key = hashlib.sha256(json.dumps([parts, args.precision, fingerprint(name) if first else ""]).encode()).hexdigest()
+    what = [parts, str(fsdp.dtypes(args.precision)[0]), fingerprint(name) if first else ""]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     found = dict(np.load(cache)) if first and args.resume and cache.exists() else {}
     kept = {part: torch.tensor(found[part]) for part in parts} if str(found.get("key")) == key else None
     kept = fsdp.all_gather_object(kept)[0]
@@ -301,8 +299,7 @@ def main(args: Args) -> None:
     optimizer = fsdp.adamw(policy, args.lr)
     if args.shared_encoder:
         value = torch.nn.Linear(policy.config.hidden_size, 1, device=device, dtype=fsdp.dtypes(args.precision)[1])
-        value.weight.data.zero_(), value.bias.data.zero_()
-        fully_shard(value, mesh=fsdp.mesh(args.shard_size))
+        value.weight.data.zero_(), value.bias.data.zero_(), fully_shard(value, mesh=fsdp.mesh(args.shard_size))
     else:
         value = load_model("prompt value", name, tokenizer, args, trained=True)
     value_optimizer = fsdp.adamw(value, args.value_lr)
@@ -313,8 +310,8 @@ def main(args: Args) -> None:
     start = state.get("step", 0)
     run.start(start, steps)
 
-    def score(model, sequences):
-        return sequence_logprobs(model, sequences, args.micro_batch_size, pad)
+    def score(model, sequences, temperature=1.0):
+        return sequence_logprobs(model, sequences, args.micro_batch_size, pad, temperature)
 
     def evaluate(step):
         log_ratios = score(policy, eval_sequences) / scale(eval_sequences) - eval_ref_logprobs
@@ -327,7 +324,7 @@ def main(args: Args) -> None:
         out |= {f"eval/{key}": value.mean() for key, value in scores.items()}
         out |= {"eval/length": sum(map(len, responses)) / max(1, len(responses)), "eval/distinct_2": distinct_2(texts)}
         if reference is not None:
-            scores["kl"] = score(policy, sampled) - score(reference, sampled)
+            scores["kl"] = score(policy, sampled, args.temperature) - score(reference, sampled, args.temperature)
             out["eval/kl"] = scores["kl"].mean()
         run.metrics(step, out, show=tuple(out))
         run.samples(step, [
@@ -360,9 +357,10 @@ def main(args: Args) -> None:
         _, value_norm = fsdp.optimizer_step(value, value_optimizer, value_lr, stats[0], args.max_grad_norm, where)
 
         # --- log
+        fsdp.all_reduce(stats)
         done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
         run.metrics(done, {
-            "dro/loss": total, "dro/log_ratio": fsdp.all_reduce(stats)[1], "dro/value": stats[2],
+            "dro/loss": total, "dro/log_ratio": stats[1], "dro/value": stats[2],
             "dro/grad_norm": norm, "dro/value_grad_norm": value_norm, "dro/lr": lr, "time/step_s": seconds,
             "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": fsdp.state_bytes(models, optimizers) / 2**30,
             "memory/peak_gb": peak_memory_gb(), **mfu(policy, tokens, seconds),

@@ -11,8 +11,8 @@ the mini-batch; `dr_grpo` (2503.20783), over responses times --max-response-leng
 
     python grpo.py                                                     # the embedded world, one CPU
     python grpo.py --model runs/sft/model --reward runs/reward/model --dataset prompts.jsonl
-    torchrun --nproc_per_node=8 grpo.py --model Qwen/Qwen3-4B-Instruct --reward my_rewards:correct --dataset questions.jsonl \
-        --columns prompt question --batch-size 256 --mini-batch-size 64 --gradient-checkpointing
+    torchrun --nproc_per_node=8 grpo.py --model Qwen/Qwen3-4B-Instruct-2507 --reward my_rewards:correct \
+        --dataset questions.jsonl --columns prompt question --batch-size 256 --mini-batch-size 64 --gradient-checkpointing
 
 Watch `eval/*` and read samples.jsonl; `rollout/zero_spread` near 1 means that most groups teach nothing (all right, or all
 wrong); `rollout/length` should neither collapse nor explode. Our page in docs/ explains every number and detail.
@@ -46,7 +46,7 @@ class Args:
     """policy to start from, usually an SFT model: folder or hub id"""
     ref_model: str = ""
     """reference of the KL penalty; default: `--model` as it starts"""
-    reward: str = "assets.reviews:reward"
+    reward: str = ""
     """reward model (folder or hub id), or `module:function`"""
     dataset: str = "reviews"
     """prompts: hub id, or local .jsonl / .json / .parquet (.gz too) with a column `prompt`"""
@@ -140,6 +140,7 @@ class Args:
 REVIEWS = dict(
     part="rl", steps=40, batch_size=256, mini_batch_size=64, micro_batch_size=64, max_prompt_length=16,
     max_response_length=32, lr=3e-4, warmup_steps=0, eval_every=10, eval_prompts=96, save_every=20,
+    reward="assets.reviews:reward",
     eval_reward=("assets.reviews:reward", "assets.reviews:grammatical"),
 )  # fmt: skip
 

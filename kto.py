@@ -13,7 +13,7 @@ mismatched response for the whole run, so the reference's log-probabilities of t
     python kto.py                                                      # the embedded world, one CPU
     python kto.py --model runs/sft/model --dataset thumbs.jsonl        # prompt, response, label (true or false)
     python kto.py --model runs/sft/model --dataset scored.jsonl --threshold 0      # label = reward above 0
-    torchrun --nproc_per_node=8 kto.py --model runs/sft/model --dataset thumbs.jsonl --undesirable-weight 4 \
+    torchrun --nproc_per_node=8 kto.py --model runs/sft/model --dataset thumbs.jsonl --desirable-weight 4 \
         --gradient-checkpointing
 
 Watch `eval/label_auc` (does the log-ratio part good from bad?), `eval/kl`, and `kto/log_ratio_desirable`: where it falls far
@@ -165,11 +165,13 @@ def mismatched(prompts, seed):
 
     The same for the whole run. A row that has the only prompt there is keeps itself.
     """
-    order, other = list(range(len(prompts))), [0] * len(prompts)
+    order, other = list(range(len(prompts))), list(range(len(prompts)))
     random.Random(seed).shuffle(order)
-    for place, i in enumerate(order):
-        later = (order[(place + step) % len(order)] for step in range(1, len(order)))
-        other[i] = next((j for j in later if prompts[j] != prompts[i]), i)
+    if all(prompt == prompts[0] for prompt in prompts):
+        return other
+    cycle = order * 2  # from its end back: the next row, or the one that the next row of the same prompt has
+    for i, j in zip(cycle[-2::-1], cycle[:0:-1], strict=True):
+        other[i] = other[j] if prompts[j] == prompts[i] else j
     return other
 
 
@@ -181,19 +183,21 @@ def kto_loss(log_ratios, labels, reference_point, beta, desirable_weight, undesi
 
 
 def auc(log_ratios, labels):
-    """Share of all pairs of a desirable and an undesirable response whose first has the strictly higher log-ratio; both [N]."""
+    """Share of all pairs of a desirable and an undesirable response whose first has the strictly higher log-ratio; both [N].
+    NaN where there is no pair."""
     good, bad = log_ratios[labels], log_ratios[~labels].sort().values
-    return torch.searchsorted(bad, good).sum().item() / max(1, len(good) * len(bad))  # searchsorted: how many are below
+    below = torch.searchsorted(bad, good)  # how many are strictly lower
+    return below.double().sum().item() / (len(good) * len(bad)) if len(good) * len(bad) else math.nan
 
 
 def implied_accuracy(log_ratios, rewards, groups):
-    """Share of the pairs of responses to one prompt whose better one has the strictly higher log-ratio; all [N]."""
+    """Share of the pairs of responses to one prompt whose better one has the strictly higher log-ratio; all [N]. NaN: no pair."""
     order, wins, pairs = torch.argsort(groups).cpu(), 0, 0
     sizes = torch.bincount(groups.cpu()).tolist()
     for r, y in zip(rewards.cpu()[order].split(sizes), log_ratios.cpu()[order].split(sizes), strict=True):  # never all N x N
         better = r[:, None] > r[None]
         wins, pairs = wins + ((y[:, None] > y[None]) & better).sum().item(), pairs + better.sum().item()
-    return wins / max(1, pairs)
+    return wins / pairs if pairs else math.nan
 
 
 def distinct_2(texts):
@@ -203,8 +207,8 @@ def distinct_2(texts):
 
 
 def fingerprint(name):
-    """The contents of a model: a hash of its local weights, or the hub's commit."""
-    files, digest = sorted(Path(name).glob("*.safetensors")), hashlib.sha256()
+    """The contents of a model: a hash of its local weights and configuration, or the hub's commit."""
+    files, digest = sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("config.json")]), hashlib.sha256()
     for file in files:
         with open(file, "rb") as weights:
             digest.update(hashlib.file_digest(weights, "sha256").digest())
@@ -218,7 +222,8 @@ def reference_logprobs(name, tokenizer, args, **parts):
     a key of the tokens, the precision and the reference's weights.
     """
     cache, first = Path(args.run_dir, "reference.npz"), fsdp.rank() == 0
-    key = hashlib.sha256(json.dumps([parts, args.precision, fingerprint(name) if first else ""]).encode()).hexdigest()
+    what = [parts, str(fsdp.dtypes(args.precision)[0]), fingerprint(name) if first else ""]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     found = dict(np.load(cache)) if first and args.resume and cache.exists() else {}
     kept = {part: torch.tensor(found[part]) for part in parts} if str(found.get("key")) == key else None
     kept = fsdp.all_gather_object(kept)[0]
@@ -236,9 +241,10 @@ def reference_logprobs(name, tokenizer, args, **parts):
 
 def main(args: Args) -> None:
     # --- setup
-    if not (args.beta > 0 and args.desirable_weight >= 0 and args.undesirable_weight >= 0):
+    weights = args.desirable_weight, args.undesirable_weight
+    if not (args.beta > 0 and min(weights) >= 0 and max(weights) > 0):
         given = f"--beta {args.beta}, --desirable-weight {args.desirable_weight}, --undesirable-weight {args.undesirable_weight}"
-        fail(f"{given}: beta must be above 0, the weights not negative")
+        fail(f"{given}: beta must be above 0, the weights not negative nor both 0")
     run = Run(args)
     device, rank, world = fsdp.device(), fsdp.rank(), fsdp.world()
     name = resolve(args.model)
@@ -306,8 +312,8 @@ def main(args: Args) -> None:
     start = state.get("step", 0)
     run.start(start, steps)
 
-    def score(model, sequences):
-        return sequence_logprobs(model, sequences, args.micro_batch_size, pad)
+    def score(model, sequences, temperature=1.0):
+        return sequence_logprobs(model, sequences, args.micro_batch_size, pad, temperature)
 
     def evaluate(step):
         log_ratios = score(policy, eval_sequences) / scale(eval_sequences) - eval_ref_logprobs
@@ -321,7 +327,7 @@ def main(args: Args) -> None:
         out |= {f"eval/{key}": value.mean() for key, value in scores.items()}
         out |= {"eval/length": sum(map(len, responses)) / max(1, len(responses)), "eval/distinct_2": distinct_2(texts)}
         if reference is not None:
-            scores["kl"] = score(policy, sampled) - score(reference, sampled)
+            scores["kl"] = score(policy, sampled, args.temperature) - score(reference, sampled, args.temperature)
             out["eval/kl"] = scores["kl"].mean()
         run.metrics(step, out, show=tuple(out))
         run.samples(step, [
@@ -342,7 +348,6 @@ def main(args: Args) -> None:
         for pick in micro_batches(batch, lengths, args.micro_batch_size, rank, world):
             mb, at = collate([sequences[i] for i in pick], pad, device), torch.tensor(pick or [0], device=device)
             mb_log_ratios = policy.response_logprobs(**mb)[0].sum(1) / scale([sequences[i] for i in at]) - ref_logprobs[at]
-            weights = args.desirable_weight, args.undesirable_weight
             mb_loss = kto_loss(mb_log_ratios, labels[at], reference_point, args.beta, *weights) * bool(pick)
             fsdp.backward(mb_loss / len(batch))
             both = [(mb_log_ratios * (labels[at] == label)).sum() * bool(pick) for label in (True, False)]
@@ -355,8 +360,9 @@ def main(args: Args) -> None:
         done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
         (_, desirable, undesirable), count = fsdp.all_reduce(stats).tolist(), int(labels[batch].sum())
         run.metrics(done, {
-            "kto/loss": total, "kto/reference_point": reference_point, "kto/log_ratio_desirable": desirable / max(1, count),
-            "kto/log_ratio_undesirable": undesirable / max(1, len(batch) - count), "kto/grad_norm": norm, "kto/lr": lr,
+            "kto/loss": total, "kto/reference_point": reference_point, "kto/grad_norm": norm, "kto/lr": lr,
+            "kto/log_ratio_desirable": desirable / count if count else math.nan,
+            "kto/log_ratio_undesirable": undesirable / (len(batch) - count) if count < len(batch) else math.nan,
             "time/step_s": seconds,
             "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": fsdp.state_bytes(models, optimizers) / 2**30,
             "memory/peak_gb": peak_memory_gb(), **mfu(policy, tokens, seconds),

@@ -46,7 +46,7 @@ class Args:
     """policy to start from, usually an SFT model: folder or hub id"""
     ref_model: str = ""
     """reference of the KL penalty; default: `--model` as it starts"""
-    reward: str = "assets.reviews:reward"
+    reward: str = ""
     """reward model (folder or hub id), or `module:function`"""
     critic: str = ""
     """what the critic starts from; default: the reward model where it is a model, else the policy"""
@@ -146,7 +146,7 @@ class Args:
 REVIEWS = dict(
     part="rl", steps=40, batch_size=256, mini_batch_size=64, micro_batch_size=64, max_prompt_length=16,
     max_response_length=32, beta=0.1, lr=3e-4, warmup_steps=0, eval_every=10, eval_prompts=96, save_every=20,
-    critic_lr=1e-3,
+    critic_lr=1e-3, reward="assets.reviews:reward",
     eval_reward=("assets.reviews:reward", "assets.reviews:grammatical"),
 )  # fmt: skip
 

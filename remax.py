@@ -13,8 +13,8 @@ that more than one optimizer step on a rollout (--mini-batch-size, --epochs) is 
 
     python remax.py                                                    # the embedded world, one CPU
     python remax.py --model runs/sft/model --reward runs/reward/model --dataset prompts.jsonl
-    torchrun --nproc_per_node=8 remax.py --model Qwen/Qwen3-4B-Instruct --reward my_rewards:correct --dataset questions.jsonl \
-        --columns prompt question --batch-size 256 --mini-batch-size 256 --gradient-checkpointing
+    torchrun --nproc_per_node=8 remax.py --model Qwen/Qwen3-4B-Instruct-2507 --reward my_rewards:correct \
+        --dataset questions.jsonl --columns prompt question --batch-size 256 --mini-batch-size 256 --gradient-checkpointing
 
 Watch `eval/*` and read samples.jsonl; `objective/greedy_score` should rise with `objective/score`;
 `rollout/length` should neither collapse nor explode. Our page in docs/ explains every number and detail.
@@ -48,7 +48,7 @@ class Args:
     """policy to start from, usually an SFT model: folder or hub id"""
     ref_model: str = ""
     """reference of the KL penalty; default: `--model` as it starts"""
-    reward: str = "assets.reviews:reward"
+    reward: str = ""
     """reward model (folder or hub id), or `module:function`"""
     dataset: str = "reviews"
     """prompts: hub id, or local .jsonl / .json / .parquet (.gz too) with a column `prompt`"""
@@ -138,6 +138,7 @@ class Args:
 REVIEWS = dict(
     part="rl", steps=40, batch_size=256, mini_batch_size=256, micro_batch_size=64, max_prompt_length=16,
     max_response_length=32, lr=3e-3, warmup_steps=0, eval_every=10, eval_prompts=96, save_every=20,
+    reward="assets.reviews:reward",
     eval_reward=("assets.reviews:reward", "assets.reviews:grammatical"),
 )  # fmt: skip
 

@@ -15,9 +15,8 @@ prompt with a single response has the target log pi = 0 whatever its reward: suc
     torchrun --nproc_per_node=8 rpo.py --model runs/sft/model --dataset openbmb/UltraFeedback --part value --lr 5e-7 \
         --gradient-checkpointing
 
-Watch `eval/pair_accuracy` (does the policy's own log-ratio order held-out answers?) and `eval/kl`; read samples.jsonl. With
-summed log-probabilities the targets are tens of nats for long answers (`rpo/target`): the policy is asked to put all its mass
-on the training responses. docs/rpo.md explains the rest.
+Watch `eval/pair_accuracy` (does the policy's own log-ratio order held-out answers?) and `eval/kl`; read samples.jsonl.
+`rpo/target` far from 0 on average asks the impossible of a policy: tens of nats for long answers. docs/rpo.md explains the rest.
 """
 
 import gc
@@ -178,13 +177,13 @@ def rpo_loss(logprobs, ref_logprobs, targets):
 
 
 def implied_accuracy(log_ratios, rewards, groups):
-    """Share of the pairs of responses to one prompt whose better one has the strictly higher log-ratio; all [N]."""
+    """Share of the pairs of responses to one prompt whose better one has the strictly higher log-ratio; all [N]. NaN: no pair."""
     order, wins, pairs = torch.argsort(groups).cpu(), 0, 0
     sizes = torch.bincount(groups.cpu()).tolist()
     for r, y in zip(rewards.cpu()[order].split(sizes), log_ratios.cpu()[order].split(sizes), strict=True):  # never all N x N
         better = r[:, None] > r[None]
         wins, pairs = wins + ((y[:, None] > y[None]) & better).sum().item(), pairs + better.sum().item()
-    return wins / max(1, pairs)
+    return wins / pairs if pairs else math.nan
 
 
 def distinct_2(texts):
@@ -204,8 +203,8 @@ def thin(rows, share, seed):
 
 
 def fingerprint(name):
-    """The contents of a model: a hash of its local weights, or the hub's commit."""
-    files, digest = sorted(Path(name).glob("*.safetensors")), hashlib.sha256()
+    """The contents of a model: a hash of its local weights and configuration, or the hub's commit."""
+    files, digest = sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("config.json")]), hashlib.sha256()
     for file in files:
         with open(file, "rb") as weights:
             digest.update(hashlib.file_digest(weights, "sha256").digest())
@@ -219,7 +218,8 @@ def reference_logprobs(name, tokenizer, args, **parts):
     a key of the tokens, the precision and the reference's weights.
     """
     cache, first = Path(args.run_dir, "reference.npz"), fsdp.rank() == 0
-    key = hashlib.sha256(json.dumps([parts, args.precision, fingerprint(name) if first else ""]).encode()).hexdigest()
+    what = [parts, str(fsdp.dtypes(args.precision)[0]), fingerprint(name) if first else ""]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     found = dict(np.load(cache)) if first and args.resume and cache.exists() else {}
     kept = {part: torch.tensor(found[part]) for part in parts} if str(found.get("key")) == key else None
     kept = fsdp.all_gather_object(kept)[0]
@@ -309,8 +309,8 @@ def main(args: Args) -> None:
     start = state.get("step", 0)
     run.start(start, steps)
 
-    def score(model, sequences):
-        return sequence_logprobs(model, sequences, args.micro_batch_size, pad)
+    def score(model, sequences, temperature=1.0):
+        return sequence_logprobs(model, sequences, args.micro_batch_size, pad, temperature)
 
     def evaluate(step):
         log_ratios = score(policy, eval_sequences) / scale(eval_sequences) - eval_ref_logprobs
@@ -323,7 +323,7 @@ def main(args: Args) -> None:
         out |= {f"eval/{key}": value.mean() for key, value in scores.items()}
         out |= {"eval/length": sum(map(len, responses)) / max(1, len(responses)), "eval/distinct_2": distinct_2(texts)}
         if reference is not None:
-            scores["kl"] = score(policy, sampled) - score(reference, sampled)
+            scores["kl"] = score(policy, sampled, args.temperature) - score(reference, sampled, args.temperature)
             out["eval/kl"] = scores["kl"].mean()
         run.metrics(step, out, show=tuple(out))
         run.samples(step, [
@@ -349,9 +349,10 @@ def main(args: Args) -> None:
         total, norm = fsdp.optimizer_step(policy, optimizer, lr, stats[0], args.max_grad_norm, where)
 
         # --- log
+        fsdp.all_reduce(stats)
         done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
         run.metrics(done, {
-            "rpo/loss": total, "rpo/log_ratio": fsdp.all_reduce(stats)[1], "rpo/target": targets[batch].mean(),
+            "rpo/loss": total, "rpo/log_ratio": stats[1], "rpo/target": targets[batch].mean(),
             "rpo/value": values[batch].mean(), "rpo/grad_norm": norm, "rpo/lr": lr, "time/step_s": seconds,
             "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": fsdp.state_bytes(models, optimizers) / 2**30,
             "memory/peak_gb": peak_memory_gb(), **mfu(policy, tokens, seconds),

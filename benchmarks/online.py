@@ -31,7 +31,7 @@ def step_seconds(out: Path, seeds: list[int], repeats: int) -> dict[str, list[fl
             script, flags, _ = METHODS[name]
             flags = [flag.format(out / f"seed{seeds[0]}") for flag in flags]
             folder = out / f"timed/{repeat}-{slug(name)}"
-            folder.parent.mkdir(exist_ok=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
             run(folder, script, "--model", str(out / "sft/model"), *flags, "--steps", "6", "--eval-every", "0")
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             found[name].append(statistics.median(row["time/step_s"] for row in rows[1:]))

@@ -134,7 +134,7 @@ def backward(loss: torch.Tensor) -> None:
 def optimizer_step(model, optimizer, lr: float, loss: torch.Tensor, max_grad_norm: float, where: str) -> tuple[float, float]:
     """Clips and steps; returns (loss summed over ranks, gradient norm before clipping).
     `loss` is this rank's share. A loss or norm that is not finite stops the run before the weights change."""
-    total = all_reduce(loss.detach().double()).item()
+    total = all_reduce(loss.detach().double().clone()).item()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).full_tensor().item()
     if not (np.isfinite(total) and np.isfinite(norm)):
         fail(f"loss {total}, gradient norm {norm} at {where}: stopped before the optimizer step; the last checkpoint is whole")

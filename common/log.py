@@ -1,6 +1,7 @@
 """Command line, run folder, metrics, samples and progress."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -24,10 +25,12 @@ def parse(cls, reviews: dict, argv=None):
     if args.dataset == "reviews":
         args = tyro.cli(cls, args=argv, default=cls(**reviews))
     sizes = "batch_size mini_batch_size micro_batch_size rollout_batch_size max_prompt_length max_response_length keep"
-    for name in ("steps", "epochs", "lr", "critic_lr", "temperature", "gamma", *sizes.split()):
+    for name in f"steps epochs lr critic_lr value_lr temperature gamma lora_rank lora_alpha {sizes}".split():
         value = getattr(args, name, 1)
         if value < 0 or (value == 0 and getattr(cls, name) != 0):
             fail(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+    if getattr(args, "eval_prompts", 0) < 0 or not 0 <= args.lora_dropout < 1:
+        fail("--eval-prompts must not be negative, --lora-dropout in [0, 1)")
     return args
 
 class Run:
@@ -35,6 +38,8 @@ class Run:
 
     def __init__(self, args):
         self.args, self.dir, self.wandb = args, Path(args.run_dir), None
+        if args.lora_rank and not importlib.util.find_spec("peft"):
+            fail("--lora-rank needs the package: pip install peft")
         used = (self.dir / "metrics.jsonl").exists() or (self.dir / "checkpoints").exists()
         if used and not args.resume and not args.overwrite:
             fail(f"{self.dir} holds an earlier run: --resume continues it, --overwrite replaces it, --run-dir chooses another")
@@ -46,8 +51,9 @@ class Run:
             now, file = json.loads(json.dumps(dataclasses.asdict(args))), self.dir / "args.json"
             before = now | (json.loads(file.read_text()) if file.exists() else {}) | {"resume": True, "overwrite": args.overwrite}
             changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
-            if args.resume and before["lora_rank"] != args.lora_rank:
-                fail(f"--lora-rank {args.lora_rank}: the run in {self.dir} began with {before['lora_rank']}; resume with that")
+            for key in ("model", "lora_rank", "lora_alpha") if args.resume and (args.lora_rank or before["lora_rank"]) else ():
+                if before[key] != now[key]:  # a checkpoint holds the adapters alone
+                    fail(f"{key} is {now[key]}, but the run in {self.dir} began with {before[key]}; resume with that")
             if args.resume and changed:
                 note("resuming with other arguments: " + ", ".join(changed))
             file.write_text(json.dumps(now, indent=1))

@@ -14,11 +14,11 @@ class Dropout(torch.nn.Dropout):
 
 def add(model, head, name: str, args, master: torch.dtype) -> None:
     """Adapters on every linear layer but `head`; they alone are trained, and the head of a value or reward model."""
-    try:
-        import peft
-    except ImportError:
-        fail("--lora-rank needs the package: pip install peft")
+    import peft
+
     linear = [path for path, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    if not linear:
+        fail(f"{name}: --lora-rank: it has no torch.nn.Linear layers to put adapters on")
     settings = dict(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, base_model_name_or_path=name)
     config = peft.LoraConfig(target_modules=sorted({path.rpartition(".")[2] for path in linear}), **settings)
     peft.inject_adapter_in_model(config, model)  # and freezes the rest

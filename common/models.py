@@ -30,6 +30,8 @@ def resolve(name: str, embedded: str = "policy") -> str:
     """A model name to a folder or hub id: `reviews` becomes the embedded model of that kind."""
     if name == "reviews":
         return reviews.folder(embedded)
+    if not name:
+        fail("--reward: give a reward model (folder or hub id) or module:function")
     if (name.count("/") > 1 or name.startswith((".", "/")) or Path(name).is_dir()) and not Path(name, "config.json").is_file():
         fail(f"{name}: no model folder there (no config.json)")
     return name
@@ -84,6 +86,8 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     adapted = trained and bool(args.lora_rank)
     options = dict(config=config, dtype=master if trained and not adapted else compute)
+    if hasattr(config, "relative_attention_num_buckets"):  # T5's position bias: fused kernels differ with and without gradient
+        options["attn_implementation"] = "eager"
     source = None
     if fsdp.rank() == 0:
         source, info = _load(f"{kind} weights", AUTO[kind], name, use_safetensors=True, output_loading_info=True, **options)
@@ -122,7 +126,7 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
     if not adapted:  # else the adapters are, and a head
         model.requires_grad_(trained)
     if trained and args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train(trained)
 
 def token_logprobs(hidden, weight, bias, tokens, temperature=1.0, forbidden=None, chunk=512):
@@ -198,9 +202,9 @@ def run_micro_batches(forward, sequences, size: int, pad_id: int, width: int, dt
                 out[torch.tensor(pick, device=out.device), : result.shape[1]] = result.to(dtype)
     return fsdp.all_reduce(out)
 
-def sequence_logprobs(model, sequences, size: int, pad_id: int):
+def sequence_logprobs(model, sequences, size: int, pad_id: int, temperature: float = 1.0):
     """log pi(y | x) [N], summed over tokens, in float64, on every rank. No gradient."""
-    forward = lambda mb: model.response_logprobs(**mb)[0].double().sum(1, keepdim=True)
+    forward = lambda mb: model.response_logprobs(**mb, temperature=temperature)[0].double().sum(1, keepdim=True)
     return run_micro_batches(forward, sequences, size, pad_id, 1, torch.float64)[:, 0]
 
 def load_reference(policy, name: str, tokenizer, args):

@@ -22,13 +22,13 @@ FILES = {  # the same on the small files: torchrun's workers are slow enough to 
     "reward": "--dataset pairs.jsonl --eval-fraction 0.2",
     "gvm_td": "--dataset pairs.jsonl --eval-fraction 0.2",
     "dvpo": "--dataset prompts.jsonl",
-    "ppo": "--dataset prompts.jsonl",
+    "ppo": "--dataset prompts.jsonl --reward assets.reviews:reward",
     "rpo": "--dataset scored.jsonl --eval-fraction 0.2",
     "dro": "--dataset scored.jsonl --eval-fraction 0.2",
     "kto": "--dataset labels.jsonl --eval-fraction 0.2",
     "dpo": "--dataset pairs.jsonl --eval-fraction 0.2",
-    "grpo": "--dataset prompts.jsonl",
-    "remax": "--dataset prompts.jsonl",
+    "grpo": "--dataset prompts.jsonl --reward assets.reviews:reward",
+    "remax": "--dataset prompts.jsonl --reward assets.reviews:reward",
 }
 PAPER = {  # 2502.16944; the others' own papers
     "dro": dict(lr=1e-4, lr_schedule="linear", warmup_steps=150, tau=1.0, shared_encoder=False, rescale_lr=True),

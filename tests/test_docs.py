@@ -191,6 +191,12 @@ def test_flags_on_the_pages_exist():
                     assert not (called and wrong), f"{page.name}: {script}.py has no {sorted(wrong)}: {command.strip()}"
 
 
+def test_no_page_has_a_gap():
+    """Nothing is left for later without saying so."""
+    for page in PAGES:
+        assert not re.search("PENDING|TODO|FIXME", page.read_text(encoding="utf-8")), page.name
+
+
 # --- links -----------------------------------------------------------------------------------------------------------
 
 

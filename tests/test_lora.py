@@ -192,10 +192,47 @@ def test_resume_with_another_rank(world):
     args = ranks.ARGS["sft"] | LORA | dict(run_dir="runs/rank", steps=1, save_every=1)
     world.run("sft", **args).ok()
     line = world.run("sft", **args | dict(lora_rank=2, resume=True)).error()
-    assert "--lora-rank 2" in line and "began with 4" in line
+    assert "lora_rank is 2" in line and "began with 4" in line
+    line = world.run("sft", **args | dict(lora_alpha=2.0, resume=True)).error()
+    assert "lora_alpha is 2.0" in line and "began with 8.0" in line
+    line = world.run("sft", **args | dict(model="runs/context", resume=True)).error()
+    assert "model is runs/context" in line
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 0), (0, 2)])
+def test_resume_on_another_number_of_ranks(world, before, after):
+    """Adapters, critic's head and both optimizers of a checkpoint of 2 ranks go on with 1, and the other way, as if unbroken."""
+    args = ranks.ARGS["ppo"] | LORA | dict(precision="fp64", save_every=1, eval_every=0)
+    if not world.path("runs/lorawhole").exists():
+        world.run("ppo", **args | dict(steps=2, run_dir="runs/lorawhole")).ok()
+    world.run("ppo", before, **args | dict(steps=1, run_dir=f"runs/loramoved-{before}")).ok()
+    world.run("ppo", after, **args | dict(steps=2, run_dir=f"runs/loramoved-{before}", resume=True)).ok()
+    ranks.assert_same(world.path(f"runs/loramoved-{before}"), world.path("runs/lorawhole"), weights=1e-9)
+
+
+@pytest.mark.parametrize("script", ["ppo", "reward", "dro"])
+def test_with_bf16_checkpointing_and_dropout(world, script):
+    """What a GPU run has on: no crash, finite losses, adapters that moved."""
+    args = ranks.ARGS[script] | LORA | dict(precision="bf16", gradient_checkpointing=True, lora_dropout=0.1, steps=2)
+    world.run(script, **args, run_dir=f"runs/all-{script}").ok()
+    rows = ranks.metrics(world.path(f"runs/all-{script}"))
+    norms = [value for row in rows for key, value in row.items() if key.endswith("grad_norm")]
+    assert norms and all(norm and norm > 0 for norm in norms)
+
+
+def test_a_model_without_linear_layers(world):
+    """GPT-2's Conv1D: one line, not peft's."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = ranks.edit_model(world, "policy", "gpt2")
+    ids = dict(vocab_size=len(reviews.WORDS), bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64, **ids)).save_pretrained(world.path(folder))
+    line = world.run("sft", **ranks.ARGS["sft"] | LORA | dict(model=folder, run_dir="runs/conv")).error()
+    assert "--lora-rank" in line and "torch.nn.Linear" in line
 
 
 def test_without_peft(world):
     """One line with the pip command."""
-    line = world.run("sft", patch=missing_peft, **ranks.ARGS["sft"] | LORA | dict(run_dir="runs/nopeft")).error()
+    line = world.run("dpo", patch=missing_peft, **ranks.ARGS["dpo"] | LORA | dict(run_dir="runs/nopeft")).error()
+    assert not world.path("runs/nopeft").exists()  # before the data are read, let alone scored
     assert "--lora-rank" in line and "pip install peft" in line
