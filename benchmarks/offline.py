@@ -30,6 +30,7 @@ ABLATIONS = {  # of RPO
     "tau 0.3 (the table above)": None,
     "tau 1": ["--tau", "1"],
     "no partition value": ["--no-partition"],
+    "no partition value, length-normalised": ["--no-partition", "--length-normalise"],
     "50 % of the responses": ["--keep-responses", "0.5"],
     "25 %": ["--keep-responses", "0.25"],
     "noise 0.5": ["--reward-noise", "0.5"],

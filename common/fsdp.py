@@ -151,11 +151,13 @@ def state_bytes(models, optimizers=()) -> int:
     return sum(t.nbytes for t in (t.to_local() if hasattr(t, "to_local") else t for t in tensors))
 
 def _states(trained: dict) -> dict:
-    for model, _ in trained.values():
+    states, own = {}, sd.StateDictOptions(ignore_frozen_params=True)  # of LoRA the adapters alone
+    for name, (model, optimizer) in trained.items():
         reshard(model)
-    own = sd.StateDictOptions(ignore_frozen_params=True)  # of LoRA the adapters alone
-    found = {name: sd.get_state_dict(*pair, options=own) for name, pair in trained.items()}
-    return {name: dict(zip(("model", "optimizer"), pair, strict=True)) for name, pair in found.items()}
+        weights, moments = sd.get_state_dict(model, optimizer, options=own)
+        frozen = model.all_tied_weights_keys if hasattr(model, "lora") else ()  # a tied name is one more of a frozen weight
+        states[name] = {"model": {k: v for k, v in weights.items() if k not in frozen}, "optimizer": moments}
+    return states
 
 def save_checkpoint(run_dir: str, step: int, trained: dict, extra: dict, keep: int) -> None:
     """checkpoints/step-N with models, optimizers, RNG of each rank and `extra` (JSON). Written aside, then renamed.

@@ -36,7 +36,6 @@ def add(model, head, name: str, args, master: torch.dtype) -> None:
 
 class AdapterOff:
     """The reference of a policy with adapters: the same weights with the adapters off, no second copy."""
-
     def __init__(self, policy):
         self.policy, self.layers = policy, [module for module in policy.modules() if hasattr(module, "lora_A")]
 
