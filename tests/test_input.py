@@ -89,7 +89,7 @@ BAD_ARGS = {
     "no reward": ("grpo", dict(reward=""), "--reward", "module:function"),
     "no reward for PPO": ("ppo", dict(reward=""), "--reward", "module:function"),
     "weights of nothing": ("kto", dict(desirable_weight=0.0, undesirable_weight=0.0), "both 0"),
-    "negative beta": ("grpo", dict(beta=-1.0), "--beta -1.0", "not negative"),
+    "negative beta": ("grpo", dict(beta=-1.0), "--beta -1.0", "not be negative"),
     "clip of ReMax": ("remax", dict(clip=1.5), "--clip 1.5", "(0, 1)"),
     "group size": ("grpo", dict(group_size=2), "--group-size 2", "--batch-size 9"),
     "group of one": ("grpo", dict(group_size=1), "--group-size 1", "at least 2"),
