@@ -3,7 +3,7 @@
 The comparison of 2506.13702 and its ablations, for summed and for length-normalised log-probabilities. All read the same
 responses: SFT as they are, RPO and DRO with their scores, KTO with the labels score > 0, DPO as pairs of neighbours.
 
-    python benchmarks/offline.py                  # 5 seeds, about 80 minutes on one core; resumes where it was stopped
+    python benchmarks/offline.py                  # 5 seeds, about an hour on one core; resumes where it was stopped
     python benchmarks/offline.py --seeds 0 1 --train-only     # part of them, without the table
 
 Writes runs/offline/table.md, ablations.md and offline.png.
