@@ -77,7 +77,7 @@ def test_greedy_rollout_is_plain_generate(folder, tokenizer, policy, sequences):
 
 
 def test_sampling_draws_what_log_probabilities_are_of(tokenizer, policy):
-    """First tokens of 3,000 samples against the probabilities of those tokens: within 5 standard errors."""
+    """First tokens of 3,000 samples against the probabilities of those tokens: within 5 standard errors, and 3 of rare ones."""
     prompt, n = encode_prompt(tokenizer, PROMPTS[1]), 3000
     first = torch.tensor([r[0] for r in rollout(policy, tokenizer, [prompt] * n, 1, 1.0, (3, 1))])
     words = range(1, len(tokenizer))
@@ -86,7 +86,7 @@ def test_sampling_draws_what_log_probabilities_are_of(tokenizer, policy):
     p = torch.cat([torch.zeros(1), logprobs[:, 0].exp()])
     assert p.sum().item() == pytest.approx(1, abs=1e-4)
     counts = first.bincount(minlength=len(p))
-    assert counts[0] == 0 and ((counts - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt() + 1e-6).all()
+    assert counts[0] == 0 and ((counts - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt() + 3).all()
 
 
 def test_prompt_values_are_the_mean_over_the_prompts_tokens(folder, tokenizer, sequences):
