@@ -131,9 +131,9 @@ def alone(world):
     return run
 
 
-@pytest.mark.parametrize("script", ranks.SCRIPTS)
+@pytest.mark.parametrize("script", ["sft", "reward", "gvm_td", "dvpo", "dro", "kto", "grpo", "remax"])  # ppo, rpo, dpo: below
 def test_same_training_on_two_ranks(world, alone, script):
-    """Losses, norms, KL, samples and merged weights of every script: 2 ranks in small micro-batches as 1 rank in one."""
+    """Losses, norms, KL, samples and merged weights: 2 ranks in small micro-batches as 1 rank in one."""
     args = ranks.ARGS[script] | LORA | dict(precision="fp64", micro_batch_size=2, run_dir=f"runs/lora-{script}-2")
     world.run(script, 2, **args).ok()
     ranks.assert_same(alone(script), world.path(f"runs/lora-{script}-2"), weights=1e-9)

@@ -116,7 +116,7 @@ def test_a_transformer_gvm_approaches_the_dynamic_programming_value(group, tmp_p
     backbone = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2, **shape)
     torch.manual_seed(0)
     LlamaForCausalLM(backbone).save_pretrained(tmp_path)
-    args = SimpleNamespace(precision="fp32", shard_size=0, gradient_checkpointing=False)
+    args = SimpleNamespace(precision="fp32", lora_rank=0, shard_size=0, gradient_checkpointing=False)
     model = load_model("value", str(tmp_path), tokenizer, args, trained=True)
     world.logits *= 0.5  # no response so rare that it is not learned in a few seconds
     weights = logprobs_of(world.logits).sum(1).exp().float()
