@@ -18,8 +18,8 @@ from torch.distributed.checkpoint import state_dict as sd
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from common import lora
 from common.data import fail
+from optional import lora
 
 rank, world = dist.get_rank, dist.get_world_size
 

@@ -12,8 +12,9 @@ import transformers
 from torch.utils.checkpoint import checkpoint
 
 from assets import reviews
-from common import fsdp, lora
+from common import fsdp
 from common.data import collate, encode_prompt, fail, micro_batches, stop_token
+from optional import lora
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # what a load leaves out is checked below, and said in one line

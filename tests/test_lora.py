@@ -12,9 +12,10 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from assets import reviews
-from common import fsdp, lora
+from common import fsdp
 from common.data import collate
 from common.models import load_model, load_reference, load_tokenizer
+from optional import lora
 
 pytest.importorskip("peft", reason="LoRA needs peft: pip install peft")
 pytestmark = pytest.mark.usefixtures("group")
