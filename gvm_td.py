@@ -404,7 +404,8 @@ def main(args: Args) -> None:
     }
     if rank == 0:
         table = {**accuracy, **{f"baseline_{key}": float(value) for key, value in baselines.items()}, "pairs": len(pairs)}
-        Path(args.run_dir, "accuracy.json").write_text(json.dumps(table, indent=1))
+        policies = {policy: value for policy, value in averages.items() if policy is not None}
+        Path(args.run_dir, "accuracy.json").write_text(json.dumps({**table, "policy_averages": policies}, indent=1))
         note("accuracy on held-out pairs: " + ", ".join(f"{key} {value:.3f}" for key, value in table.items() if key != "pairs"))
         shown = []
         for i, row in enumerate(eval_rows[:4]):  # two pairs
