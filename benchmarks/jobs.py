@@ -27,17 +27,17 @@ def commit() -> str:
 
 
 class Jobs:
-    """The jobs `wanted` ([(seed or None, name)]) of `commands` (name -> list of words), and all they depend on."""
+    """The jobs `wanted` ((seed, name) each) of `commands` (name -> list of words) and all they need; `shared` ones have no seed."""
 
-    def __init__(self, out: Path, commands: dict[str, list[str]], wanted: list[tuple[int | None, str]]):
+    def __init__(self, out: Path, commands: dict[str, list[str]], wanted: list[tuple[int, str]], shared: set[str]):
         self.out, self.commands, self.order, self.needs = out, commands, [], {}
-        for job in wanted:
-            self._add(job)
+        for seed, name in wanted:
+            self._add((None if name in shared else seed, name))
 
     def _add(self, job: tuple[int | None, str]) -> None:
+        seed, name = job
         if job in self.needs:
             return
-        seed, name = job
         words = " ".join(self.commands[name])
         self.needs[job] = {(None, x) for x in re.findall(r"\{out\}/(\w+)", words) if x in self.commands}
         self.needs[job] |= {(seed, x) for x in re.findall(r"\{home\}/(\w+)", words) if x in self.commands}
@@ -77,13 +77,17 @@ class Jobs:
         return seconds
 
     def run(self, workers: int) -> None:
-        """All jobs that are not done yet, `workers` at a time, in the order asked for; ends at the first failure, with a line."""
+        """All jobs that are not done yet, `workers` at a time, in the order asked for. One that fails takes those with it that
+        need it; the others go on, and the end is a line about it."""
         left, running, start = [job for job in self.order if not self.done(job)], {}, time.perf_counter()
-        total, took = len(left), {}
+        took, total, failed = {}, len(left), {}
         for job in set(self.order) - set(left):
             took.setdefault(job[1], []).append(json.loads((self.folder(job) / "job.json").read_text())["seconds"])
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             while left or running:
+                for job in [job for job in left if self.needs[job] & set(failed)]:
+                    left.remove(job)
+                    failed[job] = f"{self.folder(job)} needs what failed"
                 ready = [job for job in left if not self.needs[job] & {*left, *running.values()}]
                 for job in ready[: workers - len(running)]:
                     left.remove(job)
@@ -91,15 +95,17 @@ class Jobs:
                 for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
                     job = running.pop(future)
                     if future.exception():
-                        pool.shutdown(wait=False, cancel_futures=True)
-                        sys.exit(f"error: {future.exception()}")
+                        failed[job] = str(future.exception())
+                        print(f"error: {failed[job]}", flush=True)
+                        continue
                     took.setdefault(job[1], []).append(future.result())
                     mean = statistics.fmean(x for xs in took.values() for x in xs)  # of a job that has not run yet
-                    rest = sum(statistics.fmean(took.get(name, [mean])) for _, name in left) / workers
-                    name = self.folder(job).relative_to(self.out)
-                    count, minutes = total - len(left) - len(running), (time.perf_counter() - start) / 60
-                    took_s, rest = f"{future.result():.0f} s", in_words(rest)
-                    print(f"[{count}/{total}] {name}: {took_s}; {minutes:.0f} min so far, {rest} left", flush=True)
+                    rest = in_words(sum(statistics.fmean(took.get(name, [mean])) for _, name in left) / workers)
+                    name, minutes = self.folder(job).relative_to(self.out), (time.perf_counter() - start) / 60
+                    count, seconds = f"{total - len(left) - len(running)}/{total}", f"{future.result():.0f} s"
+                    print(f"[{count}] {name}: {seconds}; {minutes:.0f} min so far, {rest} left", flush=True)
+        if failed:
+            sys.exit(f"error: {len(failed)} of {total} runs are missing; the same command goes on\n" + "\n".join(failed.values()))
 
 
 def in_words(seconds: float) -> str:

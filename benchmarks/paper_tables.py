@@ -17,6 +17,7 @@ import random
 import sys
 from pathlib import Path
 
+import paper_report
 from jobs import ROOT, Jobs
 
 sys.path.insert(0, str(ROOT))
@@ -97,6 +98,17 @@ def commands(quick: bool) -> dict[str, list[str]]:
         ]  # fmt: skip
     for name in ("kto", "dro", "rpo", "dpo"):
         jobs[f"{name}_normalised"] = [*jobs[name], "--length-normalise"]
+    answer = ["evaluate.py", "responses", *WORLD, *"--temperature 1 --batch-size 256 --overwrite --seed {seed}".split()]
+    answer += "--reward assets.reviews:reward assets.reviews:grammatical".split()
+    for name, models in (
+        ("measured", ["dpo", "remax", "grpo", "ppo", "dvpo", "dvpo_pairs"]),
+        ("measured_seen", [f"seen_{x}" for x in METHODS]),
+        ("measured_unseen", [f"seen_{x}" for x in METHODS]),
+    ):
+        prompts = {"measured": "prompts", "measured_seen": "seen_prompts", "measured_unseen": "unseen_prompts"}[name]
+        paths = ["{out}/sft/model", *[f"{{home}}/{model}/model" for model in models]]
+        names = ["before", *[model.removeprefix("seen_") for model in models]]
+        jobs[name] = [*answer, "--dataset", f"{{out}}/data/{prompts}.jsonl", "--models", *paths, "--names", *names]
     for name, flags in ABLATIONS.items():
         jobs[f"rpo_{name}"] = [*jobs["rpo"], *flags]
     for name, flags in METHODS.items():
@@ -115,7 +127,7 @@ def write_data(out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
     from assets import reviews
-    from common.data import hold_out, read_rows
+    from common.data import hold_out, prompt_hash, read_rows
 
     def write(name, rows):
         (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -126,7 +138,8 @@ def write_data(out: Path) -> None:
             low, high = sorted((a, b), key=lambda row: row["reward"])
             if a["prompt"] == b["prompt"] and high["reward"] - low["reward"] >= reviews.MIN_GAP:
                 who = {"chosen_policy": high["policy"], "rejected_policy": low["policy"]}
-                yield {"prompt": a["prompt"], "chosen": high["response"], "rejected": low["response"], **who}
+                subset = "clear" if high["reward"] - low["reward"] >= 1.5 else "close"
+                yield {"prompt": a["prompt"], "chosen": high["response"], "rejected": low["response"], "subset": subset, **who}
 
     train, held_out = hold_out(read_rows("reviews", "prompts", part="value"), 0.2, 0)
     for name, prompts, authors in (("known", train, KNOWN), ("in", held_out, KNOWN), ("out", held_out, OTHERS)):
@@ -143,9 +156,11 @@ def write_data(out: Path) -> None:
     write("seen.jsonl", [{key: row[key] for key in ("prompt", "response", "reward", "policy")} for row in seen])
     write("seen_pairs.jsonl", neighbours(seen))
     count = lambda row: len(set(row["prompt"].split()) & set(UNSEEN))
-    rest = [row for row in read_rows("reviews", "prompts", part="value") if row not in train or count(row)]
+    rest = read_rows("reviews", "prompts", part="value") + read_rows("reviews", "prompts", part="rl")
     write("seen_prompts.jsonl", [{"prompt": row["prompt"]} for row in held_out if not count(row)])
     write("unseen_prompts.jsonl", [{"prompt": row["prompt"]} for row in rest if count(row) == 2])
+    rl = sorted(read_rows("reviews", "prompts", part="rl"), key=lambda row: prompt_hash(row["prompt"], 1))[:96]  # held out there
+    write("prompts.jsonl", [{"prompt": row["prompt"]} for row in held_out + rl])
     tokenizer = AutoTokenizer.from_pretrained(reviews.folder("untrained"))
     for name, (hidden, layers, heads) in SIZES.items():
         config = LlamaConfig.from_pretrained(reviews.folder("untrained"))
@@ -158,24 +173,33 @@ def write_data(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+")
-    parser.add_argument("--only", nargs="+", default=None, help="jobs to run")
+    parser.add_argument("--only", nargs="+", choices=[*paper_report.TABLES], help="these tables and what they need")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--write-data", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time; timed runs are always alone")
+    parser.add_argument("--out", type=Path, help="default: runs/tables")
+    parser.add_argument("--docs", type=Path, help="folder of results.md, where tables stand between marks")
+    parser.add_argument("--write-data", action="store_true", help=argparse.SUPPRESS)  # the job `data`
     parser.add_argument("--run-dir", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.write_data:
         return write_data(args.run_dir)
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     out = args.out or Path("runs/tables-quick" if args.quick else "runs/tables")
-    seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
-    jobs = commands(args.quick)
+    seeds, names = args.seeds or ([0] if args.quick else [0, 1, 2]), args.only or list(paper_report.TABLES)
+    jobs, timed = commands(args.quick), []
     shared = {"data", "sft"} | {f"sft_{size}" for size in SIZES}
-    names = args.only or [name for name in jobs if name not in shared]
-    wanted = [(None if name in shared else seed, name) for seed in seeds for name in names]
-    Jobs(out, jobs, wanted).run(args.workers)
+    needed = dict.fromkeys(job for name in names for job in paper_report.TABLES[name][1])
+    Jobs(out, jobs, [(seed, job) for seed in seeds for job in needed], shared).run(args.workers)
+    if "cost" in names:
+        for n in range(1 if args.quick else 5):
+            for job in ("ppo", "dvpo", "grpo", "remax"):
+                words, name = [*jobs[job]], f"timed_{job}_{n}"
+                words[words.index("--steps") + 1], words[words.index("--eval-every") + 1] = "6", "0"
+                jobs[name] = words
+                timed.append((seeds[0], name))
+        Jobs(out, jobs, timed, shared).run(1)
+    paper_report.write(out, seeds, names, args.docs)
 
 
 if __name__ == "__main__":
