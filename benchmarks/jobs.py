@@ -27,7 +27,7 @@ def commit() -> str:
 
 
 class Jobs:
-    """The jobs `wanted` ((seed, name) each) of `commands` (name -> list of words) and all they need; `shared` ones have no seed."""
+    """The jobs `wanted` ((seed, name) each) of `commands` (name -> list of words) and all they need; `shared`: without seed."""
 
     def __init__(self, out: Path, commands: dict[str, list[str]], wanted: list[tuple[int, str]], shared: set[str]):
         self.out, self.commands, self.order, self.needs = out, commands, [], {}
