@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = OMP_NUM_THREADS=1 $(VENV)/bin/python
 
-.PHONY: demo test lint bench assets clean
+.PHONY: demo test lint bench tables assets clean
 demo: $(VENV)/installed
 	$(RUN) benchmarks/demo.py
 
@@ -15,8 +15,10 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(RUN) benchmarks/reviews.py
-	$(RUN) benchmarks/online.py
-	$(RUN) benchmarks/offline.py
+
+# the papers' tables, about an hour on two cores; QUICK=1: one seed and a tenth of the steps, to try it
+tables: $(VENV)/installed
+	$(RUN) benchmarks/paper_tables.py $(if $(QUICK),--quick,--docs docs) $(if $(TABLE),--only $(TABLE))
 
 # the stamp is written last, so that an interrupted installation is done again
 $(VENV)/installed: requirements.txt

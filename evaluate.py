@@ -202,7 +202,7 @@ def accuracy_table(tables: dict[str, dict]) -> str:
 
 def as_the_run(args: Values) -> tuple[Values, dict[str, float]]:
     """`args` with the held-out pairs of the run `--like` (or of the run the first model lies in, where no --dataset is given),
-    read as that run read them, and the average training reward of each policy there."""
+    read as that run read them, and the average training reward of each policy in the run."""
     folder = Path(args.like or Path(args.models[0]).parent)
     if args.models[0] == "reviews" and not args.like:
         run = dict(part="value", eval_fraction=0.2, max_prompt_length=16, max_response_length=32, micro_batch_size=64)
@@ -212,8 +212,10 @@ def as_the_run(args: Values) -> tuple[Values, dict[str, float]]:
     if args.like and (args.dataset or "eval_dataset" not in run):
         no_run = f"--like {folder}: no run of gvm_td.py or reward.py is there"
         fail("--like and --dataset exclude each other" if args.dataset else no_run)
+    file = folder / "accuracy.json"
+    averages = json.loads(file.read_text()).get("policy_averages", {}) if file.is_file() else {}
     if args.dataset or "eval_fraction" not in run:
-        return args, {}
+        return args, averages
     same = "dataset columns part split split_seed skip_bad_rows max_characters max_prompt_length max_response_length reward seed"
     found = {key: run[key] for key in same.split() if key in run}
     if run["eval_dataset"]:
@@ -224,8 +226,6 @@ def as_the_run(args: Values) -> tuple[Values, dict[str, float]]:
         found |= {"source": run["eval_source"] or run["source"], "gap": run["eval_gap"], "max_pairs": 2000}
     scale = 1 if "eval_gap" in run else 2  # reward.py counts pairs
     found["micro_batch_size"] = run["micro_batch_size"] * scale  # the same sums in the same order: the same digits
-    file = folder / "accuracy.json"
-    averages = json.loads(file.read_text()).get("policy_averages", {}) if file.is_file() else {}
     return replace(args, **found), averages
 
 
@@ -306,7 +306,7 @@ def values(args: Values) -> None:
                 of = lambda row: averages.get(row.get("policy"), 0.0)
                 better = lambda pairs: {"score": float(np.mean([of(c) > of(r) for c, r in pairs]))}
                 baselines["baseline: the longer one"] = by_subset(longer, pairs, subsets)
-                if averages:
+                if {row.get("policy") for row in judged} & set(averages):
                     baselines["baseline: the better policy"] = by_subset(better, pairs, subsets)
             for (c, r), (c_values, r_values), subset in zip(pairs, numbers, subsets, strict=True):
                 texts = {"prompt": c["prompt"], "chosen": c["response"], "rejected": r["response"]}

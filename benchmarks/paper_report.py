@@ -110,6 +110,7 @@ def values(out: Path, seeds: list[int]) -> str:
     found = [accuracy(out, seed, "judged") for seed in seeds]
     names = {
         "gvm_pairs/model": "GVM from preferences",
+        "gvm_true/model": "GVM from the data's scores",
         "gvm_scores/model": "GVM from the reward model's scores",
         "reward/model": "scalar reward model",
         "ppo/critic": "PPO's critic",
@@ -138,7 +139,7 @@ def values(out: Path, seeds: list[int]) -> str:
             "comparable averages; RewardBench Chat-Hard 67.5 beside 58.5",
             f"GVM's mean over the reward model: {minus(mean, score)}",
         ),
-        ("preferences make a better GVM than scores", "mean 67.85 beside 64.51", minus(mean, get("gvm_scores/model", "mean"))),
+        ("preferences make a better GVM than scores", "mean 67.85 beside 64.51", minus(mean, get("gvm_true/model", "mean"))),
         ("a GVM judges better than PPO's critic", "68.1 beside 60.6", minus(mean, get("ppo/critic", "mean"))),
     ]
     return markdown(["share of held-out pairs", *STATISTICS], table) + "\n\n" + claims(lines)

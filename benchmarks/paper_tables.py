@@ -81,7 +81,7 @@ def commands(quick: bool) -> dict[str, list[str]]:
         "judged_in": [*judge, "--dataset", "{out}/data/in_pairs.jsonl"],
         "judged_out": [*judge, "--dataset", "{out}/data/out_pairs.jsonl"],
         "judged": ["evaluate.py", "values", "--like", "{home}/gvm_pairs", "--models", "{home}/gvm_pairs/model",
-                   "{home}/gvm_scores/model", "{home}/reward/model", "{home}/ppo/critic", "--draw", "0"],
+                   "{home}/gvm_true/model", "{home}/gvm_scores/model", "{home}/reward/model", "{home}/ppo/critic", "--draw", "0"],
         # 2506.13702: all on the same scored responses
         "offline_sft": ["sft.py", *OFFLINE, *"--part value --lr 1e-3".split(), *steps(300)],
         "kto": ["kto.py", *OFFLINE, *steps(300)],

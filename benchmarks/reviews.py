@@ -30,8 +30,6 @@ METHODS = {  # name: (script, flags with {} for the seed's folder, colour in the
     "DVPO, GVM from +1/-1, --beta 0.05": ("dvpo.py", ["--gvm", "{}/gvm_pairs/model", "--beta", "0.05"], None),
     "DVPO, GVM from scores, --centre": ("dvpo.py", ["--gvm", "{}/gvm_scores/model", "--centre"], "#92c"),
     "DVPO, GVM from scores, --advantage q": ("dvpo.py", ["--gvm", "{}/gvm_scores/model", "--advantage", "q"], "#c63"),
-    "GRPO, reward model": ("grpo.py", ["--reward", "{}/reward/model"], None),
-    "ReMax, reward model": ("remax.py", ["--reward", "{}/reward/model"], None),
     "PPO, true reward": ("ppo.py", ["--reward", "assets.reviews:reward"], None),
     "DVPO, GVM from true scores": ("dvpo.py", ["--gvm", "{}/gvm_lam_0_95_default_/model"], None),
 }

@@ -331,15 +331,3 @@ def test_sizes_stay_readable():
         lines = subprocess.run(["diff", *pair], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
         changed = sum(line[:1] in "<>" for line in lines)
         assert 0 < changed < 120, (pair, changed)
-
-
-def test_benchmarks_agree_on_their_names(monkeypatch):
-    """benchmarks/online.py shows what benchmarks/reviews.py trains; every script they name exists."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import offline
-    import online
-    import reviews
-
-    assert set(online.SHOWN) <= set(reviews.METHODS)
-    for methods in (reviews.METHODS, offline.METHODS):
-        assert all((ROOT / script).exists() for script, *_ in methods.values())

@@ -1,0 +1,118 @@
+"""benchmarks/: the runner of jobs, the commands of the papers' tables, verdicts, and tables put into a page."""
+
+import dataclasses
+import importlib
+import json
+import sys
+
+import pytest
+import ranks
+
+from common.log import parse
+
+sys.path.append(str(ranks.ROOT / "benchmarks"))
+import paper_report  # noqa: E402
+import paper_tables  # noqa: E402
+import reviews as variants  # noqa: E402
+from jobs import Jobs  # noqa: E402
+
+SCRIPT = """
+import pathlib, sys
+folder = pathlib.Path(sys.argv[sys.argv.index("--run-dir") + 1])
+needs = [pathlib.Path(x) for x in sys.argv[1:] if x.endswith("/model")]
+if "--fail" in sys.argv or not all((need / "x").exists() for need in needs):
+    sys.exit(3)
+(folder / "model").mkdir(exist_ok=True)
+(folder / "model/x").write_text((folder / "model/x").read_text() + "." if (folder / "model/x").exists() else ".")
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return str(path)
+
+
+def test_jobs_wait_for_what_they_need_and_resume(script, tmp_path, capsys):
+    """Each once, shared ones once for all seeds, in an order that holds; nothing twice on a second call; a changed one anew."""
+    commands = {"base": [script], "a": [script, "{out}/base/model"], "b": [script, "{home}/a/model", "--seed", "{seed}"]}
+    out = tmp_path / "out"
+
+    def go():
+        Jobs(out, commands, [(0, "b"), (1, "b"), (0, "a")], {"base"}).run(2)
+        return {str(path.relative_to(out).parents[1]): path.read_text() for path in sorted(out.glob("**/x"))}
+
+    assert go() == {"base": ".", "seed0/a": ".", "seed0/b": ".", "seed1/a": ".", "seed1/b": "."}
+    assert "[5/5]" in capsys.readouterr().out
+    assert set(go().values()) == {"."}
+    record = json.loads((out / "seed1/b/job.json").read_text())
+    assert record["command"][1:] == [str(out / "seed1/a/model"), "--seed", "1"] and record["seconds"] >= 0
+    commands["b"].append("--more")
+    assert go() == {"base": ".", "seed0/a": ".", "seed0/b": "..", "seed1/a": ".", "seed1/b": ".."}
+
+
+def test_a_failed_job_takes_only_what_needs_it(script, tmp_path, capsys):
+    """The others are finished, the end says in one line each what is missing, and the next call goes on."""
+    commands = {"bad": [script, "--fail"], "after": [script, "{home}/bad/model"], "good": [script]}
+    jobs = lambda: Jobs(tmp_path / "out", commands, [(0, "after"), (0, "good")], set())  # noqa: E731
+    with pytest.raises(SystemExit) as stopped:
+        jobs().run(1)
+    assert "2 of 3 runs are missing" in str(stopped.value) and "bad.log" in str(stopped.value)
+    assert (tmp_path / "out/seed0/good/model/x").exists() and not (tmp_path / "out/seed0/after/job.json").exists()
+    commands["bad"].remove("--fail")
+    jobs().run(1)
+    assert (tmp_path / "out/seed0/after/model/x").exists() and (tmp_path / "out/seed0/good/model/x").read_text() == "."
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_commands_of_the_papers_tables(quick, tmp_path):
+    """Each table's jobs exist, what they need too, and every command is one its script accepts."""
+    commands = paper_tables.commands(quick)
+    wanted = [(0, job) for _, needs in paper_report.TABLES.values() for job in needs]
+    jobs = Jobs(tmp_path, commands, wanted, set())
+    names = {name for _, name in jobs.order}
+    assert names == set(commands), set(commands) - names  # no job is made for nothing
+    for job in jobs.order:
+        words = jobs.words(job)
+        for word in words:
+            if str(tmp_path) in word and "/data/" not in word:
+                assert word.removeprefix(f"{tmp_path}/").removeprefix("seed0/").split("/")[0] in commands, word
+        if words[0] in ("benchmarks/paper_tables.py",):
+            continue
+        module, argv = importlib.import_module(words[0].removesuffix(".py")), [*words[1:], "--run-dir", "x"]
+        if words[0] == "evaluate.py":
+            arguments, defaults, _ = module.COMMANDS[argv[0]]
+            args = parse(arguments, defaults, argv[1:])
+        else:
+            args = parse(module.Args, module.REVIEWS, argv)
+            assert dataclasses.asdict(args)["steps"] > 0
+    timed = commands["ppo"]
+    assert "--steps" in timed and "--eval-every" in timed  # what the timed runs change
+
+
+def test_scripts_of_the_variants_exist():
+    assert all((ranks.ROOT / script).exists() for script, *_ in variants.METHODS.values())
+
+
+def test_verdict():
+    """By the sign in every seed; one seed against the others leaves it open."""
+    assert paper_report.verdict([0.1, 0.2]).startswith("**holds**")
+    assert paper_report.verdict([-0.1, 0.0]).startswith("**does not hold**")
+    assert paper_report.verdict([0.5, -0.1, 0.2]) == "not separated: 2 of 3 seeds (+0.2, 3 seeds)"
+
+
+def test_tables_go_between_their_marks(tmp_path, monkeypatch, capsys):
+    """And nothing else of the page changes; a table without marks stays beside the runs."""
+    monkeypatch.setattr(paper_report, "TABLES", {"one": (lambda out, seeds: f"| {seeds} |", []), "two": (lambda *_: "x", [])})
+    (tmp_path / "seed0/job").mkdir(parents=True)
+    (tmp_path / "seed0/job/job.json").write_text(json.dumps(dict(command=[], seconds=1, commit="abc", date="2026-01-01")))
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs/results.md"
+    page.write_text("before\n<!-- table one -->\nold\n<!-- end one -->\nafter\n")
+    for _ in range(2):
+        paper_report.write(tmp_path, [0], ["one", "two"], tmp_path / "docs")
+        text = page.read_text()
+        assert text.startswith("before\n<!-- table one -->\n| [0] |\n") and text.endswith("<!-- end one -->\nafter\n")
+        assert "old" not in text and "abc" in text and text.count("| [0] |") == 1
+    assert (tmp_path / "table-two.md").read_text().startswith("x\n")
