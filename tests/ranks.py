@@ -7,6 +7,7 @@ What a child needs patched is a function here (picklable), called with the scrip
 import contextlib
 import functools
 import importlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -30,6 +31,8 @@ CONTEXT.set_forkserver_preload(
 )
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 120
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+PORTS = itertools.cycle(random.SystemRandom().sample(range(20_000 + WORKER, 32_000, 64), 187))  # at random: two suites at once
 if sys.argv[0] == "-c":  # in the server: a table that every process would compile for its first load
     with contextlib.suppress(ImportError):
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -94,13 +97,20 @@ class Result:
         return lines[0]
 
 
+def free_port() -> int:
+    """One that nobody listens on, below those the system hands out: with those, gloo of another worker could take it before the
+    first rank does. Workers of pytest-xdist take theirs from series that do not meet."""
+    for port in PORTS:
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", port))
+            return port
+
+
 class Job:
     """`call()` in `ranks` processes that see torchrun's variables (0: one process without them), `cwd` their folder."""
 
     def __init__(self, cwd, call, ranks):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = free_port() if ranks else 0
         self.log = Path(cwd, f"log-{time.monotonic_ns()}")
         self.processes = [
             CONTEXT.Process(target=_child, args=(str(cwd), call, rank, ranks, port, f"{self.log}-{rank}"))
