@@ -5,6 +5,7 @@ A page refers to code as [`ppo.py:212`](../ppo.py#L212) followed by the quoted c
 """
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -106,6 +107,7 @@ def logged(source: str) -> set[str]:
     return {name for name in names if METRIC.fullmatch(name)}
 
 
+@functools.cache
 def all_logged() -> dict[str, set[str]]:
     return {file: logged(read_source(file)) for file in [f"{script}.py" for script in SCRIPTS] + ["common/log.py"]}
 
@@ -143,6 +145,7 @@ def test_every_metric_is_explained():
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def args_of(script: str) -> dict[str, str]:
     """Flags of a script and their defaults, as in the source."""
     tree = ast.parse(read_source(f"{script}.py"))
