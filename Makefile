@@ -8,7 +8,7 @@ demo: $(VENV)/installed
 	$(RUN) benchmarks/demo.py
 
 test: $(VENV)/installed-test
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
