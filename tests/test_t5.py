@@ -120,7 +120,7 @@ def alone(world):
 
 
 def args_of(script):
-    sizes = dict(max_prompt_length=80, max_response_length=40, precision="fp64", model="runs/t5")
+    sizes = dict(max_prompt_length=80, max_response_length=40, precision="fp64", model="runs/t5", steps=2)
     hot = dict(temperature=5.0) if script in ranks.ONLINE else {}  # this model is so sure that a sample is the greedy answer
     return ranks.ARGS[script] | sizes | hot | (dict(precompute_ref=False) if script in ("rpo", "dro", "kto", "dpo") else {})
 
