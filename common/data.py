@@ -130,6 +130,8 @@ def _check_row(row: dict, kind: str, columns: dict[str, str]) -> dict:
             row[ours] = row[theirs]
     if kind == "preference" and "prompt" not in row and isinstance(row.get("chosen"), list) and len(row["chosen"]) > 1:
         row["prompt"] = row["chosen"][:-1]  # whole conversations: the prompt is all but the last message
+    if "prompt" not in row and isinstance(row.get("turns"), list) and row["turns"]:
+        row["prompt"] = row["turns"][0]  # MT-bench's questions
     for column in KINDS[kind]:
         value = row.get(column)
         if value is None:

@@ -29,7 +29,7 @@ def parse(cls, reviews: dict, argv=None):
         value = getattr(args, name, 1)
         if value < 0 or (value == 0 and getattr(cls, name) != 0):
             fail(f"--{name.replace('_', '-')} is {value}; it must be above 0")
-    if getattr(args, "eval_prompts", 0) < 0 or not 0 <= args.lora_dropout < 1:
+    if getattr(args, "eval_prompts", 0) < 0 or not 0 <= getattr(args, "lora_dropout", 0) < 1:
         fail("--eval-prompts must not be negative, --lora-dropout in [0, 1)")
     return args
 

@@ -27,7 +27,8 @@ SCRIPTS = ("sft", "reward", "gvm_td", "dvpo", "ppo", "rpo", "dro", "kto", "dpo",
 ONLINE = ("dvpo", "ppo", "grpo", "remax")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    [*SCRIPTS, "pytest", "ranks", "transformers.models.llama.modeling_llama", "torch.utils.tensorboard", "matplotlib.pyplot"]
+    [*SCRIPTS, "evaluate", "pytest", "ranks", "transformers.models.llama.modeling_llama", "torch.utils.tensorboard"]
+    + ["matplotlib.pyplot"]
 )
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 120

@@ -13,12 +13,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md")) + [page for page in [ROOT / "README.md"] if page.exists()]
 SCRIPTS = ("sft", "reward", "gvm_td", "dvpo", "ppo", "rpo", "dro", "kto", "dpo", "grpo", "remax")
+COMMANDS = {  # of evaluate.py: the class of their flags, and their page
+    "Values": "docs/evaluate.md",
+    "Responses": "docs/evaluate_responses.md",
+    "Judge": "docs/evaluate_judge.md",
+}
 MEND = "mend the numbers with `python tests/test_docs.py --fix`"
 REFERENCE = re.compile(r"\[`([\w./]+\.py):(\d+)`\]\(([\w./]+)#L(\d+)\)(\s+)(`+)(.+?)\6(?!`)")
 LOOSE = re.compile(r"[\w./]+\.py:\d+")  # whatever looks like a reference, in whatever form
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 METRIC = re.compile(r"[a-z_]+/[a-z0-9_<> ]+")
 OTHERS = {"--fix", "--help", "--logdir", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"}  # not the scripts'
+OTHERS |= {"--model_outputs"}  # of alpaca_eval
 OTHERS |= {"--no-partition", "--no-scale-std", "--no-lora-merge", "--no-precompute-ref", "--no-rescale-lr"}  # tyro's opposites
 
 
@@ -146,12 +152,12 @@ def test_every_metric_is_explained():
 
 
 @functools.cache
-def args_of(script: str) -> dict[str, str]:
-    """Flags of a script and their defaults, as in the source."""
+def args_of(script: str, name: str = "Args") -> dict[str, str]:
+    """Flags of a script (of evaluate.py: of the command with that class) and their defaults, as in the source."""
     tree = ast.parse(read_source(f"{script}.py"))
-    body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args").body
+    body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name).body
     fields = [node for node in body if isinstance(node, ast.AnnAssign)]
-    return {"--" + node.target.id.replace("_", "-"): ast.unparse(node.value) for node in fields}
+    return {"--" + node.target.id.replace("_", "-"): ast.unparse(node.value) if node.value else "" for node in fields}
 
 
 def options(page: str) -> dict[str, str]:
@@ -179,8 +185,19 @@ def test_option_tables_have_real_flags_and_defaults():
         assert not left_out or f"python {script}.py --help" in page, f"docs/{script}.md lists neither {left_out} nor --help"
 
 
+def test_option_tables_of_evaluate():
+    """As above, for its commands."""
+    for name, page in COMMANDS.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        flags, table = args_of("evaluate", name), options(text)
+        assert table and set(table) <= set(flags), f"{page}: {set(table) - set(flags)}"
+        wrong = [f"{flag} defaults to {flags[flag]}, not {said}" for flag, said in table.items() if not same(said, flags[flag])]
+        assert not wrong, (page, wrong)
+        assert set(table) == set(flags) or f"evaluate.py {name.lower()} --help" in text, f"{page}: {set(flags) - set(table)}"
+
+
 def test_flags_on_the_pages_exist():
-    everywhere = OTHERS.union(*(args_of(script) for script in SCRIPTS))
+    everywhere = OTHERS.union(*(args_of(script) for script in SCRIPTS), *(args_of("evaluate", name) for name in COMMANDS))
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         unknown = {flag for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)} - everywhere

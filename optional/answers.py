@@ -1,0 +1,99 @@
+"""Answers of policies to a file of prompts: one turn or several, kept batch by batch; and the forms in which AlpacaEval and
+MT-bench read them. docs/evaluate_responses.md has the formats."""
+
+import hashlib
+import json
+import time
+from itertools import accumulate
+from pathlib import Path
+
+from common.data import encode_prompt, fail, prompt_hash, read_rows, stop_token
+from common.models import rollout
+from optional.text_metrics import WITH_REFERENCE
+
+
+def short_names(models):
+    """`runs/x/model` is x, anything else its last part."""
+    return [(path.parent.name if path.name == "model" else "") or path.name for path in map(Path, models)]
+
+def read_questions(args):
+    """One row a prompt, with `turns` (what the user says, one after another) and `references` (one a turn, None for none)."""
+    reader = dict(split=args.split, columns=args.columns, part=args.part, split_seed=args.split_seed)
+    kind = "sft" if args.reference == "response" else "prompts"
+    first, compared = {}, [name for name in args.metrics if name in WITH_REFERENCE]
+    for row in read_rows(args.dataset, kind, skip_bad_rows=args.skip_bad_rows, **reader):
+        turns, found = row.get("turns"), row.get(args.reference)
+        asked = turns if isinstance(turns, list) and turns[0:1] == [row["prompt"]] else [row["prompt"]]
+        found = found if isinstance(found, list) else [found]
+        if len(asked) > 1 and not all(isinstance(turn, str) for turn in asked):
+            fail(f"{args.dataset}, row {row['row']}: turns must be a list of texts")
+        if compared and (len(found) != len(asked) or not all(isinstance(text, str) and text.strip() for text in found)):
+            where = f"{args.dataset}, row {row['row']}: no text in the column {args.reference!r}"
+            fail(f"{where}, with which --metrics {compared[0]} compares; name yours with --reference")
+        references = found if len(found) == len(asked) else [None] * len(asked)
+        first.setdefault(json.dumps(row["prompt"]), {**row, "turns": asked, "references": references})
+    rows = list(first.values())
+    if args.prompts:
+        rows = sorted(rows, key=lambda row: prompt_hash(row["prompt"], args.split_seed + 1))[: args.prompts]
+    return rows
+
+def kept(out, settings, batches, overwrite):
+    """(records, number of batches) of the whole batches in the folder `out`; what a kill left of the next one is cut off.
+    Other settings than those that the file was made with end here, unless `overwrite`."""
+    file, made, part = out / "responses.jsonl", out / "settings.json", out / "responses.part"
+    out.mkdir(parents=True, exist_ok=True)
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if file.exists() and not overwrite else []
+    before = json.loads(made.read_text()) if made.exists() else {}
+    changed = [f"{key} {before.get(key)} -> {settings[key]}" for key in settings if before.get(key) != settings[key]]
+    if lines and changed:
+        hint = "--overwrite replaces them, --run-dir chooses another folder"
+        fail(f"{file} holds responses made with other settings ({', '.join(changed)}): {hint}")
+    turns = [(row, turn) for batch in batches for row in batch for turn in range(len(row["turns"]))]
+    ends = [0, *accumulate(sum(len(row["turns"]) for row in batch) for batch in batches)]
+    whole = sum(end <= len(lines) for end in ends) - 1
+    records = [json.loads(line) for line in lines[: ends[whole]]]
+    for record, (row, turn) in zip(records, turns, strict=False):
+        record["reference"] = row["references"][turn]  # another --reference needs no new responses
+    part.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    part.rename(file)
+    made.write_text(json.dumps(settings, indent=1))  # last: a kill before it leaves no old response under new settings
+    return records, whole
+
+def answer(policy, tokenizer, batch, name, args, number):
+    """Records of one batch, row by row and turn by turn. Each turn goes on top of the model's own answers so far."""
+    prompts, records = [row["prompt"] for row in batch], [[] for _ in batch]
+    stops = {stop_token(tokenizer), tokenizer.eos_token_id}
+    for turn in range(max(len(row["turns"]) for row in batch)):
+        asked = [i for i, row in enumerate(batch) if turn < len(row["turns"])]
+        for i in asked if turn else ():
+            said = [{"role": "user", "content": prompts[i]}] if turn == 1 else prompts[i]
+            reply = {"role": "assistant", "content": records[i][-1]["response"]}
+            prompts[i] = [*said, reply, {"role": "user", "content": batch[i]["turns"][turn]}]
+        ids = [encode_prompt(tokenizer, prompts[i]) for i in asked]
+        found = rollout(policy, tokenizer, ids, args.max_response_length, args.temperature, (args.seed, 1000 * number + turn))
+        for i, tokens, text in zip(asked, found, tokenizer.batch_decode(found, skip_special_tokens=True), strict=True):
+            what = {"row": batch[i]["row"], "turn": turn, "prompt": prompts[i], "response": text, "model": name}
+            what |= {"length": len(tokens), "truncated": tokens[-1] not in stops, "reference": batch[i]["references"][turn]}
+            records[i].append(what)
+    return [record for of_row in records for record in of_row]
+
+def export(out, name, rows, records, dataset):
+    """The forms that alpaca_eval (first turns) and FastChat's llm_judge read."""
+    texts, alpaca, mt_bench = iter(record["response"] for record in records), [], []
+    for row in rows:
+        turns, prompt = [next(texts) for _ in row["turns"]], row["prompt"]
+        prompt = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+        alpaca += [{"instruction": prompt, "output": turns[0], "generator": name, "dataset": row.get("dataset", dataset)}]
+        answer_id = hashlib.sha256(json.dumps([name, prompt, turns]).encode()).hexdigest()[:22]
+        what = {"question_id": row.get("question_id", row["row"]), "answer_id": answer_id, "model_id": name}
+        mt_bench += [what | {"choices": [{"index": 0, "turns": turns}], "tstamp": time.time()}]
+    (out / "alpaca_eval.json").write_text(json.dumps(alpaca, indent=1, ensure_ascii=False), encoding="utf-8")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in mt_bench]
+    (out / "mt_bench.jsonl").write_text("".join(lines), encoding="utf-8")
+
+def table(found):
+    """A markdown table, a row a model: mean ± half of the 95 % interval."""
+    columns, show = list(next(iter(found.values()))), lambda x: f"{x['mean']:.4g}" + (f" ± {x['ci95']:.2g}" if x["ci95"] else "")
+    rows = [["model", "n", *columns], ["---"] * (len(columns) + 2)]
+    rows += [[name, str(of["length"]["n"]), *(show(of[column]) for column in columns)] for name, of in found.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

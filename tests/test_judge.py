@@ -1,0 +1,605 @@
+"""evaluate.py judge against servers that answer by script: verdicts, both orders, retries, the cache, what is reported."""
+
+import ast
+import contextlib
+import dataclasses
+import email.utils
+import http.server
+import json
+import math
+import os
+import re
+import runpy
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+
+openai = pytest.importorskip("openai", reason="the judge needs openai: pip install openai")
+
+import evaluate  # noqa: E402
+from optional import judge as asking  # noqa: E402
+
+FAST = dict(judge_model="m", backoff=0.002, timeout=5.0, tries=4, concurrency=4)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """`script(question, number of the request, how often this question came before)` gives the judge's text, (status, headers,
+    body), "cut" for a closed connection, "half" for one closed within the body, or a number of seconds to be silent."""
+
+    daemon_threads, request_queue_size = True, 64
+
+    def __init__(self, script):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script, self.lock, self.active, self.most = script, threading.Lock(), 0, 0
+        self.asked, self.times, self.bodies, self.keys = [], [], [], []
+        self.endpoint = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, request, client_address):
+        pass  # a client that gave up
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version, wbufsize = "HTTP/1.1", 1 << 16  # head and body in one packet, or each reply waits for an acknowledgement
+
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        server, body = self.server, json.loads(self.rfile.read(int(self.headers["content-length"])))
+        question = body["messages"][-1]["content"]
+        with server.lock:
+            number, before = len(server.asked), server.asked.count(question)
+            server.asked.append(question)
+            server.times.append(time.monotonic())
+            server.bodies.append(body)
+            server.keys.append(self.headers["authorization"])
+            server.active += 1
+            server.most = max(server.most, server.active)
+        try:
+            does = None
+            time.sleep(0.004)  # so that requests overlap
+            does = server.script(question, number, before)
+            if does in ("cut", "half") or isinstance(does, float):
+                if does == "half":
+                    self.send_response(200)
+                    self.send_header("content-length", "100")
+                    self.end_headers()
+                    self.wfile.write(b'{"choices": [')
+                    self.wfile.flush()
+                self.close_connection = True
+                return
+        finally:
+            with server.lock:
+                server.active -= 1
+            if isinstance(does, float):
+                time.sleep(does)  # by now nobody waits
+        if isinstance(does, str):
+            choice = {"index": 0, "message": {"role": "assistant", "content": does}, "finish_reason": "stop"}
+            does = 200, {}, json.dumps({"id": "x", "object": "chat.completion", "choices": [choice]})
+        status, headers, text = does
+        self.send_response(status)
+        for name, value in ({"content-type": "application/json"} | headers | {"content-length": str(len(text.encode()))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+
+@contextlib.contextmanager
+def serving(script):
+    server = Server(script)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Two files of ten responses: the first is the better one for prompts 0 to 6, the second for 7 to 9."""
+    words = lambda good: "good" if good else "bad"  # noqa: E731
+    return tuple(
+        write(
+            tmp_path / f"{name}.jsonl",
+            [{"prompt": f"q{i}?", "response": f"{name} {words((i < 7) == first)} {i}"} for i in range(10)],
+        )
+        for name, first in (("one", True), ("two", False))
+    )
+
+
+def run(server, files, folder, **changes):
+    """(summary, error or None)"""
+    endpoint = server if isinstance(server, str) else server.endpoint
+    error = None
+    try:
+        evaluate.judge(evaluate.Judge(responses=files, run_dir=str(folder), **FAST | {"endpoint": endpoint} | changes))
+    except SystemExit as stop:
+        error = str(stop)
+    file = Path(folder, "judge.json")
+    return json.loads(file.read_text(), parse_constant=pytest.fail) if file.exists() else None, error
+
+
+def shown(question):
+    """(answer A, answer B) of a question of ours."""
+    return tuple(re.search(rf"<answer_{x}>\n(.*?)\n</answer_{x}>", question, re.S)[1] for x in "ab")
+
+
+def honest(question, *_):
+    """Prefers what says that it is good."""
+    a, b = shown(question)
+    return "Because.\n\n**Verdict:** " + ("A" if "good" in a else "B" if "good" in b else "neutral")
+
+
+def lines(folder):
+    return Path(folder, "judgements.jsonl").read_text().splitlines()
+
+
+# --- parsing and templates -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "verdict"), [
+    ("Verdict: A", "A"), ("verdict: b", "B"), ("VERDICT: NEUTRAL.", "neutral"), ("**Verdict:** B", "B"), ("**Verdict: A**", "A"),
+    ("### Final verdict: `B`", "B"), ("Verdict: [[A]]", "A"), ("Verdict: answer B.", "B"), ("Verdict:\n\nA\n", "A"),
+    ("Verdict: tie", "neutral"), ("*Verdict*: **A**\n\nI hope that helps.", "A"), ("Verdict: A\nNo, wait.\nVerdict: B", "B"),
+    ("<think>Verdict: A</think>\nVerdict: B", "B"), ("Verdict：A", "A"),
+    # no guesses
+    ("", None), ("A", None), ("Answer A is better.", None), ("Verdict: A|B|neutral", None), ("Verdict: A or B", None),
+    ("Verdict: a close call", None), ("Verdict: Both", None), ("Verdict: A/B", None), ("Verdict: A\nVerdict: unclear", None),
+    ("<think>Verdict: A", None), ("Verdict: C", None), ("Verdict:", None), ("Verdict: A tie", None), ("Score: 4", None),
+])  # fmt: skip
+def test_verdicts(text, verdict):
+    assert asking.parse_verdict("pairwise", text) == verdict
+
+
+@pytest.mark.parametrize(("text", "score"), [
+    ("Score: 4", 4), ("**Score:** 5/5", 5), ("score: **1**.", 1), ("Score: 3 out of 5", 3), ("Score: 2\nScore: 4.0", 4),
+    ("Score: [[2]]", 2), ("Score: 0", None), ("Score: 6", None), ("Score: 45", None), ("Score: 4.5", None), ("Score: 4,5", None),
+    ("Score: 1-5", None), ("Score: 4/10", None), ("Score: -3", None), ("4", None), ("Score: four", None), ("Score: 3 or 4", None),
+    ("Verdict: A", None),
+])  # fmt: skip
+def test_scores(text, score):
+    assert asking.parse_verdict("score", text) == score
+
+
+def test_fill_leaves_braces_of_answers_alone():
+    template = "{prompt}|{answer_a}|{answer_b}|{other}"
+    assert (
+        asking.fill(template, prompt="{answer_a}", answer_a="{answer_b} {}", answer_b=r"\1")
+        == r"{answer_a}|{answer_b} {}|\1|{other}"
+    )
+    for mode, text in (("pairwise", asking.PAIRWISE), ("score", asking.SCORE)):
+        parts = dict(prompt="P", answer="R") if mode == "score" else dict(prompt="P", answer_a="R", answer_b="S")
+        filled = asking.fill(text, **parts)
+        assert "{" not in filled and filled.count("P\n") and "\nR\n" in filled
+        assert asking.parse_verdict(mode, filled) is None  # a judge that repeats its instructions has said nothing
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mean", "n"), [(0.5, 10), (0.0, 5), (1.0, 7), (0.675, 200), (0.9, 3)])
+def test_wilson_inverts_the_score_test(mean, n):
+    """Its ends are the p with |mean - p| = 1.96 sqrt(p (1 - p) / n), found here by bisection."""
+
+    def end(inside, outside):
+        for _ in range(200):
+            middle = (inside + outside) / 2
+            if abs(mean - middle) <= 1.959963984540054 * math.sqrt(middle * (1 - middle) / n):
+                inside = middle
+            else:
+                outside = middle
+        return inside
+
+    low, high = asking.wilson(mean, n)
+    assert low == pytest.approx(end(mean, 0.0), abs=1e-6) and high == pytest.approx(end(mean, 1.0), abs=1e-6)
+
+
+def test_average():
+    values = [1, 5, 4, 4, 2]
+    out, half = asking.average(values), 1.959963984540054 * math.sqrt(2.7) / math.sqrt(5)  # variance 2.7, by hand
+    assert out["mean"] == 3.2 and statistics.variance(values) == pytest.approx(2.7)
+    assert out["ci95"] == pytest.approx([3.2 - half, 3.2 + half])
+    assert math.isnan(asking.average([3])["ci95"][0]) and math.isnan(asking.average([])["mean"])
+    assert all(map(math.isnan, asking.wilson(math.nan, 0)))
+
+
+def test_pairwise_numbers_by_hand():
+    """Verdict, verdict of the swapped pair, points of the first."""
+    table = [
+        ("A", "B", 1.0),
+        ("A", "A", 0.5),
+        ("A", "neutral", 0.75),
+        ("B", "A", 0.0),
+        ("neutral", "neutral", 0.5),
+        ("A", None, None),
+    ]
+    rows = [{"responses": ["long one", "short"], "judged": [x, y]} for x, y, _ in table] + [
+        {"responses": ["s", "s"], "judged": [None] * 2}
+    ]
+    for row, points in zip(rows, [p for _, _, p in table] + [0.5], strict=True):
+        row["points"] = asking.pair_points(row)
+        assert row["points"] == points
+    out = asking.pairwise_summary(rows)
+    assert (out["pairs"], out["judged"], out["identical"]) == (7, 6, 1)
+    assert (out["wins"], out["ties"], out["losses"]) == (2, 3, 1)
+    assert out["win_rate"] == pytest.approx((1 + 0.5 + 0.75 + 0 + 0.5 + 0.5) / 6) and out["ci95"] == asking.wilson(
+        out["win_rate"], 6
+    )
+    assert out["win_rate_without_ties"] == pytest.approx(2 / 3) and out["contradictory"] == pytest.approx(1 / 5)
+    assert out["says_a"] == pytest.approx(5 / 7) and out["longer_wins"] == pytest.approx(2 / 3)
+
+
+# --- judging ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_pair_once_in_each_order(pair, tmp_path):
+    """Every question once, its twin swapped; either order is first for some; never more than --concurrency at once."""
+    with serving(honest) as server:
+        out, error = run(server, pair, tmp_path / "run")
+    assert error is None and len(server.asked) == len(set(server.asked)) == 20 == len(lines(tmp_path / "run"))
+    both = [shown(question) for question in server.asked]
+    assert {(b, a) for a, b in both} == set(both)
+    assert 1 < server.most <= FAST["concurrency"]
+    first = {}
+    for a, _ in both:
+        first.setdefault(a.split()[-1], a.split()[0])
+    assert set(first.values()) == {"one", "two"}
+    assert (out["wins"], out["ties"], out["losses"], out["win_rate"], out["contradictory"]) == (7, 0, 3, 0.7, 0.0)
+    assert out["ci95"] == pytest.approx(asking.wilson(0.7, 10)) and out["says_a"] == 0.5
+    assert out["judgements"] == dict(wanted=20, cached=0, valid=20, unparsable=0, failed=0, not_asked=0, cut=0)
+    rows = [json.loads(line) for line in (tmp_path / "run/results.jsonl").read_text().splitlines()]
+    assert {row["prompt"]: row["points"] for row in rows} == {f"q{i}?": float(i < 7) for i in range(10)}
+
+
+def test_one_question_at_a_time(pair, tmp_path):
+    with serving(honest) as server:
+        run(server, pair, tmp_path / "run", concurrency=1, prompts=3)
+    assert server.most == 1 and len(server.asked) == 6
+
+
+def test_a_judge_that_always_says_a(pair, tmp_path):
+    """Position alone gives no side a win, and shows."""
+    with serving(lambda *_: "Verdict: A") as server:
+        out, error = run(server, pair, tmp_path / "run")
+    assert error is None and (out["win_rate"], out["ties"], out["contradictory"], out["says_a"]) == (0.5, 10, 1.0, 1.0)
+    assert out["ci95"][1] - out["ci95"][0] > 0.4 and out["win_rate_without_ties"] is None  # no certainty from ten ties
+
+
+def test_seed_decides_the_prompts_and_the_order(pair, tmp_path):
+    def asked(seed, folder):
+        with serving(honest) as server:
+            run(server, pair, tmp_path / folder, seed=seed, prompts=5, concurrency=1)
+        return server.asked
+
+    assert asked(0, "a") == asked(0, "b") != asked(1, "c")
+
+
+def test_request(pair, tmp_path, monkeypatch):
+    """The key comes from the environment, the settings from the flags; --extra adds to them and takes away."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    with serving(honest) as server:
+        _, error = run(server, pair, tmp_path / "run", prompts=1, extra='{"max_tokens": null, "top_p": 0.5}')
+        assert error is None and server.keys[0] == "Bearer sk-test"
+        assert {key: server.bodies[0].get(key) for key in ("model", "temperature", "max_tokens", "top_p")} == {
+            "model": "m", "temperature": 0.0, "max_tokens": None, "top_p": 0.5}  # fmt: skip
+        monkeypatch.delenv("OPENAI_API_KEY")
+        run(server, pair, tmp_path / "run", prompts=1)  # other settings: other questions
+        assert server.keys[-1] == "Bearer none" and len(server.asked) == 4
+        run(server, pair, tmp_path / "run", prompts=1, judge_model="other")
+        assert len(server.asked) == 6
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+FAULTS = {
+    "busy": (429, {"retry-after": "0.05"}, '{"error": {"message": "slow down"}}'),
+    "broken": (500, {}, "oops"),
+    "overloaded": (503, {"content-type": "text/html"}, "<html>"),
+    "not json": (200, {}, '{"choices": [{"mess'),
+    "no answer": (200, {}, '{"error": {"message": "upstream"}}'),
+    "a page": (200, {"content-type": "text/html"}, "<html>login</html>"),
+    "a list": (200, {}, "[]"),
+    "slow": 2.2,
+    "cut": "cut",
+    "half": "half",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_that_pass(pair, tmp_path, fault):
+    """A question whose first two tries meet a fault is asked again; all are judged once, and no more is asked than needed."""
+    bad = lambda question: "q3?" in question and "one good 3" in shown(question)[0]  # noqa: E731
+    script = lambda question, number, before: FAULTS[fault] if bad(question) and before < 2 else honest(question)  # noqa: E731
+    with serving(script) as server:
+        out, error = run(server, pair, tmp_path / "run", timeout=2.0 if fault == "slow" else 10.0)
+    assert error is None and out["judgements"]["valid"] == 20 and len(server.asked) == 22 and len(lines(tmp_path / "run")) == 20
+    assert out["win_rate"] == 0.7
+
+
+def test_everything_at_once(pair, tmp_path):
+    """Every first try fails, in all ways by turns."""
+    script = lambda question, number, before: honest(question) if before else list(FAULTS.values())[number % len(FAULTS)]  # noqa: E731
+    with serving(script) as server:
+        out, error = run(server, pair, tmp_path / "run", timeout=2.0)
+    assert error is None and out["judgements"]["valid"] == 20 and server.most <= FAST["concurrency"]
+    assert 40 <= len(server.asked) <= 20 * FAST["tries"] and len(lines(tmp_path / "run")) == 20
+
+
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_retry_after_is_obeyed(pair, tmp_path, form):
+    """By all workers: nobody asks before the server wants to be asked."""
+    wait = 0.3 if form == "seconds" else 2.0  # a date has whole seconds: between 1 and 2 from now
+    value = str(wait) if form == "seconds" else email.utils.formatdate(time.time() + wait, usegmt=True)
+    script = lambda question, number, before: (429, {"retry-after": value}, "{}") if number == 0 else honest(question)  # noqa: E731
+    with serving(script) as server:
+        _, error = run(server, pair, tmp_path / "run", concurrency=2, prompts=3)
+    late = [t - server.times[0] for t in server.times[1:]]
+    assert error is None and sum(t < (0.29 if form == "seconds" else 0.9) for t in late) <= 2  # what was under way, and one raced
+
+
+def test_a_server_that_asks_for_too_long_a_wait(pair, tmp_path):
+    with serving(lambda *_: (429, {"retry-after": "3600"}, '{"error": {"message": "quota"}}')) as server:
+        out, error = run(server, pair, tmp_path / "run", max_wait=1.0)
+    assert out is None and len(server.asked) <= 2 * FAST["concurrency"] and "asks to wait 3600 s" in error and "\n" not in error
+
+
+def test_pauses_grow_and_are_random(pair, tmp_path, monkeypatch):
+    """Between half and all of --backoff, doubled each time, --max-wait at most."""
+    slept, sleep = [], asking.asyncio.sleep
+    monkeypatch.setattr(asking.asyncio, "sleep", lambda s: slept.append(s) or sleep(0))
+    with serving(lambda *_: (500, {}, "")) as server:
+        run(server, pair, tmp_path / "run", concurrency=1, tries=6, backoff=1.0, max_wait=10.0, prompts=1)
+    assert len(server.asked) == 12 and len(slept) == 10
+    assert all(peak / 2 <= s <= peak for s, peak in zip(slept, [1, 2, 4, 8, 10] * 2, strict=True)) and len(set(slept)) == 10
+
+
+def test_unparsable_answers_are_kept_and_counted(pair, tmp_path):
+    """Asked again only with --retry-unparsable; their pairs have no result."""
+    vague = lambda question, *_: "I like both." if "q1?" in question else honest(question)  # noqa: E731
+    with serving(vague) as server:
+        out, error = run(server, pair, tmp_path / "run")
+        assert error is None and len(server.asked) == 20 and out["judgements"]["unparsable"] == 2 and out["judged"] == 9
+        again, _ = run(server, pair, tmp_path / "run")
+        assert (
+            len(server.asked) == 20
+            and again["judgements"] == out["judgements"] | {"cached": 20}
+            and again["win_rate"] == out["win_rate"]
+        )
+        server.script = honest
+        out, _ = run(server, pair, tmp_path / "run", retry_unparsable=True)
+        assert len(server.asked) == 22 and out["judgements"]["valid"] == 20 and out["judgements"]["cached"] == 18
+        run(server, pair, tmp_path / "run", retry_unparsable=True)
+        assert len(server.asked) == 22
+
+
+def test_an_answer_without_text(pair, tmp_path):
+    """A reasoning model that ran out of tokens: no text, cut off."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": None}, "finish_reason": "length"}
+    with serving(lambda *_: (200, {}, json.dumps({"choices": [choice]}))) as server:
+        out, error = run(server, pair, tmp_path / "run")
+    assert error is None and out["judgements"]["unparsable"] == out["judgements"]["cut"] == len(server.asked) == 20
+    assert out["win_rate"] is None and out["judged"] == 0
+
+
+def test_a_question_that_always_fails_is_reported(pair, tmp_path):
+    """After --tries tries, as failed, not cached; the others are judged; the same command asks for it alone."""
+    poison = lambda question, *_: (500, {}, "boom") if "q4?" in question else honest(question)  # noqa: E731
+    with serving(poison) as server:
+        out, error = run(server, pair, tmp_path / "run")
+        assert "2 of 20 judgements are missing" in error and "HTTP 500" in error and "boom" in error and "\n" not in error
+        assert out["judgements"] == dict(wanted=20, cached=0, valid=18, unparsable=0, failed=2, not_asked=0, cut=0)
+        assert out["judged"] == 9 and sum(out["failures"].values()) == 2 and len(server.asked) == 18 + 2 * FAST["tries"]
+        server.asked.clear()
+        server.script = honest
+        out, error = run(server, pair, tmp_path / "run")
+    assert error is None and len(server.asked) == 2 and out["judgements"]["valid"] == 20 and out["judgements"]["cached"] == 18
+
+
+def test_a_question_that_is_too_long_stops_nothing(pair, tmp_path):
+    """A 400 is not tried again, and ends the run only where nothing else is answered either."""
+    too_long = (400, {}, '{"error": {"message": "maximum context length"}}')
+    with serving(lambda question, *_: honest(question) if "q2?" not in question else too_long) as server:
+        out, error = run(server, pair, tmp_path / "run")
+    assert len(server.asked) == 20 and out["judgements"]["failed"] == 2 and "maximum context length" in error
+    with serving(lambda *_: (400, {}, '{"error": {"message": "unsupported parameter"}}')) as server:
+        out, error = run(server, pair, tmp_path / "none")
+    assert out is None and len(server.asked) <= 2 * FAST["concurrency"] and "unsupported parameter" in error and "\n" not in error
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_wrong_key_or_model_ends_at_once(pair, tmp_path, status):
+    with serving(lambda *_: (status, {}, '{"error": {"message": "no such\\nthing"}}')) as server:
+        out, error = run(server, pair, tmp_path / "run")
+    assert out is None and len(server.asked) <= FAST["concurrency"] and lines(tmp_path / "run") == []
+    assert error.startswith(f"error: {server.endpoint}: HTTP {status}") and "no such" in error and "\n" not in error
+
+
+def test_no_server(pair, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    out, error = run(endpoint, pair, tmp_path / "run")
+    assert out is None and error.startswith(f"error: {endpoint}: no connection") and f"({FAST['tries']} tries)" in error
+
+
+def test_a_server_that_dies_on_the_way(pair, tmp_path):
+    """What is there is reported, what is missing counted; the next run asks for that alone."""
+    with serving(lambda question, number, before: honest(question) if number < 9 else "cut") as server:
+        out, error = run(server, pair, tmp_path / "run")
+        counts = out["judgements"]
+        assert counts["valid"] == 9 == len(lines(tmp_path / "run")) and counts["failed"] + counts["not_asked"] == 11
+        assert counts["not_asked"] and "11 of 20 judgements are missing" in error and "no connection" in error
+        assert len(server.asked) <= 9 + (FAST["concurrency"] * 2 - 1) * FAST["tries"]
+        server.asked.clear()
+        server.script = honest
+        out, error = run(server, pair, tmp_path / "run")
+    assert error is None and len(server.asked) == 11 and out["judgements"]["valid"] == 20 and out["win_rate"] == 0.7
+
+
+def test_a_torn_line_is_survived(pair, tmp_path):
+    """The line is asked for again, and what comes after it is on a line of its own."""
+    with serving(honest) as server:
+        before, _ = run(server, pair, tmp_path / "run")
+        file = tmp_path / "run/judgements.jsonl"
+        file.write_bytes(file.read_bytes()[:-40])
+        for asked in (1, 0):
+            server.asked.clear()
+            out, error = run(server, pair, tmp_path / "run")
+            assert error is None and len(server.asked) == asked and out["judgements"]["valid"] == 20
+        assert out["win_rate"] == before["win_rate"]
+
+
+def test_interrupted(pair, tmp_path):
+    """Ctrl-C: what is there is reported, the rest is missing."""
+
+    def script(question, number, before):
+        if number == 10:
+            os.kill(os.getpid(), 2)
+            time.sleep(0.2)
+        return honest(question)
+
+    with serving(script) as server:
+        out, error = run(server, pair, tmp_path / "run", concurrency=1)
+    assert out["judgements"]["valid"] == 10 and "10 of 20 judgements are missing (interrupted)" in error
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_and_forms_of_files(tmp_path, capsys):
+    """Our rows, chat messages, alpaca_eval's list; prompts of one file alone, second and empty responses; paired difference."""
+    chat = [{"role": "user", "content": "q1"}]
+    talk = [{"role": "system", "content": "Be brief."}, *chat]
+    rows = [("q0", "5"), (chat, "4"), (talk, "3"), ("q0", "1"), ("q3", ""), ("mine", "5")]
+    ours = write(tmp_path / "a.jsonl", [{"prompt": p, "response": r, "model": "x"} for p, r in rows])
+    alpaca = [("q0", "4"), ("q1", "2"), ("[system]\nBe brief.\n\n[user]\nq1", "3"), ("q3", "2")]
+    (tmp_path / "b.json").write_text(json.dumps([{"instruction": p, "output": r, "generator": "y"} for p, r in alpaca]))
+    answer = lambda question: re.search(r"<answer>\n(.*?)\n</answer>", question, re.S)[1]  # noqa: E731
+    with serving(lambda question, *_: f"Score: {answer(question) or 1}") as server:
+        out, error = run(server, (ours, str(tmp_path / "b.json")), tmp_path / "run", mode="score")
+    assert error is None and len(server.asked) == 8  # both files answer one prompt with 3: one question
+    assert out["judgements"]["valid"] == 9 and out["not_in_every_file"] == [1, 0]
+    first, second = out["files"]
+    assert first["histogram"] == [1, 0, 1, 1, 2] and first["mean"] == 3.6 and first["n"] == 5
+    assert second["histogram"] == [0, 2, 1, 1, 0] and second["mean"] == 2.75
+    assert out["difference"] == {"n": 4, "mean": 0.5, "ci95": pytest.approx(asking.average([1, 2, 0, -1])["ci95"])}
+    said = capsys.readouterr().out
+    assert (
+        "1 of its prompts are not in every file" in said
+        and "1 further responses" in said
+        and "first - second: mean 0.500" in said
+    )
+
+
+def test_equal_responses_are_a_tie_unasked(tmp_path):
+    one = write(
+        tmp_path / "a.jsonl",
+        [{"prompt": "p", "response": "same"}, {"prompt": "q", "response": "good"}, {"prompt": "z", "response": "z"}],
+    )
+    two = write(tmp_path / "b.jsonl", [{"prompt": "q", "response": "bad"}, {"prompt": "p", "response": "same"}])
+    with serving(honest) as server:
+        out, error = run(server, (one, two), tmp_path / "run")
+    assert error is None and len(server.asked) == 2 and out["not_in_every_file"] == [1, 0]
+    assert (out["pairs"], out["wins"], out["ties"], out["identical"], out["win_rate"]) == (2, 1, 1, 1, 0.75)
+
+
+def test_template(pair, tmp_path):
+    file = tmp_path / "t.txt"
+    file.write_text("Which? {prompt} <answer_a>\n{answer_a}\n</answer_a><answer_b>\n{answer_b}\n</answer_b> Say `Verdict: X`.")
+    with serving(honest) as server:
+        out, error = run(server, pair, tmp_path / "run", template=str(file))
+        assert error is None and server.asked[0].startswith("Which? q") and out["win_rate"] == 0.7
+        file.write_text("{prompt} {answer_a}")
+        assert "must hold {answer_b}" in run(server, pair, tmp_path / "run", template=str(file))[1]
+
+
+def test_arguments_and_files_that_make_no_sense(pair, tmp_path, monkeypatch):
+    bad = write(tmp_path / "bad.jsonl", [{"prompt": "p", "response": "r"}, {"prompt": "p", "text": "r"}])
+    other = write(tmp_path / "other.jsonl", [{"prompt": "p", "response": "r"}])
+    for files, changes, words in [
+        (pair[:1], {}, "takes two files, not 1"), ((pair[0], "none.jsonl"), {}, "none.jsonl: no such file"),
+        ((pair[0], bad), {}, "bad.jsonl, row 2: no 'response'"), ((pair[0], other), {}, "no prompt is in both"),
+        (pair, {"concurrency": 0}, "--concurrency"), (pair, {"extra": "[1]"}, "--extra"), (pair, {"extra": "{"}, "--extra"),
+        (pair, {"endpoint": "localhost:8000"}, "begins with http"), (pair, {"template": "none"}, "--template none: no such file"),
+    ]:  # fmt: skip
+        _, error = run("http://127.0.0.1:9/v1", files, tmp_path / "run", **changes)
+        assert words in error and "\n" not in error, error
+    monkeypatch.setitem(sys.modules, "openai", None)
+    assert "pip install openai" in run("http://127.0.0.1:9/v1", pair, tmp_path / "run")[1]
+
+
+def test_command_line(pair, tmp_path, monkeypatch, capfd):
+    """As from a shell: nothing but a bar on stderr, and that only on a terminal; --help explains every field."""
+    with serving(honest) as server:
+        flags = ["--responses", *pair, "--judge-model", "m", "--endpoint", server.endpoint, "--run-dir", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "judge", *flags, "--prompts", "2"])
+        runpy.run_path(str(ranks.ROOT / "evaluate.py"), run_name="__main__")
+    out, err = capfd.readouterr()
+    assert "win rate" in out and err == "" and (tmp_path / "out/judge.json").exists()
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "judge", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ranks.ROOT / "evaluate.py"), run_name="__main__")
+    squeeze = lambda text: re.sub(r"[^a-z0-9]", "", text.lower())  # noqa: E731
+    text = squeeze(capfd.readouterr().out)
+    tree = ast.parse((ranks.ROOT / "evaluate.py").read_text())
+    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Judge")
+    assert end.value.code == 0 and len(body) == 2 * len(dataclasses.fields(evaluate.Judge)) + 1
+    for field, doc in zip(body[1::2], body[2::2], strict=True):
+        assert squeeze(field.target.id) in text and squeeze(doc.value.value) in text, field.target.id
+
+
+# --- a real server ---------------------------------------------------------------------------------------------------
+
+MODEL = os.environ.get("VALUE_FIRST_CHAT_MODEL", "")
+
+
+@pytest.mark.skipif(not MODEL, reason="VALUE_FIRST_CHAT_MODEL names no folder of a chat model")
+@pytest.mark.parametrize("mode", ["pairwise", "score"])
+def test_transformers_serve(tmp_path, mode):
+    """A small model behind a real server: everything is answered and counted, and asked once. It may well be a bad judge."""
+    pytest.importorskip("uvicorn", reason='pip install "transformers[serving]"')
+    pytest.importorskip("fastapi", reason='pip install "transformers[serving]"')
+    questions = {
+        "Name a fruit.": ("An apple.", "A hammer."),
+        "What is 2 + 2?": ("4", "It is 5, I think."),
+        "Say hello.": ("Hello!", "No."),
+    }
+    files = tuple(write(tmp_path / f"{i}.jsonl", [{"prompt": q, "response": r[i]} for q, r in questions.items()]) for i in (0, 1))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tool = str(Path(sys.executable).with_name("transformers"))
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen([tool, "serve", "--host", "127.0.0.1", "--port", str(port), MODEL], stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline and server.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.5)
+        endpoint = f"http://127.0.0.1:{port}/v1"
+        settings = dict(mode=mode, judge_model=MODEL, max_tokens=96, timeout=300.0, concurrency=1)
+        out, error = run(endpoint, files, tmp_path / "run", **settings)
+        assert error is None, (tmp_path / "log").read_text()[-2000:]
+        counts = out["judgements"]
+        assert counts["wanted"] == counts["valid"] + counts["unparsable"] == len(lines(tmp_path / "run")) == 6
+        again, _ = run("http://127.0.0.1:9/v1", files, tmp_path / "run", **settings)  # from the cache alone
+        assert again["judgements"] == counts | {"cached": 6}
+    finally:
+        server.terminate()
+        server.wait(30)
