@@ -105,7 +105,7 @@ def commands(quick: bool) -> dict[str, list[str]]:
         ("measured_seen", [f"seen_{x}" for x in METHODS]),
         ("measured_unseen", [f"seen_{x}" for x in METHODS]),
     ):
-        prompts = {"measured": "prompts", "measured_seen": "seen_prompts", "measured_unseen": "unseen_prompts"}[name]
+        prompts = name.replace("measured", "prompts")
         paths = ["{out}/sft/model", *[f"{{home}}/{model}/model" for model in models]]
         names = ["before", *[model.removeprefix("seen_") for model in models]]
         jobs[name] = [*answer, "--dataset", f"{{out}}/data/{prompts}.jsonl", "--models", *paths, "--names", *names]
@@ -156,11 +156,11 @@ def write_data(out: Path) -> None:
     write("seen.jsonl", [{key: row[key] for key in ("prompt", "response", "reward", "policy")} for row in seen])
     write("seen_pairs.jsonl", neighbours(seen))
     count = lambda row: len(set(row["prompt"].split()) & set(UNSEEN))
-    rest = read_rows("reviews", "prompts", part="value") + read_rows("reviews", "prompts", part="rl")
-    write("seen_prompts.jsonl", [{"prompt": row["prompt"]} for row in held_out if not count(row)])
-    write("unseen_prompts.jsonl", [{"prompt": row["prompt"]} for row in rest if count(row) == 2])
-    rl = sorted(read_rows("reviews", "prompts", part="rl"), key=lambda row: prompt_hash(row["prompt"], 1))[:96]  # held out there
-    write("prompts.jsonl", [{"prompt": row["prompt"]} for row in held_out + rl])
+    rl = sorted(read_rows("reviews", "prompts", part="rl"), key=lambda row: prompt_hash(row["prompt"], 1))
+    texts = lambda rows: [{"prompt": row["prompt"]} for row in rows]
+    write("prompts.jsonl", texts(held_out + rl[:96]))  # those that the online scripts hold out
+    write("prompts_seen.jsonl", texts(row for row in held_out + rl if not count(row)))  # no offline script reads the part `rl`
+    write("prompts_unseen.jsonl", texts(row for row in train + held_out + rl if count(row)))
     tokenizer = AutoTokenizer.from_pretrained(reviews.folder("untrained"))
     for name, (hidden, layers, heads) in SIZES.items():
         config = LlamaConfig.from_pretrained(reviews.folder("untrained"))

@@ -100,11 +100,13 @@ def test_verdict():
     assert paper_report.verdict([0.1, 0.2]).startswith("**holds**")
     assert paper_report.verdict([-0.1, 0.0]).startswith("**does not hold**")
     assert paper_report.verdict([0.5, -0.1, 0.2]) == "not separated: 2 of 3 seeds (+0.2, 3 seeds)"
+    assert "1 seed)" in paper_report.verdict([1.0])
 
 
 def test_tables_go_between_their_marks(tmp_path, monkeypatch, capsys):
     """And nothing else of the page changes; a table without marks stays beside the runs."""
-    monkeypatch.setattr(paper_report, "TABLES", {"one": (lambda out, seeds: f"| {seeds} |", []), "two": (lambda *_: "x", [])})
+    tables = {"one": (lambda out, seeds: f"| {seeds} |", ["job"]), "two": (lambda *_: "x", ["job"])}
+    monkeypatch.setattr(paper_report, "TABLES", tables)
     (tmp_path / "seed0/job").mkdir(parents=True)
     (tmp_path / "seed0/job/job.json").write_text(json.dumps(dict(command=[], seconds=1, commit="abc", date="2026-01-01")))
     (tmp_path / "docs").mkdir()
