@@ -350,7 +350,8 @@ def unseen(out: Path, seeds: list[int]) -> str:
         ("measured_seen", "in domain: prompts about dishes of the training rows"),
         ("measured_unseen", "out of domain: at least one dish of the prompt in no training row"),
     ):
-        parts.append(f"**{title}** ({answers(out, seeds[0], job, 'sft')[1]['reward']['n']} prompts)\n\n" + markdown(head, measured(out, seeds, job, names, "sft")))
+        prompts = answers(out, seeds[0], job, "sft")[1]["reward"]["n"]
+        parts.append(f"**{title}** ({prompts} prompts)\n\n" + markdown(head, measured(out, seeds, job, names, "sft")))
     at = {x: [answers(out, seed, "measured_unseen", x)[1]["reward"]["mean"] for seed in seeds] for x in names}
     lines = [
         (

@@ -26,7 +26,7 @@ openai = pytest.importorskip("openai", reason="the judge needs openai: pip insta
 import evaluate  # noqa: E402
 from optional import judge as asking  # noqa: E402
 
-FAST = dict(judge_model="m", backoff=0.002, timeout=5.0, tries=4, concurrency=4)
+FAST = dict(judge_model="m", backoff=0.002, timeout=60.0, tries=4, concurrency=4)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -249,12 +249,20 @@ def test_pairwise_numbers_by_hand():
 
 def test_each_pair_once_in_each_order(pair, tmp_path):
     """Every question once, its twin swapped; either order is first for some; never more than --concurrency at once."""
-    with serving(honest) as server:
+    full = threading.Barrier(FAST["concurrency"])  # passes when so many questions are under way
+
+    def script(question, number, before):
+        if number < FAST["concurrency"]:
+            full.wait(30)
+            time.sleep(0.5)  # one too many would come now
+        return honest(question)
+
+    with serving(script) as server:
         out, error = run(server, pair, tmp_path / "run")
     assert error is None and len(server.asked) == len(set(server.asked)) == 20 == len(lines(tmp_path / "run"))
     both = [shown(question) for question in server.asked]
     assert {(b, a) for a, b in both} == set(both)
-    assert 1 < server.most <= FAST["concurrency"]
+    assert server.most == FAST["concurrency"]
     first = {}
     for a, _ in both:
         first.setdefault(a.split()[-1], a.split()[0])
@@ -314,7 +322,7 @@ FAULTS = {
     "no answer": (200, {}, '{"error": {"message": "upstream"}}'),
     "a page": (200, {"content-type": "text/html"}, "<html>login</html>"),
     "a list": (200, {}, "[]"),
-    "slow": 2.2,
+    "slow": 1.5,
     "cut": "cut",
     "half": "half",
 }
@@ -322,34 +330,45 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_that_pass(pair, tmp_path, fault):
-    """A question whose first two tries meet a fault is asked again; all are judged once, and no more is asked than needed."""
+    """A question whose first tries meet a fault is asked again; all are judged once, and no more is asked than needed."""
+    slow = fault == "slow"  # the others wait long enough for any machine
     bad = lambda question: "q3?" in question and "one good 3" in shown(question)[0]  # noqa: E731
-    script = lambda question, number, before: FAULTS[fault] if bad(question) and before < 2 else honest(question)  # noqa: E731
+    script = lambda question, _, before: FAULTS[fault] if bad(question) and before < 2 - slow else honest(question)  # noqa: E731
     with serving(script) as server:
-        out, error = run(server, pair, tmp_path / "run", timeout=2.0 if fault == "slow" else 10.0)
-    assert error is None and out["judgements"]["valid"] == 20 and len(server.asked) == 22 and len(lines(tmp_path / "run")) == 20
+        out, error = run(server, pair, tmp_path / "run", **(dict(timeout=1.0, tries=10) if slow else {}))
+    assert error is None and out["judgements"]["valid"] == 20 and len(lines(tmp_path / "run")) == 20
+    assert len(server.asked) == 22 if not slow else len(server.asked) >= 21
     assert out["win_rate"] == 0.7
 
 
 def test_everything_at_once(pair, tmp_path):
-    """Every first try fails, in all ways by turns."""
-    script = lambda question, number, before: honest(question) if before else list(FAULTS.values())[number % len(FAULTS)]  # noqa: E731
+    """Every first try fails, in all quick ways by turns."""
+    quick = [fault for name, fault in FAULTS.items() if name != "slow"]
+    script = lambda question, number, before: honest(question) if before else quick[number % len(quick)]  # noqa: E731
     with serving(script) as server:
-        out, error = run(server, pair, tmp_path / "run", timeout=2.0)
+        out, error = run(server, pair, tmp_path / "run")
     assert error is None and out["judgements"]["valid"] == 20 and server.most <= FAST["concurrency"]
-    assert 40 <= len(server.asked) <= 20 * FAST["tries"] and len(lines(tmp_path / "run")) == 20
+    assert len(server.asked) == 40 and len(lines(tmp_path / "run")) == 20
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
 def test_retry_after_is_obeyed(pair, tmp_path, form):
     """By all workers: nobody asks before the server wants to be asked."""
-    wait = 0.3 if form == "seconds" else 2.0  # a date has whole seconds: between 1 and 2 from now
-    value = str(wait) if form == "seconds" else email.utils.formatdate(time.time() + wait, usegmt=True)
-    script = lambda question, number, before: (429, {"retry-after": value}, "{}") if number == 0 else honest(question)  # noqa: E731
+    said, least = threading.Event(), {"seconds": 0.5, "date": 1.0}[form]  # a date has whole seconds
+
+    def script(question, number, before):
+        if number == 0:
+            said.set()
+            value = "0.5" if form == "seconds" else email.utils.formatdate(time.time() + 2, usegmt=True)
+            return 429, {"retry-after": value}, "{}"
+        said.wait(30)
+        time.sleep(0.05)
+        return honest(question)
+
     with serving(script) as server:
         _, error = run(server, pair, tmp_path / "run", concurrency=2, prompts=3)
-    late = [t - server.times[0] for t in server.times[1:]]
-    assert error is None and sum(t < (0.29 if form == "seconds" else 0.9) for t in late) <= 2  # what was under way, and one raced
+    early = [t for t in server.times[1:] if t < server.times[0] + least - 0.01]
+    assert error is None and len(server.asked) == 7 and len(early) <= 2  # the one under way; one that its answer let go before
 
 
 def test_a_server_that_asks_for_too_long_a_wait(pair, tmp_path):
@@ -470,7 +489,7 @@ def test_interrupted(pair, tmp_path):
     def script(question, number, before):
         if number == 10:
             os.kill(os.getpid(), 2)
-            time.sleep(0.2)
+            return 30.0
         return honest(question)
 
     with serving(script) as server:
