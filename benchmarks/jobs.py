@@ -39,10 +39,11 @@ class Jobs:
         if job in self.needs:
             return
         words = " ".join(self.commands[name])
-        self.needs[job] = {(None, x) for x in re.findall(r"\{out\}/(\w+)", words) if x in self.commands}
-        self.needs[job] |= {(seed, x) for x in re.findall(r"\{home\}/(\w+)", words) if x in self.commands}
-        for needed in self.needs[job]:
-            self._add(needed)
+        needed = [(None, x) for x in re.findall(r"\{out\}/(\w+)", words) if x in self.commands]
+        needed += [(seed, x) for x in re.findall(r"\{home\}/(\w+)", words) if x in self.commands]
+        self.needs[job] = set(needed)
+        for other in needed:
+            self._add(other)
         self.order.append(job)
 
     def folder(self, job: tuple[int | None, str]) -> Path:

@@ -465,7 +465,8 @@ def write(out: Path, seeds: list[int], names: list[str], docs: Path | None) -> N
         where = (
             f"`python benchmarks/paper_tables.py --only {name}`; seeds {', '.join(map(str, seeds))}; commit {', '.join(commits)}"
         )
-        found += f"\n\n({where}; {dates[-1]}. Mean ± standard deviation over seeds.)\n"
+        what = "rounds of seed " + str(seeds[0]) if name == "cost" else "seeds"
+        found += f"\n\n({where}; {dates[-1]}. Mean ± standard deviation over {what}.)\n"
         (out / f"table-{name}.md").write_text(found, encoding="utf-8")
         print(f"\n## {name}\n\n{found}", flush=True)
         first, last = f"<!-- table {name} -->\n", f"<!-- end {name} -->"
