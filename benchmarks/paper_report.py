@@ -264,7 +264,7 @@ def curves(out: Path, seeds: list[int]) -> str:
         axis.set(xlabel="step (256 responses)", title=title)
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
     figure.savefig(out / "online.png", dpi=120)
-    return "![reward, grammar and KL of the online methods over training](online.png)"
+    return "![reward, grammar and KL of the online methods over training](online.png)\n\n(Band: lowest to highest seed.)"
 
 
 def cost(out: Path, seeds: list[int]) -> str:
@@ -431,7 +431,10 @@ def kl(out: Path, seeds: list[int]) -> str:
             axis.set_yscale("symlog", linthresh=1)
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
     figure.savefig(out / "offline.png", dpi=120)
-    return "![true reward and KL of the offline methods over training, summed and length-normalised](offline.png)"
+    return (
+        "![true reward and KL of the offline methods over training, summed and length-normalised](offline.png)\n\n"
+        "(Band: lowest to highest seed. The KL axes are linear up to 1.)"
+    )
 
 
 TABLES = {  # name: (function, the jobs it reads)
