@@ -71,7 +71,7 @@ def commands(args) -> tuple[dict[str, list[str]], list[str]]:
         file, test = f"{{out}}/data/{who}.jsonl.gz", f"{{out}}/data/{who}_test_pairs.jsonl.gz"
         for k in args.context_pairs:
             jobs[f"{who}_{k}"] = [
-                "gvm_td.py", *start, "--dataset", file, "--source", "scores", "--context-pairs", str(k), "--context-length", "96",
+                "gvm_td.py", *start, "--dataset", file, "--source", "scores", "--context-pairs", str(k), "--context-length", "64",
                 "--eval-dataset", test, "--eval-split", "train", "--eval-source", "preference",
             ]  # fmt: skip
         models = [f"{{home}}/{who}_{k}/model" for k in args.context_pairs]
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--max-characters", type=int, default=300, help="of prompt and of response")
     parser.add_argument("--max-prompt-length", type=int, default=128)
     parser.add_argument("--max-response-length", type=int, default=96)
-    parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=os.cpu_count())
