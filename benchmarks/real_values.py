@@ -62,7 +62,8 @@ def commands(args) -> tuple[dict[str, list[str]], list[str]]:
     lengths = f"--max-prompt-length {args.max_prompt_length} --max-response-length {args.max_response_length}".split()
     lengths += ["--micro-batch-size", "8"]
     start = ["--model", args.model, "--layers", str(args.layers), "--lr", str(args.lr), "--epochs", str(args.epochs), *lengths]
-    start += "--batch-size 16 --seed {seed} --eval-every 0 --save-every 0 --overwrite".split()
+    start += ["--batch-size", str(args.batch_size)]
+    start += "--seed {seed} --eval-every 0 --save-every 0 --overwrite".split()
     flags = ["--scored", str(args.scored), "--held-out", *args.held_out, "--gap", str(args.gap)]
     data = ["benchmarks/real_values.py", "--write-data", *flags, "--max-characters", str(args.max_characters)]
     jobs, judging = {"data": data}, []
@@ -121,8 +122,9 @@ def main() -> None:
     parser.add_argument("--max-characters", type=int, default=300, help="of prompt and of response")
     parser.add_argument("--max-prompt-length", type=int, default=128)
     parser.add_argument("--max-response-length", type=int, default=96)
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("runs/real"))

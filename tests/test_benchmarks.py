@@ -1,18 +1,22 @@
 """benchmarks/: the runner of jobs, the commands of the papers' tables, verdicts, and tables put into a page."""
 
 import dataclasses
+import gzip
 import importlib
 import json
 import sys
+import types
 
 import pytest
 import ranks
 
+import evaluate
 from common.log import parse
 
 sys.path.append(str(ranks.ROOT / "benchmarks"))
 import paper_report  # noqa: E402
 import paper_tables  # noqa: E402
+import real_values  # noqa: E402
 import reviews as variants  # noqa: E402
 from jobs import Jobs  # noqa: E402
 
@@ -89,6 +93,37 @@ def test_commands_of_the_papers_tables(quick, tmp_path):
             assert dataclasses.asdict(args)["steps"] > 0
     timed = commands["ppo"]
     assert "--steps" in timed and "--eval-every" in timed  # what the timed runs change
+
+
+def test_data_and_commands_of_the_real_values(tmp_path, monkeypatch):
+    """No answer of a held-out policy is trained on; pairs are --gap apart, in the right order, and few of a prompt; every command
+    is one its script accepts."""
+    rows = [
+        {"prompt": f"q{i}", "response": f"answer {j}", "reward": float(j), "policy": f"p{j}", "split": split}
+        for i, split in enumerate(["train"] * 6 + ["test"] * 2)
+        for j in range(6)
+    ]
+    file = tmp_path / "scored.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = dict(scored=file, held_out=["p4", "p5"], gap=2.0, max_characters=50, run_dir=tmp_path, out=tmp_path, all_policies=True)
+    args |= dict(model="m", layers=2, lr=1e-4, epochs=1, batch_size=8, max_prompt_length=8, max_response_length=8, critic="")
+    args = types.SimpleNamespace(**args, context_pairs=[0, 1])
+    real_values.write_data(args)
+    read = lambda name: [json.loads(line) for line in gzip.decompress((tmp_path / f"{name}.jsonl.gz").read_bytes()).splitlines()]  # noqa: E731
+    assert {row["policy"] for row in read("known")} == {"p0", "p1", "p2", "p3"} and len(read("known")) == 24
+    assert {row["prompt"] for row in read("known_test_pairs")} == {"q6", "q7"} and len(read("known_test_pairs")) == 2 * 3
+    assert len(read("known_train_pairs")) == 6 * 2 and not read("strange_pairs")  # p4 and p5 are 1 apart
+    for name in ("known_train_pairs", "all_test_pairs"):
+        assert all(int(row["chosen"][-1]) - int(row["rejected"][-1]) >= 2 for row in read(name))
+    commands, judging = real_values.commands(args)
+    jobs = Jobs(tmp_path, commands, [(0, job) for job in judging], {"data"})
+    assert {name for _, name in jobs.order} == set(commands)
+    for job in jobs.order:
+        words = jobs.words(job)
+        if words[0] == "evaluate.py":
+            parse(evaluate.Values, {}, words[2:])
+        elif words[0] != "benchmarks/real_values.py":
+            parse(importlib.import_module(words[0].removesuffix(".py")).Args, {}, words[1:])
 
 
 def test_scripts_of_the_variants_exist():
