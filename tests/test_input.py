@@ -101,7 +101,7 @@ BAD_ARGS = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # as `world` is: pytest-xdist may leave a module and come back
 def bad_files(world):
     world.write("rows.csv", ["prompt,response"])
     world.path("broken.json").write_text('[{"prompt": "lunch ?"')

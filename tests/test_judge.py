@@ -10,6 +10,7 @@ import math
 import os
 import re
 import runpy
+import signal
 import socket
 import statistics
 import subprocess
@@ -492,8 +493,10 @@ def test_interrupted(pair, tmp_path):
             return 30.0
         return honest(question)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest-xdist ignores it
     with serving(script) as server:
         out, error = run(server, pair, tmp_path / "run", concurrency=1)
+    signal.signal(signal.SIGINT, before)
     assert out["judgements"]["valid"] == 10 and "10 of 20 judgements are missing (interrupted)" in error
 
 

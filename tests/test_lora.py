@@ -122,7 +122,7 @@ def test_exports_compute_what_the_policy_does(policy, merge, tmp_path):
         assert same == {key for key in before if "proj" not in key}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # as `world` is: pytest-xdist may leave a module and come back
 def alone(world):
     @functools.cache
     def run(script):

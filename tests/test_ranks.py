@@ -23,7 +23,7 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # as `world` is: pytest-xdist may leave a module and come back
 def alone(world):
     """The run of a script in one process, one micro-batch a step, made once; returns its folder."""
 

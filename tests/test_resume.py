@@ -22,7 +22,7 @@ ARGS["rpo"] |= dict(precompute_ref=True, reward_noise=0.5, keep_responses=0.75) 
 KILLS = range(EVERY + 1, 5)  # steps logged when the kill comes: after the first checkpoint, before the last
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # as `world` is: pytest-xdist may leave a module and come back
 def unbroken(world):
     """The run of a script that nobody killed, made once; returns its folder."""
 

@@ -11,7 +11,7 @@ import evaluate
 TINY = "--steps 3 --save-every 0 --eval-every 0".split()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # as `world` is: pytest-xdist may leave a module and come back
 def runs(world):
     """A GVM from pairs, one from scores with context on held-out scores, and a reward model."""
     world.command("gvm_td", *TINY, "--run-dir", "runs/v-pairs", "--source", "preference").ok()
