@@ -16,7 +16,7 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(RUN) benchmarks/reviews.py
 
-# the papers' tables, about an hour on two cores; QUICK=1: one seed and a tenth of the steps, to try it
+# the papers' tables, an hour or more on two cores; QUICK=1: one seed and a tenth of the steps, 9 minutes
 tables: $(VENV)/installed
 	$(RUN) benchmarks/paper_tables.py $(if $(QUICK),--quick,--docs docs) $(if $(TABLE),--only $(TABLE))
 
