@@ -15,13 +15,8 @@ each pair in both orders, or for scores from 1 to 5.
 docs/evaluate.md explains every number and file; `python evaluate.py values --help` lists the flags.
 """
 
-import collections
-import dataclasses
 import gc
-import hashlib
-import html
 import json
-import os
 import random
 import sys
 from dataclasses import dataclass, field, replace
@@ -31,27 +26,15 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from tqdm import tqdm
 from transformers import AutoConfig
 
 from common import fsdp
-from common.data import add_context, encode_prompt, fail, hold_out, note, prompt_hash, read_rows, tokenize
+from common.data import add_context, fail, hold_out, note, read_rows, tokenize
 from common.log import parse
 from common.models import Reward, load_model, load_tokenizer, resolve, response_values, run_micro_batches, sequence_scores
-from optional import answers, text_metrics
-from optional.judge import (
-    Cache,
-    ask_all,
-    average,
-    fill,
-    pair_points,
-    pairwise_summary,
-    parse_verdict,
-    prepare,
-    question_key,
-    read_responses,
-)
-from optional.text_metrics import mean
+from optional.answers import responses
+from optional.judge import judge
+from optional.pictures import draw_values, token_texts
 
 # --- values ------------------------------------------------------------------------------------------------------------------
 
@@ -134,60 +117,6 @@ def make_pairs(rows: list[dict], gap: float) -> list[tuple[dict, dict]]:
     for row in rows:
         groups.setdefault(row.get("pair", json.dumps(row["prompt"])), []).append(row)
     return [(a, b) for group in groups.values() for a in group for b in group if a["reward"] - b["reward"] >= max(gap, 1e-9)]
-
-
-def token_texts(tokenizer, ids: list[int]) -> list[str]:
-    """The text each token adds to the response."""
-    texts = [tokenizer.decode(ids[:i]) for i in range(len(ids) + 1)]
-    return [b[len(a) :] for a, b in zip(texts, texts[1:], strict=False)]
-
-
-def colour(value: float, low: float, high: float) -> tuple[int, int, int]:
-    """Red at `low`, white in the middle, green at `high`."""
-    x = 0.5 if high <= low else min(1.0, max(0.0, (value - low) / (high - low)))
-    red, white, green = (230, 90, 80), (250, 250, 245), (80, 175, 95)
-    a, b, y = (red, white, 2 * x) if x < 0.5 else (white, green, 2 * x - 1)
-    return tuple(round(p + (q - p) * y) for p, q in zip(a, b, strict=True))
-
-
-def draw_values(texts: list[tuple[str, list[str], list[float]]], path: str) -> str:
-    """Colours each token by its value, as 2502.16944 Figure 3: writes path.html and path.png, returns it for a terminal.
-
-    `texts` holds (title, tokens, one value a token); the scale runs from the lowest (red) to the highest (green) of them all.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    everything = [value for _, _, values in texts for value in values]
-    low, high, width = min(everything), max(everything), 90
-    terminal, page, lines = [], [f"<p>red {low:.2f} to green {high:.2f}; hover for the value</p>"], []
-    for title, tokens, values in texts:
-        cells = [(token, value, colour(value, low, high)) for token, value in zip(tokens, values, strict=True)]
-        terminal.append(f"{title}\n" + "".join(f"\033[48;2;{r};{g};{b};38;2;0;0;0m{t}\033[0m" for t, _, (r, g, b) in cells))
-        spans = "".join(f'<span style="background:rgb{c}" title="{v:.3f}">{html.escape(t)}</span>' for t, v, c in cells)
-        page.append(f"<h4>{html.escape(title)}</h4><p>{spans}</p>")
-        lines += [[(0, title, None)], []]
-        x = 0
-        for token, _, c in cells:
-            if x and x + len(token) > width:
-                lines.append([])
-                x = 0
-            lines[-1].append((x, token.replace("\n", " "), tuple(v / 255 for v in c)))
-            x += len(token)
-    style = "body{font:16px/2 monospace;max-width:60em;margin:2em auto} span{white-space:pre-wrap}"
-    page.insert(0, f'<!doctype html><meta charset="utf-8"><style>{style}</style>')
-    Path(f"{path}.html").write_text("".join(page), encoding="utf-8")
-    figure = plt.figure(figsize=(width * 0.105, 0.32 * len(lines) + 0.2))
-    for i, line in enumerate(lines):
-        for x, token, c in line:
-            box = dict(facecolor=c, edgecolor="none", pad=1.5) if c else None
-            style = dict(family="monospace", fontsize=11, va="center", parse_math=False, bbox=box)
-            figure.text(0.01 + 0.98 * x / width, 1 - (i + 0.7) / (len(lines) + 0.5), token, weight=None if c else "bold", **style)
-    figure.savefig(f"{path}.png", dpi=110)
-    plt.close(figure)
-    return "\n".join(terminal)
 
 
 def backup(values: list[float], gamma: float, lam: float) -> float:
@@ -431,83 +360,6 @@ RESPONSES_REVIEWS = dict(
 )  # fmt: skip
 
 
-def distinct_2(texts):
-    """Different pairs of neighbouring words over all pairs, in all texts together: diversity (1510.03055)."""
-    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
-    return len(set(pairs)) / max(1, len(pairs))
-
-
-def fingerprint(name):
-    """The contents of a model: a hash of its local weights and configuration, or the hub's commit."""
-    files, digest = sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("config.json")]), hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as weights:
-            digest.update(hashlib.file_digest(weights, "sha256").digest())
-    return digest.hexdigest() if files else f"{name}@{AutoConfig.from_pretrained(name)._commit_hash}"
-
-
-def responses(args: Responses) -> None:
-    # --- setup: all that can be wrong without a model
-    names, first = args.names or answers.short_names(args.models), fsdp.rank() == 0
-    if not args.models or len(names) != len(args.models) or len(set(names)) < len(names) or any("/" in n for n in names):
-        fail(f"--models: {len(args.models)} models with the names {', '.join(names)}; give each its own with --names")
-    if args.prompts < 0:
-        fail(f"--prompts is {args.prompts}; it must not be negative")
-    labels = [name.partition(":")[2] or answers.short_names([name])[0] for name in args.reward]
-    columns = ["length", "characters", "truncated", "distinct_2", *labels, *args.metrics]
-    if len(set(columns)) < len(columns):
-        fail(f"--reward, --metrics: two columns of the same name among {', '.join(columns)}")
-    text_metrics.check(args.metrics, args)
-    folders = [resolve(model) for model in args.models]
-    tokenizers = [load_tokenizer(folder) for folder in folders]
-    rows = answers.read_questions(args)
-    for name, tokenizer in zip(names, tokenizers, strict=True):  # what one of them cannot take is asked of none
-        rows = tokenize(rows, tokenizer, (), args.max_prompt_length, 1, f"{args.dataset}, tokens of {name}")
-    batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
-    settings = {"max_response_length": args.max_response_length, "precision": str(fsdp.dtypes(args.precision)[0])}
-    settings |= {"temperature": args.temperature}
-    settings |= {"seed": args.seed, "batch_size": args.batch_size} if args.temperature else {}
-    state = []
-    for name, folder, tokenizer in zip(names, folders, tokenizers, strict=True) if first else ():
-        asked = [[encode_prompt(tokenizer, row["prompt"]), row["turns"]] for row in rows]
-        made = {"weights": fingerprint(folder), "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest()}
-        state.append(answers.kept(Path(args.run_dir, name), made | settings, batches, args.overwrite))
-    state = fsdp.all_gather_object(state)[0]
-    rewards = [Reward(name, tokenizers[0], args) for name in args.reward]
-    for reward in rewards:
-        reward.same = False  # a reward model reads the text by its own template: the same for policies of any tokens
-
-    # --- generate and score
-    found, texts, references = {}, {}, {}
-    for name, folder, tokenizer, (records, whole) in zip(names, folders, tokenizers, state, strict=True):
-        out = Path(args.run_dir, name)
-        policy = load_model("policy", folder, tokenizer, args, trained=False) if whole < len(batches) else None
-        for number in tqdm(range(whole, len(batches)), desc=name, disable=None if first else True):
-            new = answers.answer(policy, tokenizer, batches[number], name, args, number)
-            records += new
-            with open(out / "responses.jsonl" if first else os.devnull, "a", encoding="utf-8") as file:  # closed, so flushed
-                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in new)
-        policy = None
-        gc.collect()  # sharded modules are in reference cycles
-        if first:
-            answers.export(out, name, rows, records, args.dataset)
-        texts[name], references[name] = ([record[key] for record in records] for key in ("response", "reference"))
-        found[name] = {"length": mean(r["length"] for r in records), "characters": mean(map(len, texts[name]))}
-        found[name] |= {"truncated": mean(r["truncated"] for r in records)}
-        found[name] |= {"distinct_2": {"mean": distinct_2(texts[name]), "ci95": None, "n": len(records)}}
-        asked = [row for row in rows for _ in row["turns"]]
-        asked = [row | {"prompt": record["prompt"]} for row, record in zip(asked, records, strict=True)]
-        for label, reward in zip(labels, rewards, strict=True):
-            found[name][label] = mean(reward(asked, [], texts[name]).tolist(), reward.name)
-    if first:  # the others need not wait for what is computed here alone
-        for name in names:
-            scores = {metric: text_metrics.METRICS[metric](texts[name], references[name], args) for metric in args.metrics}
-            found[name] |= scores
-        result = {"dataset": args.dataset, "paths": dict(zip(names, args.models, strict=True)), **settings, "models": found}
-        Path(args.run_dir, "responses.json").write_text(json.dumps(result, indent=1))
-        note(answers.table(found))
-
-
 # --- judge -------------------------------------------------------------------------------------------------------------------
 
 
@@ -549,76 +401,6 @@ class Judge:
     """longest pause between two tries; a server that asks for a longer one (Retry-After) gets no further try"""
     retry_unparsable: bool = False
     """ask again where the judge's answer had no verdict or score; in vain at temperature 0, mostly"""
-
-
-def judge(args: Judge) -> None:
-    # --- questions
-    template, sampling = prepare(args)
-    pairwise, files = args.mode == "pairwise", [read_responses(file) for file in args.responses]
-    shared, union = set.intersection(*map(set, files)), set.union(*map(set, files))
-    alone = [len(set(file) - shared) for file in files]
-    for name, count in zip(args.responses, alone, strict=True):
-        if count:
-            note(f"{name}: {count} of its prompts are not in every file" + (": left out" if pairwise else ""))
-    drawn = sorted(shared if pairwise else union, key=lambda prompt: prompt_hash(prompt, args.seed))[: args.prompts or None]
-    rows = [{"prompt": p, "responses": [file.get(p) for file in files]} for p in drawn] or fail("no prompt is in both files")
-    questions = {}  # (row, which): which file's response, or of a pair 1 where the two are swapped
-    for i, (prompt, texts) in enumerate(row.values() for row in rows):
-        if not pairwise:
-            questions |= {(i, j): fill(template, prompt=prompt, answer=text) for j, text in enumerate(texts) if text is not None}
-        elif texts[0] != texts[1]:
-            for j in (0, 1) if prompt_hash(prompt, args.seed + 1) < 0.5 else (1, 0):
-                questions[i, j] = fill(template, prompt=prompt, answer_a=texts[j], answer_b=texts[1 - j])
-
-    # --- answers
-    folder = Path(args.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    cache = Cache(folder / "judgements.jsonl")
-    keys = {which: question_key(args.judge_model, text, sampling) for which, text in questions.items()}
-    for key in set(keys.values()) & set(cache.answers) if args.retry_unparsable else ():
-        if parse_verdict(args.mode, cache.answers[key][0]) is None:
-            del cache.answers[key]
-    cached = sum(key in cache.answers for key in keys.values())
-    failed, stop = ask_all({keys[which]: text for which, text in questions.items()}, cache, sampling, args)
-    answers = {which: cache.answers[key] for which, key in keys.items() if key in cache.answers}
-    if questions and not answers:
-        fail(f"{args.endpoint}: {stop or next(iter(failed.values()))}")
-
-    # --- numbers
-    judged = {which: parse_verdict(args.mode, answer) for which, (answer, _) in answers.items()}
-    for i, row in enumerate(rows):
-        row["judged"] = [judged.get((i, j)) for j in range(len(files))]
-    lost, valid = sum(key in failed for key in keys.values()), sum(value is not None for value in judged.values())
-    counts = {"wanted": len(keys), "cached": cached, "valid": valid, "unparsable": len(judged) - valid, "failed": lost}
-    counts |= {"not_asked": len(keys) - len(judged) - lost, "cut": sum(finish == "length" for _, finish in answers.values())}
-    failures = collections.Counter(failed.values())
-    summary = {"args": dataclasses.asdict(args), "not_in_every_file": alone, "judgements": counts, "failures": failures}
-    if pairwise:
-        for row in rows:
-            row["points"] = pair_points(row)
-        summary |= pairwise_summary(rows)
-        note("{judged} of {pairs} pairs: {wins} wins, {ties} ties, {losses} losses of the first file\n"
-             "win rate {win_rate:.3f} (95 %: {ci95[0]:.3f} to {ci95[1]:.3f}), without ties {win_rate_without_ties:.3f}\n"
-             "the two orders contradict: {contradictory:.3f}; A of A and B: {says_a:.3f}; the longer one wins: {longer_wins:.3f}"
-             .format(**summary))  # fmt: skip
-    else:
-        line = "{label}: mean {mean:.3f} (95 %: {ci95[0]:.3f} to {ci95[1]:.3f}) of {n}"
-        summary["files"] = []
-        for name, *scores in zip(args.responses, *(row["judged"] for row in rows), strict=True):
-            scores = [score for score in scores if score]
-            summary["files"].append(average(scores) | {"histogram": [scores.count(k) for k in range(1, 6)]})
-            note((line + ", 1 to 5: {histogram}").format(label=name, **summary["files"][-1]))
-        if len(files) == 2:
-            summary["difference"] = average([x - y for x, y in (row["judged"] for row in rows) if x and y])
-            note(line.format(label="first - second", **summary["difference"]))
-    note("judgements: " + ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in counts.items()))
-    with open(folder / "results.jsonl", "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    strict = json.loads(json.dumps(summary), parse_constant=lambda _: None)  # NaN is not JSON
-    (folder / "judge.json").write_text(json.dumps(strict, indent=1) + "\n", encoding="utf-8")
-    if len(judged) < len(keys):
-        why = stop or ", ".join(f"{count} x {reason}" for reason, count in failures.most_common(3))
-        fail(f"{len(keys) - len(judged)} of {len(keys)} judgements are missing ({why}); the same command asks for them again")
 
 
 COMMANDS = {  # their flags, what differs on the embedded world, and what they do

@@ -1,15 +1,22 @@
 """Answers of policies to a file of prompts: one turn or several, kept batch by batch; and the forms in which AlpacaEval and
-MT-bench read them. docs/evaluate_responses.md has the formats."""
+MT-bench read them; `evaluate.py responses`. docs/evaluate_responses.md has the formats."""
 
+import gc
 import hashlib
 import json
+import os
 import time
 from itertools import accumulate
 from pathlib import Path
 
-from common.data import encode_prompt, fail, prompt_hash, read_rows, stop_token
-from common.models import rollout
-from optional.text_metrics import WITH_REFERENCE
+from tqdm import tqdm
+from transformers import AutoConfig
+
+from common import fsdp
+from common.data import encode_prompt, fail, note, prompt_hash, read_rows, stop_token, tokenize
+from common.models import Reward, load_model, load_tokenizer, resolve, rollout
+from optional import text_metrics
+from optional.text_metrics import WITH_REFERENCE, mean
 
 
 def short_names(models):
@@ -97,3 +104,80 @@ def table(found):
     rows = [["model", "n", *columns], ["---"] * (len(columns) + 2)]
     rows += [[name, str(of["length"]["n"]), *(show(of[column]) for column in columns)] for name, of in found.items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def distinct_2(texts):
+    """Different pairs of neighbouring words over all pairs, in all texts together: diversity (1510.03055)."""
+    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
+    return len(set(pairs)) / max(1, len(pairs))
+
+
+def fingerprint(name):
+    """The contents of a model: a hash of its local weights and configuration, or the hub's commit."""
+    files, digest = sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("config.json")]), hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as weights:
+            digest.update(hashlib.file_digest(weights, "sha256").digest())
+    return digest.hexdigest() if files else f"{name}@{AutoConfig.from_pretrained(name)._commit_hash}"
+
+
+def responses(args) -> None:
+    # --- setup: all that can be wrong without a model
+    names, first = args.names or short_names(args.models), fsdp.rank() == 0
+    if not args.models or len(names) != len(args.models) or len(set(names)) < len(names) or any("/" in n for n in names):
+        fail(f"--models: {len(args.models)} models with the names {', '.join(names)}; give each its own with --names")
+    if args.prompts < 0:
+        fail(f"--prompts is {args.prompts}; it must not be negative")
+    labels = [name.partition(":")[2] or short_names([name])[0] for name in args.reward]
+    columns = ["length", "characters", "truncated", "distinct_2", *labels, *args.metrics]
+    if len(set(columns)) < len(columns):
+        fail(f"--reward, --metrics: two columns of the same name among {', '.join(columns)}")
+    text_metrics.check(args.metrics, args)
+    folders = [resolve(model) for model in args.models]
+    tokenizers = [load_tokenizer(folder) for folder in folders]
+    rows = read_questions(args)
+    for name, tokenizer in zip(names, tokenizers, strict=True):  # what one of them cannot take is asked of none
+        rows = tokenize(rows, tokenizer, (), args.max_prompt_length, 1, f"{args.dataset}, tokens of {name}")
+    batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
+    settings = {"max_response_length": args.max_response_length, "precision": str(fsdp.dtypes(args.precision)[0])}
+    settings |= {"temperature": args.temperature}
+    settings |= {"seed": args.seed, "batch_size": args.batch_size} if args.temperature else {}
+    state = []
+    for name, folder, tokenizer in zip(names, folders, tokenizers, strict=True) if first else ():
+        asked = [[encode_prompt(tokenizer, row["prompt"]), row["turns"]] for row in rows]
+        made = {"weights": fingerprint(folder), "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest()}
+        state.append(kept(Path(args.run_dir, name), made | settings, batches, args.overwrite))
+    state = fsdp.all_gather_object(state)[0]
+    rewards = [Reward(name, tokenizers[0], args) for name in args.reward]
+    for reward in rewards:
+        reward.same = False  # a reward model reads the text by its own template: the same for policies of any tokens
+
+    # --- generate and score
+    found, texts, references = {}, {}, {}
+    for name, folder, tokenizer, (records, whole) in zip(names, folders, tokenizers, state, strict=True):
+        out = Path(args.run_dir, name)
+        policy = load_model("policy", folder, tokenizer, args, trained=False) if whole < len(batches) else None
+        for number in tqdm(range(whole, len(batches)), desc=name, disable=None if first else True):
+            new = answer(policy, tokenizer, batches[number], name, args, number)
+            records += new
+            with open(out / "responses.jsonl" if first else os.devnull, "a", encoding="utf-8") as file:  # closed, so flushed
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in new)
+        policy = None
+        gc.collect()  # sharded modules are in reference cycles
+        if first:
+            export(out, name, rows, records, args.dataset)
+        texts[name], references[name] = ([record[key] for record in records] for key in ("response", "reference"))
+        found[name] = {"length": mean(r["length"] for r in records), "characters": mean(map(len, texts[name]))}
+        found[name] |= {"truncated": mean(r["truncated"] for r in records)}
+        found[name] |= {"distinct_2": {"mean": distinct_2(texts[name]), "ci95": None, "n": len(records)}}
+        asked = [row for row in rows for _ in row["turns"]]
+        asked = [row | {"prompt": record["prompt"]} for row, record in zip(asked, records, strict=True)]
+        for label, reward in zip(labels, rewards, strict=True):
+            found[name][label] = mean(reward(asked, [], texts[name]).tolist(), reward.name)
+    if first:  # the others need not wait for what is computed here alone
+        for name in names:
+            scores = {metric: text_metrics.METRICS[metric](texts[name], references[name], args) for metric in args.metrics}
+            found[name] |= scores
+        result = {"dataset": args.dataset, "paths": dict(zip(names, args.models, strict=True)), **settings, "models": found}
+        Path(args.run_dir, "responses.json").write_text(json.dumps(result, indent=1))
+        note(table(found))

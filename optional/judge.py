@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import dataclasses
 import email.utils
 import hashlib
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import data
-from common.data import fail, note
+from common.data import fail, note, prompt_hash
 
 Z95 = statistics.NormalDist().inv_cdf(0.975)  # 1.96
 
@@ -276,3 +277,71 @@ def pairwise_summary(rows: list[dict]) -> dict:
     }  # fmt: skip
 
 
+def judge(args) -> None:
+    # --- questions
+    template, sampling = prepare(args)
+    pairwise, files = args.mode == "pairwise", [read_responses(file) for file in args.responses]
+    shared, union = set.intersection(*map(set, files)), set.union(*map(set, files))
+    alone = [len(set(file) - shared) for file in files]
+    for name, count in zip(args.responses, alone, strict=True):
+        if count:
+            note(f"{name}: {count} of its prompts are not in every file" + (": left out" if pairwise else ""))
+    drawn = sorted(shared if pairwise else union, key=lambda prompt: prompt_hash(prompt, args.seed))[: args.prompts or None]
+    rows = [{"prompt": p, "responses": [file.get(p) for file in files]} for p in drawn] or fail("no prompt is in both files")
+    questions = {}  # (row, which): which file's response, or of a pair 1 where the two are swapped
+    for i, (prompt, texts) in enumerate(row.values() for row in rows):
+        if not pairwise:
+            questions |= {(i, j): fill(template, prompt=prompt, answer=text) for j, text in enumerate(texts) if text is not None}
+        elif texts[0] != texts[1]:
+            for j in (0, 1) if prompt_hash(prompt, args.seed + 1) < 0.5 else (1, 0):
+                questions[i, j] = fill(template, prompt=prompt, answer_a=texts[j], answer_b=texts[1 - j])
+
+    # --- answers
+    folder = Path(args.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    cache = Cache(folder / "judgements.jsonl")
+    keys = {which: question_key(args.judge_model, text, sampling) for which, text in questions.items()}
+    for key in set(keys.values()) & set(cache.answers) if args.retry_unparsable else ():
+        if parse_verdict(args.mode, cache.answers[key][0]) is None:
+            del cache.answers[key]
+    cached = sum(key in cache.answers for key in keys.values())
+    failed, stop = ask_all({keys[which]: text for which, text in questions.items()}, cache, sampling, args)
+    answers = {which: cache.answers[key] for which, key in keys.items() if key in cache.answers}
+    if questions and not answers:
+        fail(f"{args.endpoint}: {stop or next(iter(failed.values()))}")
+
+    # --- numbers
+    judged = {which: parse_verdict(args.mode, answer) for which, (answer, _) in answers.items()}
+    for i, row in enumerate(rows):
+        row["judged"] = [judged.get((i, j)) for j in range(len(files))]
+    lost, valid = sum(key in failed for key in keys.values()), sum(value is not None for value in judged.values())
+    counts = {"wanted": len(keys), "cached": cached, "valid": valid, "unparsable": len(judged) - valid, "failed": lost}
+    counts |= {"not_asked": len(keys) - len(judged) - lost, "cut": sum(finish == "length" for _, finish in answers.values())}
+    failures = collections.Counter(failed.values())
+    summary = {"args": dataclasses.asdict(args), "not_in_every_file": alone, "judgements": counts, "failures": failures}
+    if pairwise:
+        for row in rows:
+            row["points"] = pair_points(row)
+        summary |= pairwise_summary(rows)
+        note("{judged} of {pairs} pairs: {wins} wins, {ties} ties, {losses} losses of the first file\n"
+             "win rate {win_rate:.3f} (95 %: {ci95[0]:.3f} to {ci95[1]:.3f}), without ties {win_rate_without_ties:.3f}\n"
+             "the two orders contradict: {contradictory:.3f}; A of A and B: {says_a:.3f}; the longer one wins: {longer_wins:.3f}"
+             .format(**summary))  # fmt: skip
+    else:
+        line = "{label}: mean {mean:.3f} (95 %: {ci95[0]:.3f} to {ci95[1]:.3f}) of {n}"
+        summary["files"] = []
+        for name, *scores in zip(args.responses, *(row["judged"] for row in rows), strict=True):
+            scores = [score for score in scores if score]
+            summary["files"].append(average(scores) | {"histogram": [scores.count(k) for k in range(1, 6)]})
+            note((line + ", 1 to 5: {histogram}").format(label=name, **summary["files"][-1]))
+        if len(files) == 2:
+            summary["difference"] = average([x - y for x, y in (row["judged"] for row in rows) if x and y])
+            note(line.format(label="first - second", **summary["difference"]))
+    note("judgements: " + ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in counts.items()))
+    with open(folder / "results.jsonl", "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    strict = json.loads(json.dumps(summary), parse_constant=lambda _: None)  # NaN is not JSON
+    (folder / "judge.json").write_text(json.dumps(strict, indent=1) + "\n", encoding="utf-8")
+    if len(judged) < len(keys):
+        why = stop or ", ".join(f"{count} x {reason}" for reason, count in failures.most_common(3))
+        fail(f"{len(keys) - len(judged)} of {len(keys)} judgements are missing ({why}); the same command asks for them again")

@@ -314,8 +314,8 @@ def test_a_kill_loses_the_batch_at_hand(world, run, monkeypatch):
 def test_finished_models_are_not_generated_again(world, run, monkeypatch):
     """Nothing is loaded for them; a new --reference is taken over; another model beside them is generated."""
     rows = [{"prompt": "lunch : the soup ?", "mine": "a"}, {"prompt": "dinner ?", "mine": "b"}]
-    args, load, loaded = dict(dataset=world.write("named.jsonl", rows)), evaluate.load_model, []
-    monkeypatch.setattr(evaluate, "load_model", lambda *given, **more: loaded.append(given) or load(*given, **more))
+    args, load, loaded = dict(dataset=world.write("named.jsonl", rows)), answers.load_model, []
+    monkeypatch.setattr(answers, "load_model", lambda *given, **more: loaded.append(given) or load(*given, **more))
     out = run("runs/ev-done", **args)
     before = lines(out / "reviews/responses.jsonl")
     run("runs/ev-done", **args, reference="mine")
@@ -377,7 +377,7 @@ def test_bad_input(world, run, monkeypatch, case):
     """One line that names the place and the mend, before a model is loaded."""
     world.write("bad.jsonl", [{"text": "lunch ?"}]), world.write("none.jsonl", [])
     world.write("short.jsonl", [{"turns": ["a", "b"], "reference": ["a"]}]), world.write("turns.jsonl", [{"turns": ["a", 3]}])
-    monkeypatch.setattr(evaluate, "load_model", None)
+    monkeypatch.setattr(answers, "load_model", None)
     if "bleu" in BAD[case][0].get("metrics", ()) and not importlib.util.find_spec("sacrebleu"):
         pytest.skip("sacrebleu is not installed")
     with pytest.raises(SystemExit) as error:
