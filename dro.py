@@ -42,11 +42,11 @@ from common.models import (
     load_model,
     load_reference,
     load_tokenizer,
-    only_prompts,
     resolve,
     rollout,
     sequence_logprobs,
 )
+from optional.t5 import only_prompts
 
 
 @dataclass

@@ -273,16 +273,17 @@ def main(args: Args) -> None:
         clock.append(time.perf_counter())
 
         # --- reward
-        logprobs = score(policy, sequences)
-        ref_logprobs = logprobs if reference is None else score(reference, sequences)
-        kl, k3 = kl_estimates(logprobs, ref_logprobs, mask)
+        # of a single update, its own log-probabilities are the old ones
+        one_update = args.epochs == 1 and args.mini_batch_size == args.batch_size and not args.lora_dropout
+        logprobs = torch.zeros(mask.shape, device=device) if one_update else score(policy, sequences)
+        ref_logprobs = None if reference is None else score(reference, sequences)
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         scores = reward(batch, sequences, texts)
 
         # --- advantage
         final = scores - args.missing_eos_penalty * truncated
         advantages, equal = group_advantages(final, args.group_size, args.scale_std)
-        advantages = advantages[:, None].expand_as(kl)  # the same for every token
+        advantages = advantages[:, None].expand_as(logprobs)  # the same for every token
         clock.append(time.perf_counter())
 
         # --- update
@@ -298,12 +299,15 @@ def main(args: Args) -> None:
                 for pick in micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world):
                     mb = collate([sequences[i] for i in pick], pad, device)
                     mb_mask, at = mb["response_mask"], torch.tensor(pick or [0], device=device)
-                    whole = (logprobs, ref_logprobs, weights, advantages)
-                    mb_old, mb_ref, mb_weights, mb_advantages = (x[at, : mb_mask.shape[1]] for x in whole)
+                    mb_weights, mb_advantages = (x[at, : mb_mask.shape[1]] for x in (weights, advantages))
                     mb_logprobs, mb_entropy = policy.response_logprobs(**mb, temperature=args.temperature)
+                    if one_update and pick:
+                        logprobs[at, : mb_mask.shape[1]] = mb_logprobs.detach().to(logprobs.dtype)
+                    mb_old = mb_logprobs.detach() if one_update else logprobs[at, : mb_mask.shape[1]]
                     clips = args.clip, args.clip_high
                     mb_loss, stats = surrogate_loss(mb_logprobs, mb_old, mb_advantages, mb_weights, mb_mask, *clips)
                     if args.beta:
+                        mb_ref = ref_logprobs[at, : mb_mask.shape[1]]
                         mb_loss = mb_loss + args.beta * (kl_estimates(mb_logprobs, mb_ref, mb_mask)[1] * mb_weights).sum()
                     fsdp.backward(mb_loss)
                     loss += mb_loss.detach()
@@ -311,6 +315,8 @@ def main(args: Args) -> None:
                 where = f"step {step}, epoch {epoch}, data rows {[batch[i]['row'] for i in mini_batch]}"
                 norms.append(fsdp.optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where))
         clipped, approx_kl, ratio, entropy, count = fsdp.all_reduce(totals).tolist()
+        logprobs = fsdp.all_reduce(logprobs) if one_update else logprobs
+        kl, k3 = kl_estimates(logprobs, logprobs if reference is None else ref_logprobs, mask)
         clock.append(time.perf_counter())
 
         # --- log

@@ -15,6 +15,7 @@ import jinja2
 import torch
 
 from assets import reviews
+from optional import ultrafeedback
 
 KINDS = {  # the columns a row must have, by kind of data set
     "prompts": ("prompt",), "sft": ("prompt", "response"),
@@ -51,7 +52,7 @@ def read_rows(name, kind, *, split="train", columns=None, part="all", split_seed
         if not source:
             fail(f"{name}: no row whose `split` is {split!r}; choose another with --split")
     if source and {"completions", "instruction"} <= set(source[0][1]):
-        found = [(i, _ultrafeedback(row, kind)) for i, row in source]
+        found = [(i, ultrafeedback.rows(row, kind)) for i, row in source]
         source = [(i, row) for i, rows in found for row in rows]
         if not all(rows for _, rows in found):
             note(f"{name}: {sum(not rows for _, rows in found)} prompts dropped: no rated completions, or no scores that differ")
@@ -107,19 +108,6 @@ def _read(name: str, split: str) -> list[dict]:
         if not isinstance(row, dict):
             fail(f"{name}, row {i}: expected an object with named columns, found {type(row).__name__}")
     return rows
-
-def _ultrafeedback(row: dict, kind: str) -> list[dict]:
-    """openbmb/UltraFeedback: one row holds `completions`, each with `response`, `overall_score`, `model`."""
-    names, prompt = {"response": "response", "reward": "overall_score", "policy": "model"}, {"prompt": row["instruction"]}
-    scored = [prompt | {ours: c.get(name) for ours, name in names.items()} for c in row["completions"]]
-    if kind in ("scored", "responses"):
-        return scored
-    rated = sorted((r for r in scored if isinstance(r["reward"], (int, float))), key=lambda r: r["reward"])
-    if kind != "preference" or not rated:
-        return rated[-1:]
-    sides = {"chosen": rated[-1], "rejected": rated[0]}  # the best against the worst; ties teach nothing
-    pair = prompt | {s: r["response"] for s, r in sides.items()} | {f"{s}_policy": r["policy"] for s, r in sides.items()}
-    return [pair] if rated[0]["reward"] < rated[-1]["reward"] else []
 
 def _check_row(row: dict, kind: str, columns: dict[str, str]) -> dict:
     """The row with our column names and checked types. Raises ValueError naming the column and the mend."""

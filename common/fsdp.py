@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as sd
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from common.data import fail
 from optional import lora
@@ -79,6 +80,9 @@ def shard(model, compute: torch.dtype, shard_size: int, frozen: bool) -> None:
     """FSDP2: one unit a transformer block, one for a head of another type, the rest in the root. Gradients are reduced in
     float32 (float64 for float64)."""
     full = torch.float64 if compute == torch.float64 else torch.float32
+    model.frozen = frozen
+    if world() == 1 and compute == full:  # nothing to shard and nothing to cast
+        return
     for module in model.modules():
         if type(module).__name__ in (model._no_split_modules or ()):
             fully_shard(module, mesh=mesh(shard_size), mp_policy=MixedPrecisionPolicy(compute, full))
@@ -87,7 +91,6 @@ def shard(model, compute: torch.dtype, shard_size: int, frozen: bool) -> None:
     # a frozen root must reshard after forward, or it stays gathered for good
     options = dict(reshard_after_forward=True if frozen else None)
     fully_shard(model, mesh=mesh(shard_size), mp_policy=MixedPrecisionPolicy(compute, full, output_dtype=full), **options)
-    model.frozen = frozen
     for method in ("generate", "response_logprobs"):
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
@@ -125,7 +128,7 @@ def reshard(model) -> None:
 
 def adamw(model, lr: float):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=torch.cuda.is_available())
+    return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
 
 def backward(loss: torch.Tensor) -> None:
     """FSDP averages gradients over ranks; our losses have the *global* denominator, so theirs is a sum."""
@@ -135,7 +138,8 @@ def optimizer_step(model, optimizer, lr: float, loss: torch.Tensor, max_grad_nor
     """Clips and steps; returns (loss summed over ranks, gradient norm before clipping).
     `loss` is this rank's share. A loss or norm that is not finite stops the run before the weights change."""
     total = all_reduce(loss.detach().double().clone()).item()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).full_tensor().item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not (np.isfinite(total) and np.isfinite(norm)):
         fail(f"loss {total}, gradient norm {norm} at {where}: stopped before the optimizer step; the last checkpoint is whole")
     for group in optimizer.param_groups:
@@ -148,7 +152,7 @@ def state_bytes(models, optimizers=()) -> int:
     """Bytes on this rank of weights, optimizer state and gradients (of the trained models: one more copy of the weights)."""
     tensors = [t for model in models for p in model.parameters() for t in [p] * (2 if p.requires_grad else 1)]
     tensors += [t for optimizer in optimizers for state in optimizer.state.values() for t in state.values()]
-    return sum(t.nbytes for t in (t.to_local() if hasattr(t, "to_local") else t for t in tensors))
+    return sum(t.nbytes for t in (t.to_local() if isinstance(t, DTensor) else t for t in tensors))
 
 def _states(trained: dict) -> dict:
     states, own = {}, sd.StateDictOptions(ignore_frozen_params=True)  # of LoRA the adapters alone

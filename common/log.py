@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from common import fsdp
 from common.data import fail, note
+from optional import weights_and_biases
 
 PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "B200": 2250e12}  # dense FLOP/s, data sheets
 
@@ -72,15 +73,7 @@ class Run:
         self.writer = SummaryWriter(str(self.dir), purge_step=step + bool(step))
         self.bar = tqdm(total=total, initial=step, desc=self.dir.name, disable=None)
         if self.args.wandb:
-            try:
-                import wandb
-            except ImportError:
-                fail("--wandb needs the package: pip install wandb")
-            os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")  # no login prompt
-            file = self.dir / "wandb_id"  # a resumed run goes on in the same one
-            file.write_text(file.read_text() if step and file.exists() else wandb.util.generate_id())
-            run = dict(name=str(self.dir), id=file.read_text(), resume="allow")
-            self.wandb = wandb.init(project="value-first", config=dataclasses.asdict(self.args), **run)
+            self.wandb = weights_and_biases.start(self.dir, step, dataclasses.asdict(self.args))
 
     def metrics(self, step: int, values: dict, show: tuple[str, ...] = ()) -> None:
         """One line of metrics.jsonl and TensorBoard; `show` names those beside the progress bar."""

@@ -1,20 +1,19 @@
 """Models in the ecosystem's own classes, sharded; log-probabilities and values of responses; reward functions; rollout."""
 
 import importlib
+import inspect
 import types
 import warnings
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.utils.checkpoint import checkpoint
 
 from assets import reviews
 from common import fsdp
 from common.data import collate, encode_prompt, fail, micro_batches, stop_token
-from optional import lora
+from optional import lora, t5
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # what a load leaves out is checked below, and said in one line
@@ -73,10 +72,7 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
     if kind == "policy" and any(getattr(config, key, None) for key in scaled):
         fail(f"{name}: it scales or caps its logits after the output layer, which the chunked log-probabilities do not do")
     if config.is_encoder_decoder:
-        if kind in ("value", "reward"):
-            fail(f"{name}: an encoder-decoder cannot be a {kind} model here; its encoder would see the tokens it is to judge")
-        if not hasattr(config, "relative_attention_num_buckets"):
-            fail(f"{name}: of the encoder-decoders only the T5 family is supported, not {config.model_type}")
+        t5.check(config, kind, name)
         kind = "encoder-decoder" if kind == "policy" else kind
     if kind not in ("policy", "encoder-decoder"):
         config.num_labels, config.classifier_dropout = 1, 0.0
@@ -130,22 +126,60 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train(trained)
 
-def token_logprobs(hidden, weight, bias, tokens, temperature=1.0, forbidden=None, chunk=512):
-    """Log-probability of each token and entropy of its distribution, both [N], from hidden states [N, H], without ever
-    holding [N, vocab]: `chunk` rows at a time, recomputed in backward. `forbidden`: a token of probability zero."""
+class TokenLogprobs(torch.autograd.Function):
+    """`chunk` rows of logits at a time, in forward and again in backward. Written out, since autograd over checkpointed chunks
+    takes half as long again: its backward computes the logits' softmax anew and holds three copies of them."""
 
-    def one(h, y):
-        logits = F.linear(h, weight, bias)
-        logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    @staticmethod
+    def logits(hidden, weight, bias, temperature, forbidden):
+        logits = F.linear(hidden, weight, bias)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits if temperature == 1 else logits.div_(temperature)
         if forbidden is not None:
-            logits = logits.index_fill(1, torch.full((1,), forbidden, device=h.device), torch.finfo(logits.dtype).min)
-        logprobs = -F.cross_entropy(logits, y, reduction="none")  # first: the recomputation in backward ends here
-        with torch.no_grad():
-            return logprobs, torch.logsumexp(logits, -1) - (logits.softmax(-1) * logits).sum(-1)
+            logits[:, forbidden] = torch.finfo(logits.dtype).min
+        return logits
 
-    each = partial(checkpoint, one, use_reentrant=False) if torch.is_grad_enabled() else one
-    parts = [each(h, y) for h, y in zip(hidden.split(chunk), tokens.split(chunk), strict=True)]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, tokens, temperature, forbidden, chunk):
+        parts = []
+        for h, y in zip(hidden.split(chunk), tokens.split(chunk), strict=True):
+            logits = TokenLogprobs.logits(h, weight, bias, temperature, forbidden)
+            top = logits.amax(1)
+            odds = (logits - top[:, None]).exp_()
+            total = odds.sum(1)
+            log_total = top + total.log()
+            entropy = log_total - torch.linalg.vecdot(odds, logits) / total
+            parts.append((logits.gather(1, y[:, None]).squeeze(1) - log_total, entropy, log_total))
+        logprobs, entropy, log_total = (torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, bias, tokens, log_total)
+        ctx.rest = temperature, forbidden, chunk
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        """d log p(y) / d logits = onehot(y) - p."""
+        (hidden, weight, bias, tokens, log_total), (temperature, forbidden, chunk) = ctx.saved_tensors, ctx.rest
+        of_hidden, of_weight, of_bias = torch.empty_like(hidden), None, None
+        if ctx.needs_input_grad[1]:  # frozen beside adapters
+            of_weight, of_bias = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+        for start in range(0, len(hidden), chunk):
+            at = slice(start, start + chunk)
+            of_logits = TokenLogprobs.logits(hidden[at], weight, bias, temperature, forbidden).sub_(log_total[at, None]).exp_()
+            scale = grad[at, None] / temperature
+            of_logits.mul_(-scale).scatter_add_(1, tokens[at, None], scale)
+            of_logits = of_logits.to(weight.dtype)
+            of_hidden[at] = of_logits @ weight
+            if of_weight is not None:
+                of_weight.addmm_(of_logits.T, hidden[at])
+            if of_bias is not None:
+                of_bias += of_logits.sum(0)
+        return of_hidden, of_weight, of_bias, None, None, None, None
+
+def token_logprobs(hidden, weight, bias, tokens, temperature=1.0, forbidden=None, chunk=512):
+    """Log-probability of each token and entropy of its distribution (without gradient), both [N], from hidden states [N, H],
+    without ever holding [N, vocab]. `forbidden`: a token of probability zero."""
+    return TokenLogprobs.apply(hidden, weight, bias, tokens, temperature, forbidden, chunk)
 
 def response_positions(prompt_lengths, response_mask, width: int):
     """[B, T + 1] positions in the sequence of the last prompt token and of each response token, clamped to `width`."""
@@ -159,14 +193,7 @@ def response_logprobs(self, input_ids, prompt_lengths, response_mask, temperatur
     at = response_positions(prompt_lengths, response_mask, input_ids.shape[1])
     tokens = input_ids.gather(1, at[:, 1:])
     if self.config.is_encoder_decoder:
-        ids, mask = only_prompts(input_ids, prompt_lengths)
-        states = self.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-        shifted = torch.cat([torch.full_like(tokens[:, :1], self.config.decoder_start_token_id), tokens[:, :-1]], 1)
-        seen = dict(encoder_hidden_states=states, encoder_attention_mask=mask, use_cache=False)
-        hidden = self.get_decoder()(input_ids=shifted, **seen).last_hidden_state
-        prompt = (states * mask[..., None]).sum(1) / prompt_lengths[:, None]
-        if getattr(self.config, "scale_decoder_outputs", False):  # T5's tied output layer; Flan-T5 has its own
-            hidden = hidden * self.config.d_model**-0.5
+        hidden, prompt = t5.hidden_states(self, input_ids, prompt_lengths, tokens)
     else:
         hidden = self.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         hidden = hidden.gather(1, at[:, :-1, None].expand(-1, -1, hidden.shape[-1]))
@@ -175,11 +202,6 @@ def response_logprobs(self, input_ids, prompt_lengths, response_mask, temperatur
     found = token_logprobs(hidden.flatten(0, 1), layer.weight, layer.bias, tokens.flatten(), temperature, self.forbidden_token)
     found = [x.view_as(tokens).masked_fill(~response_mask, 0.0) for x in found]
     return found if prompt_head is None else [*found, prompt_head(prompt.to(prompt_head.weight.dtype)).squeeze(-1)]
-
-def only_prompts(input_ids, prompt_lengths):
-    """The prompts of collated sequences, [B, P], and their attention mask."""
-    mask = torch.arange(int(prompt_lengths.max()), device=input_ids.device) < prompt_lengths[:, None]
-    return input_ids[:, : mask.shape[1]], mask.long()
 
 def response_values(model, input_ids, prompt_lengths, response_mask):
     """[B, T + 1]: V(s_1) at the last prompt token, then Q(s_t, a_t) at each response token; zero where masked."""
@@ -254,22 +276,51 @@ class Reward:
             fail(f"--reward {self.name} gave {scores[bad].item()} for the response {texts[bad][:80]!r}")
         return scores
 
-class SampleByInverseCDF:
-    """A logits processor that leaves one token: the first whose cumulative probability passes a uniform number.
-    The numbers [B, T] are drawn per *sequence*, so a response depends on neither its rank nor its neighbours in the batch."""
+def sample(logits, uniforms, temperatures, forbidden: int | None):
+    """Tokens [B] from logits [B, V] by inverse CDF: the first whose cumulative probability passes its uniform number [B].
+    The numbers are drawn per *sequence*, so a response depends on neither its rank nor its neighbours in the batch."""
+    logits, greedy = logits.double(), temperatures == 0
+    if forbidden is not None:
+        logits = logits.index_fill(1, torch.tensor([forbidden], device=logits.device), -torch.inf)
+    cdf = (logits / temperatures.masked_fill(greedy, 1.0)[:, None]).softmax(-1).cumsum(-1)
+    tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(1)
+    return torch.where(greedy, logits.argmax(-1), tokens)
 
-    def __init__(self, uniforms, temperatures, forbidden: int | None):  # [B, T], [B]
-        self.uniforms, self.temperatures, self.forbidden = iter(uniforms.double().unbind(1)), temperatures[:, None], forbidden
-
-    def __call__(self, input_ids, scores):
-        scores = scores.double()
-        if self.forbidden is not None:
-            scores[:, self.forbidden] = -torch.inf
-        greedy = self.temperatures == 0
-        cdf = (scores / self.temperatures.masked_fill(greedy, 1.0)).softmax(-1).cumsum(-1)
-        token = torch.searchsorted(cdf, next(self.uniforms)[:, None] * cdf[:, -1:], right=True)
-        token = torch.where(greedy, scores.argmax(-1, keepdim=True), token)
-        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+def decode(policy, prompts: list[list[int]], uniforms, temperatures, stops: list[int], pad: int) -> list[list[int]]:
+    """A response to each prompt, of at most T tokens for `uniforms` [B, T]; `temperatures` [B]. Equal prompts are read once, a
+    response that has ended leaves the batch, so that a step costs what is unfinished."""
+    device, takes, t = uniforms.device, inspect.signature(policy.forward).parameters, 0
+    row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    width = max(map(len, row_of))  # padding on the left: responses go on from the last column
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in row_of], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in row_of], device=device)
+    encoder_decoder, states, ended = policy.config.is_encoder_decoder, mask, torch.tensor(stops, device=device)
+    feed = torch.full_like(ids[:, :1], policy.config.decoder_start_token_id) if encoder_decoder else ids
+    cache = None if encoder_decoder else transformers.DynamicCache(config=policy.config)
+    alive, tokens = torch.arange(len(prompts), device=device), torch.full_like(uniforms, pad, dtype=torch.long)
+    while t < uniforms.shape[1] and len(alive):
+        inputs = dict(attention_mask=mask, past_key_values=cache, use_cache=True)
+        if encoder_decoder:
+            inputs |= dict(decoder_input_ids=feed, **({"encoder_outputs": (states,)} if t else {"input_ids": ids}))
+        else:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -feed.shape[1] :]
+            inputs |= dict(input_ids=feed, position_ids=positions, logits_to_keep=1)
+        out = policy(**{key: value for key, value in inputs.items() if key in takes})
+        logits, cache = out.logits[:, -1], out.past_key_values
+        if t == 0:  # from here on a row for each response
+            rows = torch.tensor([row_of[tuple(prompt)] for prompt in prompts], device=device)
+            states = out.encoder_last_hidden_state if encoder_decoder else mask
+            logits, mask, states = logits[rows], mask[rows], states[rows]
+            cache.batch_select_indices(rows)
+        token = sample(logits, uniforms[alive, t], temperatures[alive], policy.forbidden_token)
+        tokens[alive, t] = token
+        rows, t = torch.isin(token, ended).logical_not().nonzero().squeeze(1), t + 1
+        if len(rows) < len(alive):
+            alive, token, mask, states = alive[rows], token[rows], mask[rows], states[rows]
+            cache.batch_select_indices(rows)
+        feed, mask = token[:, None], mask if encoder_decoder else F.pad(mask, (0, 1), value=1)
+    ends = [next((t + 1 for t, token in enumerate(response) if token in stops), None) for response in tokens.tolist()]
+    return [response[:end] for response, end in zip(tokens.tolist(), ends, strict=True)]
 
 @torch.no_grad()
 def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, temperature, seed: tuple, size: int = 0):
@@ -277,8 +328,6 @@ def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, te
     `temperature`: a number, or one for each prompt; 0 is greedy. A response without a stop token was cut off at
     `max_new_tokens`. Parameters stay gathered for the whole rollout; `size` prompts at a time (0: all of this rank's)."""
     stops, pad = sorted({stop_token(tokenizer), tokenizer.eos_token_id}), tokenizer.pad_token_id
-    config = transformers.GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad, do_sample=False)
-    config.decoder_start_token_id = getattr(policy.config, "decoder_start_token_id", None)
     temperatures = torch.as_tensor(temperature, dtype=torch.float64, device=fsdp.device()).expand(len(prompts))
     mine = sorted(range(fsdp.rank(), len(prompts), fsdp.world()), key=lambda i: len(prompts[i]))
     responses, training = {}, policy.training
@@ -286,22 +335,12 @@ def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, te
     with fsdp.gathered(policy):
         for start in range(0, len(mine), size or len(mine) or 1):
             pick = mine[start : start + (size or len(mine))]
-            width = max(len(prompts[i]) for i in pick)
-            uniforms = torch.empty(len(pick), max_new_tokens)  # and prompts padded on the left: they go on from the last column
-            ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in pick])
-            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in pick])
+            uniforms = torch.empty(len(pick), max_new_tokens, dtype=torch.float64)
             for row, i in enumerate(pick):
                 number = ((seed[0] * 1_000_003 + seed[1]) * 1_000_003 + i) % 2**63
                 uniforms[row] = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(number))
-            sampler = SampleByInverseCDF(uniforms.to(fsdp.device()), temperatures[pick], policy.forbidden_token)
-            out = policy.generate(
-                ids.to(fsdp.device()), attention_mask=mask.to(fsdp.device()), generation_config=config,
-                logits_processor=transformers.LogitsProcessorList([sampler]), synced_gpus=False,
-            )  # fmt: skip
-            first = 1 if policy.config.is_encoder_decoder else width  # a decoder's output begins with its input
-            for i, tokens in zip(pick, out[:, first:].tolist(), strict=True):
-                end = next((t for t, token in enumerate(tokens) if token in stops), len(tokens) - 1)
-                responses[i] = tokens[: end + 1]
+            found = decode(policy, [prompts[i] for i in pick], uniforms.to(fsdp.device()), temperatures[pick], stops, pad)
+            responses.update(zip(pick, found, strict=True))
     policy.train(training)
     merged = {i: r for part in fsdp.all_gather_object(responses) for i, r in part.items()}
     return [merged[i] for i in range(len(prompts))]

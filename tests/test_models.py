@@ -22,12 +22,12 @@ from common import fsdp
 from common.data import collate, encode_prompt, stop_token, tokenize
 from common.models import (
     Reward,
-    SampleByInverseCDF,
     load_model,
     load_tokenizer,
     response_values,
     rollout,
     run_micro_batches,
+    sample,
     sequence_scores,
     token_logprobs,
 )
@@ -184,7 +184,7 @@ def test_gradients_are_plain_transformers(folders, tokenizer, checkpointing):
         logits = logits.index_fill(1, torch.tensor([PAD]), -math.inf)
         logits.log_softmax(-1)[range(len(response)), response].sum().backward()
     for mine, theirs in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad.full_tensor(), theirs.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4)
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_a_value_model_from_a_policy_starts_at_zero(folders, tokenizer):
     values = response_values(model, **collate(sample_sequences(), PAD, "cpu"))
     assert (values == 0).all()
     fsdp.backward(((values - 1) ** 2).sum())
-    assert model.score.weight.grad.full_tensor().abs().max() > 0
+    assert model.score.weight.grad.abs().max() > 0
 
 
 # --- rollout ---------------------------------------------------------------------------------------------------------
@@ -225,15 +225,12 @@ def test_inverse_cdf_over_a_grid_of_uniforms_has_the_softmax_frequencies():
     for token in forbidden:
         keep = [i for i in range(6) if i != token]
         for temperature in (0.7, 1.0):
-            sampler = SampleByInverseCDF((torch.arange(n)[:, None] / n).double(), torch.full((n,), temperature), token)
-            out = sampler(None, scores.repeat(n, 1))
-            assert ((out == 0).sum(1) == 1).all() and ((out == -math.inf).sum(1) == 5).all()
-            counts = out.argmax(1).bincount(minlength=6)
+            out = sample(scores.repeat(n, 1), torch.arange(n).double() / n, torch.full((n,), temperature), token)
+            counts = out.bincount(minlength=6)
             expected = n * (scores[keep].double() / temperature).softmax(0)
             assert counts[token] == 0
             assert (counts[keep] - expected).abs().max() <= 1.01
-        greedy = SampleByInverseCDF(torch.zeros(1, 1), torch.zeros(1), token)
-        assert greedy(None, scores[None]).argmax() == (5 if token == 0 else 0)
+        assert sample(scores[None], torch.zeros(1), torch.zeros(1), token) == (5 if token == 0 else 0)
 
 
 def test_rollout_draws_from_the_policys_own_distribution(folders, tokenizer, policy):
@@ -396,15 +393,15 @@ def test_tied_embeddings_stay_tied(tokenizer, tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(folders, tokenizer):
     """NaN in the loss or in a gradient: SystemExit of one line that says where, weights as they were."""
     model = load_model("policy", folders["policy"], tokenizer, ARGS, trained=True)
-    optimizer, before = fsdp.adamw(model, 0.0), [p.full_tensor().clone() for p in model.parameters()]
+    optimizer, before = fsdp.adamw(model, 0.0), [p.clone() for p in model.parameters()]
     loss = model.response_logprobs(**collate(sample_sequences(), PAD, "cpu"))[0].sum()
     fsdp.backward(loss)
     with pytest.raises(SystemExit, match="step 7, data rows .3."):
         fsdp.optimizer_step(model, optimizer, 1e-2, loss.detach() * math.nan, 1.0, "step 7, data rows [3]")
-    model.lm_head.weight.grad.to_local()[0, 0] = math.inf
+    model.lm_head.weight.grad[0, 0] = math.inf
     with pytest.raises(SystemExit, match="gradient norm"):
         fsdp.optimizer_step(model, optimizer, 1e-2, loss.detach(), 1.0, "")
-    assert all(torch.equal(a, p.full_tensor()) for a, p in zip(before, model.parameters(), strict=True))
+    assert all(torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
 
 
 def test_a_frozen_reward_model_is_read_where_its_own_config_says(folders, tokenizer, tmp_path):

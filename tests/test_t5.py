@@ -95,8 +95,8 @@ def test_prompt_values_are_the_mean_over_the_prompts_tokens(folder, tokenizer, s
     with torch.no_grad():
         value.classifier.weight.normal_(), value.classifier.bias.fill_(0.3)
     plain = AutoModelForTokenClassification.from_pretrained(folder, num_labels=1, classifier_dropout=0.0).eval()
-    plain.classifier.weight.data = value.classifier.weight.full_tensor().detach().clone()
-    plain.classifier.bias.data = value.classifier.bias.full_tensor().detach().clone()
+    plain.classifier.weight.data = value.classifier.weight.detach().clone()
+    plain.classifier.bias.data = value.classifier.bias.detach().clone()
     mb = collate(sequences, tokenizer.pad_token_id, "cpu")
     found = dro.prompt_values(value, **mb)
     expected = [plain(torch.tensor([prompt])).logits.mean() for prompt, _ in sequences]
