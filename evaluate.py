@@ -29,10 +29,11 @@ import tyro
 from transformers import AutoConfig
 
 from common import fsdp
-from common.data import add_context, fail, hold_out, note, read_rows, tokenize
+from common.data import fail, hold_out, note, read_rows, tokenize
 from common.log import parse
 from common.models import Reward, load_model, load_tokenizer, resolve, response_values, run_micro_batches, sequence_scores
 from optional.answers import responses
+from optional.context import add_context
 from optional.judge import judge
 from optional.pictures import draw_values, token_texts
 

@@ -19,7 +19,6 @@ wrong); `rollout/length` should neither collapse nor explode. Our page in docs/ 
 """
 
 import math
-import time
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,7 +26,7 @@ import torch
 
 from common import fsdp
 from common.data import batch_indices, collate, fail, micro_batches, prompt_hash, read_rows, stop_token, tokenize
-from common.log import Run, mfu, parse, peak_memory_gb
+from common.log import Phases, Run, parse
 from common.models import (
     Reward,
     check_same_tokenizer,
@@ -261,7 +260,7 @@ def main(args: Args) -> None:
         evaluate(0)
     for step in range(start, args.steps):
         # --- rollout
-        clock = [time.perf_counter()]
+        phases = Phases()
         drawn = batch_indices(len(rows), args.batch_size // args.group_size, step, args.seed)
         batch = [rows[i] for i in drawn for _ in range(args.group_size)]
         prompts = [row["prompt_ids"] for row in batch]
@@ -270,7 +269,7 @@ def main(args: Args) -> None:
         lengths = [len(p) + len(r) for p, r in sequences]
         mask = collate(sequences, pad, device)["response_mask"]
         truncated = torch.tensor([r[-1] not in stops for r in responses], device=device)
-        clock.append(time.perf_counter())
+        phases.end("rollout")
 
         # --- reward
         # of a single update, its own log-probabilities are the old ones
@@ -284,7 +283,7 @@ def main(args: Args) -> None:
         final = scores - args.missing_eos_penalty * truncated
         advantages, equal = group_advantages(final, args.group_size, args.scale_std)
         advantages = advantages[:, None].expand_as(logprobs)  # the same for every token
-        clock.append(time.perf_counter())
+        phases.end("scoring")
 
         # --- update
         totals, norms = torch.zeros(5, device=device), []
@@ -317,7 +316,7 @@ def main(args: Args) -> None:
         clipped, approx_kl, ratio, entropy, count = fsdp.all_reduce(totals).tolist()
         logprobs = fsdp.all_reduce(logprobs) if one_update else logprobs
         kl, k3 = kl_estimates(logprobs, logprobs if reference is None else ref_logprobs, mask)
-        clock.append(time.perf_counter())
+        phases.end("update")
 
         # --- log
         done, response_tokens, means = step + 1, int(mask.sum()), torch.tensor(norms).mean(0).tolist()
@@ -327,13 +326,8 @@ def main(args: Args) -> None:
             "rollout/length": mask.sum(1).float().mean(), "rollout/truncated": truncated.float().mean(),
             "policy/loss": means[0], "policy/grad_norm": means[1], "policy/clip_fraction": clipped / count,
             "policy/approx_kl": approx_kl / count, "policy/ratio": ratio / count, "policy/lr": lr,
-            "time/step_s": clock[3] - clock[0], "time/rollout_s": clock[1] - clock[0],
-            "time/scoring_s": clock[2] - clock[1], "time/update_s": clock[3] - clock[2],
-            "perf/rollout_share": (clock[1] - clock[0]) / (clock[3] - clock[0]),
-            "perf/rollout_tokens_per_s": response_tokens / (clock[1] - clock[0]),
-            "perf/update_tokens_per_s": args.epochs * sum(lengths) / (clock[3] - clock[2]),
-            "memory/state_gb": fsdp.state_bytes(models, [optimizer]) / 2**30, "memory/peak_gb": peak_memory_gb(),
-            **mfu(policy, args.epochs * sum(lengths), clock[3] - clock[2]),
+            "memory/state_gb": fsdp.state_bytes(models, [optimizer]) / 2**30,
+            **phases.metrics(policy, response_tokens, args.epochs * sum(lengths)),
         }  # fmt: skip
         run.metrics(done, metrics, show=("objective/score", "objective/kl", "rollout/length"))
         if args.eval_every and eval_rows and done % args.eval_every == 0 and done < args.steps:

@@ -32,9 +32,10 @@ import numpy as np
 import torch
 
 from common import fsdp
-from common.data import add_context, batch_indices, collate, fail, hold_out, micro_batches, note, read_rows, tokenize
+from common.data import batch_indices, collate, fail, hold_out, micro_batches, note, read_rows, tokenize
 from common.log import Run, mfu, parse, peak_memory_gb
 from common.models import Reward, load_model, load_tokenizer, resolve, response_values, run_micro_batches
+from optional.context import add_context
 from optional.pictures import draw_values, token_texts
 
 

@@ -17,7 +17,6 @@ below a few nats a response, `rollout/length` neither collapse nor explode. Our 
 """
 
 import math
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,7 +25,7 @@ import torch
 
 from common import fsdp
 from common.data import batch_indices, collate, fail, micro_batches, prompt_hash, read_rows, stop_token, tokenize
-from common.log import Run, mfu, parse, peak_memory_gb
+from common.log import Phases, Run, parse
 from common.models import (
     Reward,
     check_same_tokenizer,
@@ -286,7 +285,7 @@ def main(args: Args) -> None:
         evaluate(0)
     for step in range(start, args.steps):
         # --- rollout
-        clock = [time.perf_counter()]
+        phases = Phases()
         batch = [rows[i] for i in batch_indices(len(rows), args.batch_size, step, args.seed)]
         prompts = [row["prompt_ids"] for row in batch]
         responses = rollout(policy, tokenizer, prompts, limit, args.temperature, (args.seed, step + 1), args.rollout_batch_size)
@@ -294,7 +293,7 @@ def main(args: Args) -> None:
         lengths = [len(p) + len(r) for p, r in sequences]
         mask = collate(sequences, pad, device)["response_mask"]
         truncated = torch.tensor([r[-1] not in stops for r in responses], device=device)
-        clock.append(time.perf_counter())
+        phases.end("rollout")
 
         # --- reward
         logprobs, ref_logprobs = score(policy, sequences), score(reference, sequences)
@@ -312,7 +311,7 @@ def main(args: Args) -> None:
         returns = advantages + old_values
         explained = 1 - (returns - old_values)[mask].var() / (returns[mask].var() + 1e-8)
         advantages = whiten(advantages, mask)
-        clock.append(time.perf_counter())
+        phases.end("scoring")
 
         # --- update
         totals, norms = torch.zeros(5, device=device), []
@@ -343,7 +342,7 @@ def main(args: Args) -> None:
                 step_of_critic = (critic, critic_optimizer, critic_lr, critic_loss, args.max_grad_norm, where)
                 norms.append((total, norm, *fsdp.optimizer_step(*step_of_critic)))
         clipped, approx_kl, ratio, entropy, count = fsdp.all_reduce(totals).tolist()
-        clock.append(time.perf_counter())
+        phases.end("update")
 
         # --- log
         done, response_tokens, means = step + 1, int(mask.sum()), torch.tensor(norms).mean(0).tolist()
@@ -355,13 +354,8 @@ def main(args: Args) -> None:
             "policy/approx_kl": approx_kl / count, "policy/ratio": ratio / count, "policy/lr": lr,
             "critic/loss": means[2], "critic/grad_norm": means[3], "critic/explained_variance": explained,
             "critic/value": old_values[mask].mean(), "critic/lr": critic_lr,
-            "time/step_s": clock[3] - clock[0], "time/rollout_s": clock[1] - clock[0],
-            "time/scoring_s": clock[2] - clock[1], "time/update_s": clock[3] - clock[2],
-            "perf/rollout_share": (clock[1] - clock[0]) / (clock[3] - clock[0]),
-            "perf/rollout_tokens_per_s": response_tokens / (clock[1] - clock[0]),
-            "perf/update_tokens_per_s": args.epochs * sum(lengths) / (clock[3] - clock[2]),
-            "memory/state_gb": fsdp.state_bytes(models, optimizers) / 2**30, "memory/peak_gb": peak_memory_gb(),
-            **mfu(policy, args.epochs * sum(lengths), clock[3] - clock[2]),
+            "memory/state_gb": fsdp.state_bytes(models, optimizers) / 2**30,
+            **phases.metrics(policy, response_tokens, args.epochs * sum(lengths)),
         }  # fmt: skip
         run.metrics(done, metrics, show=("objective/score", "objective/kl", "rollout/length"))
         if args.kl_target:

@@ -21,7 +21,6 @@ Watch `eval/*` and read samples.jsonl; `objective/greedy_score` should rise with
 """
 
 import math
-import time
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -29,7 +28,7 @@ import torch
 
 from common import fsdp
 from common.data import batch_indices, collate, fail, micro_batches, prompt_hash, read_rows, stop_token, tokenize
-from common.log import Run, mfu, parse, peak_memory_gb
+from common.log import Phases, Run, parse
 from common.models import (
     Reward,
     check_same_tokenizer,
@@ -252,7 +251,7 @@ def main(args: Args) -> None:
         evaluate(0)
     for step in range(start, args.steps):
         # --- rollout
-        clock = [time.perf_counter()]
+        phases = Phases()
         batch = [rows[i] for i in batch_indices(len(rows), args.batch_size, step, args.seed)]
         prompts = [row["prompt_ids"] for row in batch]
         heat = [args.temperature] * len(prompts) + [0.0] * len(prompts)  # sampled and greedy in one call
@@ -261,7 +260,7 @@ def main(args: Args) -> None:
         lengths = [len(p) + len(r) for p, r in sequences]
         mask = collate(sequences, pad, device)["response_mask"]
         truncated = torch.tensor([r[-1] not in stops for r in responses], device=device).split(len(batch))
-        clock.append(time.perf_counter())
+        phases.end("rollout")
 
         # --- reward
         logprobs = score(policy, sequences)
@@ -273,7 +272,7 @@ def main(args: Args) -> None:
         # --- advantage
         final, baseline = (s - args.missing_eos_penalty * t for s, t in zip((scores, greedy_scores), truncated, strict=True))
         advantages = remax_advantages(final, baseline, kl, mask, args.beta)
-        clock.append(time.perf_counter())
+        phases.end("scoring")
 
         # --- update
         totals, norms = torch.zeros(5, device=device), []
@@ -298,7 +297,7 @@ def main(args: Args) -> None:
                 where = f"step {step}, epoch {epoch}, data rows {[batch[i]['row'] for i in mini_batch]}"
                 norms.append(fsdp.optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where))
         clipped, approx_kl, ratio, entropy, count = fsdp.all_reduce(totals).tolist()
-        clock.append(time.perf_counter())
+        phases.end("update")
 
         # --- log
         done, response_tokens, means = step + 1, int(mask.sum()), torch.tensor(norms).mean(0).tolist()
@@ -308,13 +307,8 @@ def main(args: Args) -> None:
             "rollout/length": mask.sum(1).float().mean(), "rollout/truncated": truncated[0].float().mean(),
             "policy/loss": means[0], "policy/grad_norm": means[1], "policy/clip_fraction": clipped / count,
             "policy/approx_kl": approx_kl / count, "policy/ratio": ratio / count, "policy/lr": lr,
-            "time/step_s": clock[3] - clock[0], "time/rollout_s": clock[1] - clock[0],
-            "time/scoring_s": clock[2] - clock[1], "time/update_s": clock[3] - clock[2],
-            "perf/rollout_share": (clock[1] - clock[0]) / (clock[3] - clock[0]),
-            "perf/rollout_tokens_per_s": response_tokens / (clock[1] - clock[0]),
-            "perf/update_tokens_per_s": args.epochs * sum(lengths) / (clock[3] - clock[2]),
-            "memory/state_gb": fsdp.state_bytes(models, [optimizer]) / 2**30, "memory/peak_gb": peak_memory_gb(),
-            **mfu(policy, args.epochs * sum(lengths), clock[3] - clock[2]),
+            "memory/state_gb": fsdp.state_bytes(models, [optimizer]) / 2**30,
+            **phases.metrics(policy, response_tokens, args.epochs * sum(lengths)),
         }  # fmt: skip
         run.metrics(done, metrics, show=("objective/score", "objective/kl", "rollout/length"))
         if args.eval_every and eval_rows and done % args.eval_every == 0 and done < args.steps:

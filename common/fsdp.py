@@ -123,8 +123,7 @@ def units(model) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 def reshard(model) -> None:
-    for unit in units(model):  # after a forward without gradient the root's parameters are still gathered
-        unit.reshard()
+    _ = [unit.reshard() for unit in units(model)]  # after a forward without gradient the root's parameters are still gathered
 
 def adamw(model, lr: float):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -201,8 +200,7 @@ def load_checkpoint(run_dir: str, trained: dict) -> dict:
     return json.loads(found[-1].read_text())
 
 def export(model, tokenizer, folder: str, precision: str, **config) -> None:
-    """A Hugging Face folder: weights (compute type), config with the `config` entries, tokenizer, chat template. LoRA's adapters
-    are merged into the weights, or with --no-lora-merge the adapters alone."""
+    """A Hugging Face folder: weights (compute type), config with the `config` entries, tokenizer, chat template."""
     reshard(model)
     full = sd.get_model_state_dict(model, options=sd.StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank() == 0:
@@ -214,11 +212,9 @@ def export(model, tokenizer, folder: str, precision: str, **config) -> None:
             model.generation_config = model.generation_to_export
         tied = model.all_tied_weights_keys  # on several ranks the gathered copies share no memory, so both would be written
         full = {key: value for key, value in full.items() if key not in tied}
-        if hasattr(model, "lora") and not model.lora_merge:
-            part.mkdir()
-            lora.save_adapter(model, full, part)
+        if hasattr(model, "lora"):
+            lora.save(model, full, part, compute)
         else:
-            full = lora.merged(full, model.lora.lora_alpha / model.lora.r) if hasattr(model, "lora") else full
             model.save_pretrained(part, state_dict={key: value.to(compute) for key, value in full.items()})
         tokenizer.save_pretrained(part)
         shutil.rmtree(final, ignore_errors=True)

@@ -1,12 +1,13 @@
 """Command line, run folder, metrics, samples and progress."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import os
 import resource
 import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from common import fsdp
 from common.data import fail, note
-from optional import weights_and_biases
+from optional import lora, weights_and_biases
 
 PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "B200": 2250e12}  # dense FLOP/s, data sheets
 
@@ -39,8 +40,7 @@ class Run:
 
     def __init__(self, args):
         self.args, self.dir, self.wandb = args, Path(args.run_dir), None
-        if args.lora_rank and not importlib.util.find_spec("peft"):
-            fail("--lora-rank needs the package: pip install peft")
+        lora.find_package(args)
         used = (self.dir / "metrics.jsonl").exists() or (self.dir / "checkpoints").exists()
         if used and not args.resume and not args.overwrite:
             fail(f"{self.dir} holds an earlier run: --resume continues it, --overwrite replaces it, --run-dir chooses another")
@@ -52,9 +52,7 @@ class Run:
             now, file = json.loads(json.dumps(dataclasses.asdict(args))), self.dir / "args.json"
             before = now | (json.loads(file.read_text()) if file.exists() else {}) | {"resume": True, "overwrite": args.overwrite}
             changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
-            for key in ("model", "lora_rank", "lora_alpha") if args.resume and (args.lora_rank or before["lora_rank"]) else ():
-                if before[key] != now[key]:  # a checkpoint holds the adapters alone
-                    fail(f"{key} is {now[key]}, but the run in {self.dir} began with {before[key]}; resume with that")
+            lora.check(args, before, now)
             if args.resume and changed:
                 note("resuming with other arguments: " + ", ".join(changed))
             file.write_text(json.dumps(now, indent=1))
@@ -99,10 +97,35 @@ class Run:
         for part in (self.writer, self.bar) if fsdp.rank() == 0 else ():
             part.close()
 
-def peak_memory_gb() -> float:
-    """Peak on this rank: CUDA allocations, or the process's resident memory on a CPU."""
-    cuda = torch.cuda.is_available()
-    return torch.cuda.max_memory_allocated() / 2**30 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def peak_memory_gb(restart: bool = False) -> float:
+    """Peak on this rank, of CUDA allocations, or on a CPU of the process's resident memory; `restart`: and count from here on."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        _ = restart and torch.cuda.reset_peak_memory_stats()
+        return peak
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    with suppress(OSError):  # Linux alone tells the peak apart by time
+        peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 2**20
+        _ = restart and Path("/proc/self/clear_refs").write_text("5")
+    return peak
+
+class Phases:
+    """Seconds and peak memory of an RL step's phases: `end("rollout")`, `end("scoring")`, `end("update")`, then `metrics`."""
+    def __init__(self):
+        self.seconds, self.memory, self.since = {}, {}, time.perf_counter()
+        peak_memory_gb(restart=True)
+
+    def end(self, name: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # or a phase would be charged for the one before
+        self.seconds[f"time/{name}_s"], self.since = time.perf_counter() - self.since, time.perf_counter()
+        self.memory[f"memory/{name}_gb"] = peak_memory_gb(restart=True)
+
+    def metrics(self, model, rollout_tokens: int, update_tokens: int) -> dict:
+        rollout, update, whole = self.seconds["time/rollout_s"], self.seconds["time/update_s"], sum(self.seconds.values())
+        speeds = {"perf/rollout_tokens_per_s": rollout_tokens / rollout, "perf/update_tokens_per_s": update_tokens / update}
+        sums = {"time/step_s": whole, "memory/peak_gb": max(self.memory.values()), "perf/rollout_share": rollout / whole}
+        return self.seconds | self.memory | sums | speeds | mfu(model, update_tokens, update)
 
 def mfu(model, tokens: int, seconds: float) -> dict:
     """Model FLOPs utilisation of an update of `tokens` (all ranks): 6 N FLOPs a token; empty where the peak is unknown."""

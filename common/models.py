@@ -71,9 +71,7 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
     scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
     if kind == "policy" and any(getattr(config, key, None) for key in scaled):
         fail(f"{name}: it scales or caps its logits after the output layer, which the chunked log-probabilities do not do")
-    if config.is_encoder_decoder:
-        t5.check(config, kind, name)
-        kind = "encoder-decoder" if kind == "policy" else kind
+    kind = t5.checked(config, kind, name) if config.is_encoder_decoder else kind
     if kind not in ("policy", "encoder-decoder"):
         config.num_labels, config.classifier_dropout = 1, 0.0
         if trained or config.pad_token_id is None:  # a reward model from the hub is read where its own config says
@@ -83,8 +81,8 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     adapted = trained and bool(args.lora_rank)
     options = dict(config=config, dtype=master if trained and not adapted else compute)
-    if hasattr(config, "relative_attention_num_buckets"):  # T5's position bias: fused kernels differ with and without gradient
-        options["attn_implementation"] = "eager"
+    if hasattr(config, "relative_attention_num_buckets"):
+        options["attn_implementation"] = "eager"  # T5's position bias: fused kernels differ with and without gradient
     source = None
     if fsdp.rank() == 0:
         source, info = _load(f"{kind} weights", AUTO[kind], name, use_safetensors=True, output_loading_info=True, **options)
@@ -127,8 +125,7 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
     return model.train(trained)
 
 class TokenLogprobs(torch.autograd.Function):
-    """`chunk` rows of logits at a time, in forward and again in backward. Written out, since autograd over checkpointed chunks
-    takes half as long again: its backward computes the logits' softmax anew and holds three copies of them."""
+    """`chunk` rows of logits at a time, in forward and again in backward: a third less time than checkpointed chunks take."""
 
     @staticmethod
     def logits(hidden, weight, bias, temperature, forbidden):
@@ -160,15 +157,13 @@ class TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad, _):
         """d log p(y) / d logits = onehot(y) - p."""
         (hidden, weight, bias, tokens, log_total), (temperature, forbidden, chunk) = ctx.saved_tensors, ctx.rest
-        of_hidden, of_weight, of_bias = torch.empty_like(hidden), None, None
-        if ctx.needs_input_grad[1]:  # frozen beside adapters
-            of_weight, of_bias = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+        of_hidden = torch.empty_like(hidden)
+        of_weight, of_bias = (torch.zeros_like(x) if x is not None and x.requires_grad else None for x in (weight, bias))
         for start in range(0, len(hidden), chunk):
             at = slice(start, start + chunk)
             of_logits = TokenLogprobs.logits(hidden[at], weight, bias, temperature, forbidden).sub_(log_total[at, None]).exp_()
             scale = grad[at, None] / temperature
-            of_logits.mul_(-scale).scatter_add_(1, tokens[at, None], scale)
-            of_logits = of_logits.to(weight.dtype)
+            of_logits = of_logits.mul_(-scale).scatter_add_(1, tokens[at, None], scale).to(weight.dtype)
             of_hidden[at] = of_logits @ weight
             if of_weight is not None:
                 of_weight.addmm_(of_logits.T, hidden[at])
@@ -199,8 +194,9 @@ def response_logprobs(self, input_ids, prompt_lengths, response_mask, temperatur
         hidden = hidden.gather(1, at[:, :-1, None].expand(-1, -1, hidden.shape[-1]))
         prompt = hidden[:, 0]
     layer = self.get_output_embeddings()
-    found = token_logprobs(hidden.flatten(0, 1), layer.weight, layer.bias, tokens.flatten(), temperature, self.forbidden_token)
-    found = [x.view_as(tokens).masked_fill(~response_mask, 0.0) for x in found]
+    real, flat = response_mask.flatten().nonzero().squeeze(1), hidden.flatten(0, 1)  # the output layer is for tokens, not padding
+    layer = (layer.weight, layer.bias, tokens.flatten()[real], temperature, self.forbidden_token)
+    found = [x.new_zeros(tokens.numel()).index_put((real,), x).view_as(tokens) for x in token_logprobs(flat[real], *layer)]
     return found if prompt_head is None else [*found, prompt_head(prompt.to(prompt_head.weight.dtype)).squeeze(-1)]
 
 def response_values(model, input_ids, prompt_lengths, response_mask):
@@ -232,9 +228,8 @@ def sequence_logprobs(model, sequences, size: int, pad_id: int, temperature: flo
 
 def load_reference(policy, name: str, tokenizer, args):
     """The frozen reference; with LoRA, where --ref-model names no other, the policy itself with its adapters off."""
-    if args.lora_rank and not args.ref_model:
-        return lora.AdapterOff(policy)
-    return load_model("policy", name, tokenizer, args, trained=False)
+    own = args.lora_rank and not args.ref_model
+    return lora.AdapterOff(policy) if own else load_model("policy", name, tokenizer, args, trained=False)
 
 class Reward:
     """`reward(rows, sequences, texts) -> [N]` from a reward model (folder or hub id) or `module:function`. A function gets
@@ -319,27 +314,23 @@ def decode(policy, prompts: list[list[int]], uniforms, temperatures, stops: list
             alive, token, mask, states = alive[rows], token[rows], mask[rows], states[rows]
             cache.batch_select_indices(rows)
         feed, mask = token[:, None], mask if encoder_decoder else F.pad(mask, (0, 1), value=1)
-    ends = [next((t + 1 for t, token in enumerate(response) if token in stops), None) for response in tokens.tolist()]
-    return [response[:end] for response, end in zip(tokens.tolist(), ends, strict=True)]
+    return [found[: next((t + 1 for t, token in enumerate(found) if token in stops), None)] for found in tokens.tolist()]
 
 @torch.no_grad()
 def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, temperature, seed: tuple, size: int = 0):
-    """Sampled response tokens for all prompts (token lists), on every rank: list of N lists, stop token included.
-    `temperature`: a number, or one for each prompt; 0 is greedy. A response without a stop token was cut off at
-    `max_new_tokens`. Parameters stay gathered for the whole rollout; `size` prompts at a time (0: all of this rank's)."""
+    """Sampled response tokens for all prompts (token lists), on every rank: N lists, stop token included (unless cut off).
+    `temperature`: a number, or one for each prompt; 0 is greedy. `size` prompts at a time (0: all of this rank's)."""
     stops, pad = sorted({stop_token(tokenizer), tokenizer.eos_token_id}), tokenizer.pad_token_id
     temperatures = torch.as_tensor(temperature, dtype=torch.float64, device=fsdp.device()).expand(len(prompts))
     mine = sorted(range(fsdp.rank(), len(prompts), fsdp.world()), key=lambda i: len(prompts[i]))
-    responses, training = {}, policy.training
-    policy.eval()
+    responses, training, _ = {}, policy.training, policy.eval()
     with fsdp.gathered(policy):
         for start in range(0, len(mine), size or len(mine) or 1):
             pick = mine[start : start + (size or len(mine))]
-            uniforms = torch.empty(len(pick), max_new_tokens, dtype=torch.float64)
-            for row, i in enumerate(pick):
-                number = ((seed[0] * 1_000_003 + seed[1]) * 1_000_003 + i) % 2**63
-                uniforms[row] = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(number))
-            found = decode(policy, [prompts[i] for i in pick], uniforms.to(fsdp.device()), temperatures[pick], stops, pad)
+            numbers = [((seed[0] * 1_000_003 + seed[1]) * 1_000_003 + i) % 2**63 for i in pick]
+            uniforms = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(number)) for number in numbers]
+            uniforms = torch.stack(uniforms).double().to(fsdp.device())
+            found = decode(policy, [prompts[i] for i in pick], uniforms, temperatures[pick], stops, pad)
             responses.update(zip(pick, found, strict=True))
     policy.train(training)
     merged = {i: r for part in fsdp.all_gather_object(responses) for i, r in part.items()}

@@ -1,5 +1,7 @@
 """LoRA through peft (2106.09685): adapters inside the Hugging Face model itself, merged into its weights for the export."""
 
+import importlib.util
+
 import torch
 from safetensors.torch import save_file
 
@@ -11,6 +13,16 @@ class Dropout(torch.nn.Dropout):
 
     def forward(self, x):
         return torch.nn.functional.dropout(x, self.p, torch.is_grad_enabled())
+
+def find_package(args) -> None:
+    if args.lora_rank and not importlib.util.find_spec("peft"):
+        fail("--lora-rank needs the package: pip install peft")
+
+def check(args, before: dict, now: dict) -> None:
+    """Ends with one line where a resumed run began with other adapters: its checkpoint holds them alone."""
+    for key in ("model", "lora_rank", "lora_alpha") if args.resume and (args.lora_rank or before["lora_rank"]) else ():
+        if before[key] != now[key]:
+            fail(f"{key} is {now[key]}, but the run in {args.run_dir} began with {before[key]}; resume with that")
 
 def add(model, head, name: str, args, master: torch.dtype) -> None:
     """Adapters on every linear layer but `head`; they alone are trained, and the head of a value or reward model."""
@@ -61,6 +73,15 @@ def merged(full: dict, scale: float) -> dict:
             value = (value.to(b.dtype) + scale * b @ a).to(value.dtype)
         out[key.replace(".base_layer.", ".")] = value
     return out
+
+def save(model, full: dict, folder, compute: torch.dtype) -> None:
+    """The merged model, or with --no-lora-merge the adapters alone."""
+    if model.lora_merge:
+        weights = merged(full, model.lora.lora_alpha / model.lora.r)
+        model.save_pretrained(folder, state_dict={key: value.to(compute) for key, value in weights.items()})
+    else:
+        folder.mkdir()
+        save_adapter(model, full, folder)
 
 def save_adapter(model, full: dict, folder) -> None:
     """The adapters (and a trained head) as peft opens them; the model's config, with our entries, beside them."""

@@ -5,12 +5,13 @@ import torch
 from common.data import fail
 
 
-def check(config, kind: str, name: str) -> None:
-    """Ends with one line where a model cannot be used."""
+def checked(config, kind: str, name: str) -> str:
+    """The kind of model to open. Ends with one line where it cannot be used."""
     if kind in ("value", "reward"):
         fail(f"{name}: an encoder-decoder cannot be a {kind} model here; its encoder would see the tokens it is to judge")
     if not hasattr(config, "relative_attention_num_buckets"):
         fail(f"{name}: of the encoder-decoders only the T5 family is supported, not {config.model_type}")
+    return "encoder-decoder" if kind == "policy" else kind
 
 
 def only_prompts(input_ids, prompt_lengths):

@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 from assets import reviews
 from common import data
 from common.data import (
-    add_context,
     batch_indices,
     collate,
     encode_prompt,
@@ -26,6 +25,7 @@ from common.data import (
     tokenize,
 )
 from common.models import load_tokenizer
+from optional.context import add_context
 
 ROWS = [{"prompt": f"question {i}", "response": f"answer {i}", "reward": i / 4} for i in range(5)]
 
