@@ -48,6 +48,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    LlamaForTokenClassification,
     PreTrainedTokenizerFast,
 )
 
@@ -63,10 +64,11 @@ from common.models import response_logprobs, response_values, sequence_scores  #
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 PEERS = {"grpo": "", "grpo-ragged": "", "dpo": "", "kto": "", "sft": "", "reward": "", "ppo": "1.12.0", "ppo-ragged": "1.12.0"}
-LR, BETA = 1e-6, {"grpo": 0.2, "ppo": 0.05, "dpo": 0.1, "kto": 0.1}
+PEERS |= {"dvpo": "ppo.py", "dvpo-ragged": "ppo.py"}  # beside our own PPO
+LR, BETA = 1e-6, {"grpo": 0.2, "ppo": 0.05, "dvpo": 0.05, "dpo": 0.1, "kto": 0.1}
 LOGGED = {  # what is compared, in our log and in theirs
-    "grpo": ("policy/loss", "loss"), "ppo": ("objective/kl", "objective/kl"), "dpo": ("dpo/loss", "loss"),
-    "kto": ("kto/loss", "loss"), "sft": ("sft/loss", "loss"), "reward": ("reward/loss", "loss"),
+    "grpo": ("policy/loss", "loss"), "ppo": ("objective/kl", "objective/kl"), "dvpo": ("objective/kl", "loss"),
+    "dpo": ("dpo/loss", "loss"), "kto": ("kto/loss", "loss"), "sft": ("sft/loss", "loss"), "reward": ("reward/loss", "loss"),
 }  # fmt: skip
 FIELDS = {"sft": ["response"], "kto": ["response"], "dpo": ["chosen", "rejected"], "reward": ["chosen", "rejected"]}
 # hidden size, layers and so on; for each kind of work tokens of the typical prompt and of the longest response (offline: of
@@ -139,7 +141,7 @@ def token_kinds(vocab: int, limit: int) -> list[int]:
 
 
 def make_models(out: Path, shape: dict, limit: int) -> dict[str, str]:
-    """Folders of a policy, a reference and a reward model, random Llamas with one tokenizer of made-up words.
+    """Folders of a policy, a reference, a reward and a value model, random Llamas with one tokenizer of made-up words.
 
     An untrained model never ends a response, or nobody knows when. In this one the embedding of a word carries the code of its
     kind, and the output layer prefers what may follow: a plain word after a plain one, so responses go on for ever; after a
@@ -148,8 +150,8 @@ def make_models(out: Path, shape: dict, limit: int) -> dict[str, str]:
     the reference's: there is a KL to measure, and KTO's estimate of it on mismatched pairs is below 0 on every
     micro-batch and thus clamped on both sides (TRL takes it of a micro-batch, we of the batch: the losses would differ).
     """
-    paths = {name: str(out / name) for name in ("policy", "reference", "reward")}
-    key = json.dumps([shape, limit, 2])
+    paths = {name: str(out / name) for name in ("policy", "reference", "reward", "gvm")}
+    key = json.dumps([shape, limit, 3])
     if (out / "key").exists() and (out / "key").read_text() == key:
         return paths
     vocab, width = shape["vocab_size"], shape["hidden_size"]
@@ -179,6 +181,9 @@ def make_models(out: Path, shape: dict, limit: int) -> dict[str, str]:
         scorer.model = model.model
         scorer.score.weight.normal_(0, 1 / width**0.5)
         scorer.save_pretrained(paths["reward"])
+        valuer = LlamaForTokenClassification(LlamaConfig(**config.to_dict() | {"num_labels": 1, "classifier_dropout": 0.0}))
+        valuer.model, valuer.score.weight = model.model, scorer.score.weight
+        valuer.save_pretrained(paths["gvm"])
     for path in paths.values():
         tokenizer.save_pretrained(path)
     (out / "key").write_text(key)
@@ -210,7 +215,7 @@ def make_rows(algorithm: str, size: dict, steps: int, vocab: int, limit: int) ->
 
 def in_drawn_order(rows: list[dict], algorithm: str, a_step: int) -> list[dict]:
     """The rows as our script draws them with seed 0: TRL is told not to shuffle."""
-    if algorithm.split("-")[0] in ("grpo", "ppo"):  # they sort prompts by a hash, to hold some out
+    if algorithm.split("-")[0] in ("grpo", "ppo", "dvpo"):  # they sort prompts by a hash, to hold some out
         rows = sorted(rows, key=lambda row: prompt_hash(row["prompt"], 1))
     return [rows[i] for step in range(len(rows) // a_step) for i in batch_indices(len(rows), a_step, step, 0)]
 
@@ -223,9 +228,10 @@ def our_arguments(algorithm: str, paths: dict, files: dict, size: dict, steps: i
     words |= dict(model=paths["reward" if name == "reward" else "policy"], max_response_length=size["response"])
     if name in BETA:
         words |= dict(beta=BETA[name], ref_model=paths["reference"])
-    if name in ("grpo", "ppo"):
+    if name in ("grpo", "ppo", "dvpo"):
         words |= dict(mini_batch_size=size["batch"], epochs=size.get("epochs", 1), eval_prompts=0)
-        words |= dict(reward=paths["reward"], critic_lr=LR) if name == "ppo" else dict(group_size=size["group"])
+        own = {"ppo": dict(reward=paths["reward"], critic_lr=LR), "dvpo": dict(gvm=paths["gvm"])}
+        words |= own.get(name) or dict(group_size=size["group"])
     else:
         words |= dict(eval_dataset=files["eval"]) | (dict(eval_prompts=0) if name != "reward" else {})
     if name == "grpo":
@@ -381,8 +387,8 @@ def table(rows: list[dict], cpu: bool = False) -> str:
 def measure(algorithm: str, args: Args, device: str) -> dict:
     """One row of the table."""
     name, shape = algorithm.split("-")[0], SIZES[args.size]
-    size = shape["ppo" if name == "ppo" else "grpo" if name == "grpo" else "offline"]
-    limit = shape["grpo"]["response"] if name != "ppo" else shape["ppo"]["response"]
+    size = shape[{"ppo": "ppo", "dvpo": "ppo", "grpo": "grpo"}.get(name, "offline")]
+    limit = shape["ppo" if name in ("ppo", "dvpo") else "grpo"]["response"]
     out, steps = Path(args.out, args.size).absolute(), args.steps + 1
     (out / f"models-{limit}").mkdir(parents=True, exist_ok=True)
     paths = make_models(out / f"models-{limit}", shape["model"], limit)
@@ -395,7 +401,8 @@ def measure(algorithm: str, args: Args, device: str) -> dict:
     prompts = (words("prompt") + a_step) * (2 if "chosen" in rows[0] else 1) * size.get("group", 1)  # + bos
     answers = sum(words(key) + a_step * (key in rows[0]) for key in ("response", "chosen", "rejected"))  # + eos
     work = dict(epochs=size.get("epochs", 1), prompt_tokens=prompts, tokens=prompts + answers)
-    python = python_with_trl(PEERS[algorithm], args)
+    beside_ppo = PEERS[algorithm] == "ppo.py"
+    python = sys.executable if beside_ppo else python_with_trl(PEERS[algorithm], args)
 
     pairs, records, losses = [], [], None
     for number in range(args.pairs):
@@ -406,6 +413,8 @@ def measure(algorithm: str, args: Args, device: str) -> dict:
             spec |= dict(algorithm=name, script=name, beta=BETA.get(name, 0.0), rows=files["trl"], model=paths["policy"])
             spec |= dict(ref_model=paths["reference"], reward_model=paths["reward"])
             spec["arguments"] = our_arguments(algorithm, paths, files, size, steps, stem)
+            if side == "trl" and beside_ppo:
+                spec |= dict(side="ours", script="ppo", arguments=our_arguments("ppo", paths, files, size, steps, stem))
             record = run_side(python if side == "trl" else sys.executable, spec, Path(f"{stem}.log"))
             shutil.rmtree(stem, ignore_errors=True)
             if "error" in record:
@@ -416,7 +425,11 @@ def measure(algorithm: str, args: Args, device: str) -> dict:
         why = ""
         if pair["ours_record"]["versions"]["torch"].split("+")[0] != pair["trl_record"]["versions"]["torch"].split("+")[0]:
             why = "not comparable: two versions of torch"
-        mine, theirs = ([step["metrics"][LOGGED[name][0]] for step in pair["ours_record"]["steps"]], pair["trl_record"]["logged"])
+        mine = [step["metrics"][LOGGED[name][0]] for step in pair["ours_record"]["steps"]]
+        if beside_ppo:  # the same samples, as they are drawn by the same numbers
+            theirs = {"loss": [step["metrics"][LOGGED[name][0]] for step in pair["trl_record"]["steps"]]}
+        else:
+            theirs = pair["trl_record"]["logged"]
         if losses is None and name in ("grpo", "ppo"):
             # (TRL's PPO gives the score one token after eos; with a critic that starts as the reward model it is all the same)
             replayed = replayed_loss(name, pair["trl_record"], paths, size, device)
@@ -435,7 +448,8 @@ def measure(algorithm: str, args: Args, device: str) -> dict:
         counts = f"{algorithm} pair {number + 1}/{args.pairs}"
         print(f"{counts}: step {step:.2f}, its CPU time {cpu:.2f}, peak memory {memory:.2f} of TRL's", flush=True)
     row = compared([{side: pair[side] for side in ("ours", "trl")} for pair in pairs])
-    return dict(name=algorithm, losses=losses, trl=pairs[0]["trl_record"]["trl"], **row)
+    trl = {} if beside_ppo else dict(trl=pairs[0]["trl_record"]["trl"])
+    return dict(name=algorithm + " (beside ppo.py)" * beside_ppo, losses=losses, **trl, **row)
 
 
 def about(args: Args) -> dict:
