@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = OMP_NUM_THREADS=1 $(VENV)/bin/python
 
-.PHONY: demo test lint bench tables assets clean
+.PHONY: demo test lint bench plan tables assets clean
 demo: $(VENV)/installed
 	$(RUN) benchmarks/demo.py
 
@@ -15,6 +15,10 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(RUN) benchmarks/reviews.py
+
+# memory on 8 GPUs, planned without one, beside 2502.16944's figures
+plan: $(VENV)/installed
+	$(RUN) benchmarks/memory.py --table
 
 # the papers' tables, an hour or more on two cores; QUICK=1: one seed and a tenth of the steps, 9 minutes
 tables: $(VENV)/installed

@@ -78,7 +78,8 @@ def main(args: Args) -> None:
         rounds += [(gathered, each, seconds(plain, contextlib.nullcontext()))] * (i > 0)  # the first warms up
     if fsdp.rank() == 0:
         spread = lambda x: f"{statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})"  # noqa: E731
-        for name, times in zip(("gathered once", "gathered for each token", "not sharded"), zip(*rounds, strict=True), strict=True):
+        names = ("gathered once", "gathered for each token", "not sharded")
+        for name, times in zip(names, zip(*rounds, strict=True), strict=True):
             print(f"{name}: {spread(times)} s")
         print(f"gathered for each token / once: {spread([b / a for a, b, _ in rounds])}")
         print(f"gathered once / not sharded: {spread([a / c for a, _, c in rounds])}")

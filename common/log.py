@@ -94,12 +94,12 @@ class Run:
             file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
 
     def close(self) -> None:
-        for part in (self.writer, self.bar) if fsdp.rank() == 0 else ():
-            part.close()
+        _ = fsdp.rank() == 0 and (self.writer.close(), self.bar.close())
 
 def peak_memory_gb(restart: bool = False) -> float:
     """Peak on this rank, of CUDA allocations, or on a CPU of the process's resident memory; `restart`: and count from here on."""
     if torch.cuda.is_available():
+        torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() / 2**30
         _ = restart and torch.cuda.reset_peak_memory_stats()
         return peak
@@ -116,16 +116,17 @@ class Phases:
         peak_memory_gb(restart=True)
 
     def end(self, name: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # or a phase would be charged for the one before
-        self.seconds[f"time/{name}_s"], self.since = time.perf_counter() - self.since, time.perf_counter()
-        self.memory[f"memory/{name}_gb"] = peak_memory_gb(restart=True)
+        self.memory[name] = peak_memory_gb(restart=True)  # waits for the GPU, or a phase would be charged for the one before
+        self.seconds[name], self.since = time.perf_counter() - self.since, time.perf_counter()
 
     def metrics(self, model, rollout_tokens: int, update_tokens: int) -> dict:
-        rollout, update, whole = self.seconds["time/rollout_s"], self.seconds["time/update_s"], sum(self.seconds.values())
-        speeds = {"perf/rollout_tokens_per_s": rollout_tokens / rollout, "perf/update_tokens_per_s": update_tokens / update}
-        sums = {"time/step_s": whole, "memory/peak_gb": max(self.memory.values()), "perf/rollout_share": rollout / whole}
-        return self.seconds | self.memory | sums | speeds | mfu(model, update_tokens, update)
+        (rollout, scoring, update), whole, memory = self.seconds.values(), sum(self.seconds.values()), self.memory
+        return mfu(model, update_tokens, update) | {
+            "time/rollout_s": rollout, "time/scoring_s": scoring, "time/update_s": update, "time/step_s": whole,
+            "memory/rollout_gb": memory["rollout"], "memory/scoring_gb": memory["scoring"], "memory/update_gb": memory["update"],
+            "memory/peak_gb": max(memory.values()), "perf/rollout_share": rollout / whole,
+            "perf/rollout_tokens_per_s": rollout_tokens / rollout, "perf/update_tokens_per_s": update_tokens / update,
+        }  # fmt: skip
 
 def mfu(model, tokens: int, seconds: float) -> dict:
     """Model FLOPs utilisation of an update of `tokens` (all ranks): 6 N FLOPs a token; empty where the peak is unknown."""

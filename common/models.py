@@ -178,8 +178,7 @@ def token_logprobs(hidden, weight, bias, tokens, temperature=1.0, forbidden=None
 
 def response_positions(prompt_lengths, response_mask, width: int):
     """[B, T + 1] positions in the sequence of the last prompt token and of each response token, clamped to `width`."""
-    steps = torch.arange(response_mask.shape[1] + 1, device=prompt_lengths.device)
-    return (prompt_lengths[:, None] - 1 + steps).clamp(max=width - 1)
+    return (prompt_lengths[:, None] + torch.arange(-1, response_mask.shape[1], device=prompt_lengths.device)).clamp(max=width - 1)
 
 def response_logprobs(self, input_ids, prompt_lengths, response_mask, temperature=1.0, prompt_head=None):
     """log pi(y_t | x, y_<t) and the entropy at each step, both [B, T], zero where masked; with `prompt_head`, a linear layer,
@@ -282,7 +281,7 @@ def sample(logits, uniforms, temperatures, forbidden: int | None):
     return torch.where(greedy, logits.argmax(-1), tokens)
 
 def decode(policy, prompts: list[list[int]], uniforms, temperatures, stops: list[int], pad: int) -> list[list[int]]:
-    """A response to each prompt, of at most T tokens for `uniforms` [B, T]; `temperatures` [B]. Equal prompts are read once, a
+    """A response to each prompt, of at most T tokens for `uniforms` [B, T]; `temperatures` [B]. Equal prompts are read once; a
     response that has ended leaves the batch, so that a step costs what is unfinished."""
     device, takes, t = uniforms.device, inspect.signature(policy.forward).parameters, 0
     row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
@@ -331,7 +330,7 @@ def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, te
             uniforms = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(number)) for number in numbers]
             uniforms = torch.stack(uniforms).double().to(fsdp.device())
             found = decode(policy, [prompts[i] for i in pick], uniforms, temperatures[pick], stops, pad)
-            responses.update(zip(pick, found, strict=True))
+            responses |= dict(zip(pick, found, strict=True))
     policy.train(training)
     merged = {i: r for part in fsdp.all_gather_object(responses) for i, r in part.items()}
     return [merged[i] for i in range(len(prompts))]

@@ -61,6 +61,15 @@ def test_same_training_of_variants(world, script):
     ranks.assert_same(*(world.path(f"runs/variant-{script}-{processes}") for processes in (0, 2)), weights=weights)
 
 
+def test_one_update_takes_its_own_logprobs_for_the_old_ones(world):
+    """grpo.py with one update a rollout: as with a scoring pass before it (which a dropout, here of no adapters, calls for)."""
+    args = ranks.ARGS["grpo"] | dict(precision="fp64", epochs=1, mini_batch_size=ranks.ARGS["grpo"]["batch_size"])
+    world.run("grpo", 2, **args | dict(micro_batch_size=2, run_dir="runs/one-update")).ok()
+    world.run("grpo", **args | dict(lora_dropout=1e-9, run_dir="runs/scored")).ok()
+    ranks.assert_same(*(world.path(f"runs/{name}") for name in ("one-update", "scored")), weights=1e-6, norms=1e-6)
+    assert any(row["objective/kl"] > 1e-4 for row in ranks.metrics(world.path("runs/one-update")) if "objective/kl" in row)
+
+
 def test_hybrid_sharding_and_frozen_models(world, alone):
     """--shard-size 2 on 4 ranks trains as one rank; GVM and reference keep every bit, with no gradient and no optimizer."""
     args = ranks.ARGS["dvpo"] | dict(precision="fp64", shard_size=2, run_dir="runs/hybrid")
