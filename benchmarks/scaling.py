@@ -11,8 +11,6 @@ import statistics
 import sys
 from pathlib import Path
 
-from transformers import AutoTokenizer, LlamaConfig, LlamaForTokenClassification
-
 NAMES = ("grpo", "dvpo", "ppo")
 BASE = dict(width=128, layers=4, vocab=4096, batch=16, group=4, prompt=32, response=128, micro=4)
 SWEEPS = {
@@ -38,14 +36,15 @@ def flops(name: str, at: dict, epochs: int) -> float:
     """Of one step, with N weights in the trunk, L = prompt + response tokens, R of them the response's, B sequences.
 
     A forward pass of the trunk: B (2 N L + 2 layers width L^2); of the output layer: B R 2 width vocab. A backward pass is twice
-    that; the output layer is computed anew in it. Sampling with a cache is one forward pass, scoring one of the policy and one
-    of the reference, and one of the trunk for each of the critic or GVM and the reward model. Group size is no term.
+    that; the output layer is computed anew in it. Sampling with a cache is one forward pass, scoring one of the reference, one of
+    the policy where it is updated more than once, and one of the trunk for each of the critic or GVM and the reward model. Group
+    size is no term.
     """
     length = at["prompt"] + at["response"]
     body = at["batch"] * (2 * trunk(at) * length + 2 * at["layers"] * at["width"] * length**2)
     head = at["batch"] * at["response"] * 2 * at["width"] * at["vocab"]
     others = {"grpo": 0, "dvpo": 1, "ppo": 2 + 3 * epochs}[name]
-    return 3 * (body + head) + epochs * (3 * body + 4 * head) + others * body
+    return (2 + (epochs > 1)) * (body + head) + epochs * (3 * body + 4 * head) + others * body
 
 
 def megabytes(name: str, at: dict) -> float:
@@ -78,11 +77,6 @@ def point(name: str, at: dict, args, speed) -> dict:
     models = Path(args.out, f"scaling/model-{at['width']}-{at['layers']}-{at['vocab']}").absolute()
     models.mkdir(parents=True, exist_ok=True)
     paths = speed.make_models(models, shape, 8)
-    gvm = models / "gvm"
-    if name == "dvpo" and not (gvm / "model.safetensors").exists():
-        config = LlamaConfig.from_pretrained(paths["reward"], num_labels=1)
-        LlamaForTokenClassification(config).save_pretrained(gvm)
-        AutoTokenizer.from_pretrained(paths["policy"]).save_pretrained(gvm)
     size = dict(prompt=at["prompt"], response=at["response"], batch=at["batch"], micro=at["micro"], epochs=epochs)
     size |= dict(group=at["group"]) if name == "grpo" else {}
     steps, key = args.steps + 1, "-".join(str(v) for v in at.values())
@@ -92,11 +86,7 @@ def point(name: str, at: dict, args, speed) -> dict:
         words = row["prompt"].split() * at["prompt"]
         row["prompt"] = " ".join(words[: at["prompt"] - 1])
     Path(f"{stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = speed.our_arguments("ppo" if name == "dvpo" else name, paths, dict(ours=f"{stem}.jsonl"), size, steps, stem)
-    if name == "dvpo":
-        for flag, value in (("--reward", str(gvm)), ("--critic-lr", None)):
-            i = arguments.index(flag)
-            arguments[i : i + 2] = ["--gvm", value] if value else []
+    arguments = speed.our_arguments(name, paths, dict(ours=f"{stem}.jsonl"), size, steps, stem)
     spec = dict(side="ours", device=args.device, out=f"{stem}.json", run_dir=str(stem), script=name, arguments=arguments)
     record = speed.run_side(sys.executable, spec, Path(f"{stem}.log"))
     if "error" in record:
@@ -147,7 +137,7 @@ def draw(found: dict, path: str) -> None:
 def main(args, speed) -> None:
     found, known = {}, {}
     for sweep, changes in SWEEPS.items():
-        for name in NAMES:
+        for name in [name for name in NAMES if name in args.only]:
             if sweep == "group size" and name != "grpo":
                 continue
             for change in changes:

@@ -146,7 +146,7 @@ def test_the_formulas_of_scaling():
     assert speed.scaling.trunk(at) == weights
     assert weights == sum(p.numel() for p in a_llama(at).model.layers.parameters()) - 2 * 2 * 16  # norms
     body, head = 8 * (2 * weights * 16 + 2 * 2 * 16 * 16**2), 8 * 10 * 2 * 16 * 100
-    assert speed.scaling.flops("grpo", at, 1) == 6 * body + 7 * head
+    assert speed.scaling.flops("grpo", at, 1) == 5 * body + 6 * head
     assert speed.scaling.flops("ppo", at, 4) == (3 + 12 + 2 + 12) * body + (3 + 16) * head
     assert speed.scaling.flops("dvpo", at | dict(group=2, batch=16), 4) == 2 * (16 * body + 19 * head)
 
