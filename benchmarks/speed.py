@@ -446,7 +446,8 @@ def measure(algorithm: str, args: Args, device: str) -> dict:
         pairs.append(pair)
         step, cpu, memory = (pair["ours"][key] / pair["trl"][key] for key in ("seconds", "cpu_seconds", "peak_mb"))
         counts = f"{algorithm} pair {number + 1}/{args.pairs}"
-        print(f"{counts}: step {step:.2f}, its CPU time {cpu:.2f}, peak memory {memory:.2f} of TRL's", flush=True)
+        peer = "ppo.py" if beside_ppo else "TRL"
+        print(f"{counts}: step {step:.2f}, its CPU time {cpu:.2f}, peak memory {memory:.2f} of {peer}'s", flush=True)
     row = compared([{side: pair[side] for side in ("ours", "trl")} for pair in pairs])
     trl = {} if beside_ppo else dict(trl=pairs[0]["trl_record"]["trl"])
     return dict(name=algorithm + " (beside ppo.py)" * beside_ppo, losses=losses, **trl, **row)

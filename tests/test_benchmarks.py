@@ -16,6 +16,7 @@ from common.log import parse
 sys.path.append(str(ranks.ROOT / "benchmarks"))
 import paper_report  # noqa: E402
 import paper_tables  # noqa: E402
+import real_policies  # noqa: E402
 import real_values  # noqa: E402
 import reviews as variants  # noqa: E402
 from jobs import Jobs  # noqa: E402
@@ -124,6 +125,25 @@ def test_data_and_commands_of_the_real_values(tmp_path, monkeypatch):
             parse(evaluate.Values, {}, words[2:])
         elif words[0] != "benchmarks/real_values.py":
             parse(importlib.import_module(words[0].removesuffix(".py")).Args, {}, words[1:])
+
+
+@pytest.mark.parametrize("scored", ["s.jsonl", ""])
+def test_commands_of_the_real_policies(tmp_path, scored):
+    """Every command is one its script accepts, each part of the data goes to one stage, and all that is measured is trained."""
+    args = dict(model="m", pairs="p.jsonl", scored=scored, reward=["a:b"], only=[*real_policies.NAMES], steps=3, rl_steps=2)
+    args |= dict(threshold=0.0, prompts=4, flags="--max-response-length 8", offline_flags="", rl_flags="--epochs 1")
+    commands, wanted = real_policies.commands(types.SimpleNamespace(**args))
+    assert wanted == [name for name in real_policies.NAMES if scored or name not in ("kto", "dro", "rpo")]
+    jobs = Jobs(tmp_path, commands, [(0, "measured")], set())
+    assert {name for _, name in jobs.order} == {*wanted, "reward", "gvm", "measured"}
+    for job in jobs.order:
+        words = jobs.words(job)
+        if words[0] == "evaluate.py":
+            parsed = parse(evaluate.Responses, {}, words[2:])
+            assert parsed.max_response_length == 8 and parsed.part == "rl"
+        else:
+            parsed = parse(importlib.import_module(words[0].removesuffix(".py")).Args, {}, words[1:])
+            assert parsed.part == ("sft" if job[1] == "sft" else "rl" if job[1] in real_policies.ONLINE else "value")
 
 
 def test_scripts_of_the_variants_exist():
