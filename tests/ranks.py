@@ -333,7 +333,8 @@ def not_finite(module, what, at):
         if len(count) == at + 1 and what == "loss":
             loss = loss * float("inf")
         elif len(count) == at + 1:
-            next(p for p in model.parameters() if p.grad is not None).grad.to_local().view(-1)[0] = float("nan")
+            grad = next(p for p in model.parameters() if p.grad is not None).grad
+            (grad.to_local() if hasattr(grad, "to_local") else grad).view(-1)[0] = float("nan")
         return optimizer_step(model, optimizer, lr, loss, *rest)
 
     fsdp.optimizer_step = bad_step

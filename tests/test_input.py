@@ -71,7 +71,7 @@ BAD_ARGS = {
     "missing model": ("sft", dict(model="runs/no/model"), "runs/no/model", "no model folder"),
     "missing model, one slash": ("sft", dict(model="runs/nowhere"), "runs/nowhere", "hub id"),
     "missing GVM": ("dvpo", dict(gvm="./nowhere"), "./nowhere", "no model folder"),
-    "no end token": ("sft", dict(model="runs/endless"), "runs/endless", "no end-of-sequence token"),
+    "no end token": ("sft", dict(model="runs/no-end"), "runs/no-end", "no end-of-sequence token"),
     "GVM of another tokenizer": ("dvpo", dict(gvm="runs/foreign"), "--gvm runs/foreign", "tokenizer differs"),
     "broken .parquet": ("sft", dict(dataset="broken.parquet"), "broken.parquet"),
     "reward without a function": ("ppo", dict(reward="ranks:nothing"), "--reward ranks:nothing", "module:function"),
@@ -122,7 +122,7 @@ def bad_files(world):
         words["soup"], words["fish"] = words["fish"], words["soup"]
         return tokenizer
 
-    ranks.edit_model(world, "policy", "endless", tokenizer_config=endless)
+    ranks.edit_model(world, "policy", "no-end", tokenizer_config=endless)
     ranks.edit_model(world, "value", "foreign", tokenizer=swapped)
 
 
