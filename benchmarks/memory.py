@@ -233,8 +233,8 @@ def prepare(algorithm: str, flags: list[str], folder: str):
     own = {field: str(value) for field, value in dict(eval_every=0, eval_prompts=0, precision="bf16").items()}
     usual = [x for key, value in own.items() if hasattr(script.Args, key) for x in (f"--{key.replace('_', '-')}", value)]
     args = parse(script.Args, {}, [*usual, *flags, *fixed])
-    for name in ("reward", "gvm"):  # a model of the policy's size, where none is named
-        if getattr(args, name, None) in ("", "reviews"):
+    for name in ("reward", "gvm"):  # a model of the policy's size, where none is named; gvm_td.py's rewards are in the rows
+        if algorithm != "gvm_td" and getattr(args, name, None) in ("", "reviews"):
             setattr(args, name, args.model)
     args.epochs, args.seed = getattr(args, "epochs", 1), 0
     prompt, response = args.max_prompt_length, args.max_response_length - 1
@@ -266,7 +266,7 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
         script, args = prepare(algorithm, flags, folder)
         mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
         tracker = Tracker(script.main, device, mode, until)
-        state, minis = {}, Counter()
+        state, minis, loaded = {}, Counter(), []
         put = lambda *where: stack.enter_context(mock.patch.object(*where))
 
         def load(what, auto, name, config=None, output_loading_info=False, **options):
@@ -285,6 +285,7 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
                     model.tie_weights()
             else:
                 real_load(model, source)
+            loaded.append(model)
             kind = "value" if "Token" in type(model).__name__ else "reward" if "Sequence" in type(model).__name__ else "policy"
             count_state(f"{kind} model, {'frozen' if model.frozen else 'trained'}", model.parameters())
 
@@ -293,9 +294,9 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
             state[name] = state.get(name, 0) + sum(t.nbytes for t in tensors)
 
         def adamw(parameters, **options):
-            """As on a GPU the fused one, without temporary memory; its state is there from the start, as in any later step."""
+            """Its state is there from the start, as in any later step."""
             parameters = list(parameters)
-            optimizer = real_adamw(parameters, **options | dict(fused=True))
+            optimizer = real_adamw(parameters, **options)
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
             count_state("gradients", [parameter.grad for parameter in parameters])
@@ -316,13 +317,16 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
                 return [[3] * max_new_tokens for _ in prompts]
             return real_rollout(policy, tokenizer, prompts, max_new_tokens, temperature, seed, size)
 
-        def some_micro_batches(indices, lengths, size, rank, world):
-            """The first; in the update the first two, as the second finds gradients. The others are alike, and what is sent is
-            counted for all. The second mini-batch ends the run."""
-            found, update = micro_batches(indices, lengths, size, rank, world), tracker.phase() == "update"
+        def some_micro_batches(module, indices, lengths, size, rank, world):
+            """The first; where the script updates the first two, as the second finds gradients. The others are alike, and what is
+            sent is counted for all. The second mini-batch ends the run."""
+            found = micro_batches(indices, lengths, size, rank, world)
+            update = tracker.phase() == "update" and module is script  # `models` has but forward passes
             minis["update"] += update
             if minis["update"] > 1:
                 raise Enough
+            for model in loaded if update else ():  # as a later mini-batch finds them: sharded, the root too
+                fsdp.reshard(model)
             steps = getattr(args, "epochs", 1) * (args.batch_size // getattr(args, "mini_batch_size", args.batch_size))
             outer, some = (steps, found[:2]) if update else (1, found[:1])
             for i, pick in enumerate(some):
@@ -333,7 +337,9 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
         put(models, "_load", load)
         real_load, real_adamw = fsdp.load_full, torch.optim.AdamW
         put(fsdp, "load_full", load_full)
-        put(script, "Run", mock.MagicMock())
+        run = mock.MagicMock()
+        run.return_value.metrics = lambda *_, **__: tracker.phase()  # it may be the first to see that `until` has begun
+        put(script, "Run", run)
         put(torch.optim, "AdamW", adamw)
         if hasattr(script, "rollout"):
             real_rollout = script.rollout
@@ -342,7 +348,7 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
             put(fsdp, "device", lambda: torch.device(device))  # on a machine with a GPU too
             put(fsdp, "all_gather_object", lambda value: [value] * gpus)
             for module in (script, models):
-                put(module, "micro_batches", some_micro_batches)
+                put(module, "micro_batches", functools.partial(some_micro_batches, module))
             dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
         else:
             dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
@@ -353,6 +359,7 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
                 script.main(args)
         finally:
             tracker.frame = None
+            loaded.clear()
             fsdp.mesh.cache_clear()
             gc.collect()
             dist.destroy_process_group()

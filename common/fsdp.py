@@ -91,9 +91,8 @@ def shard(model, compute: torch.dtype, shard_size: int, frozen: bool) -> None:
     # a frozen root must reshard after forward, or it stays gathered for good
     options = dict(reshard_after_forward=True if frozen else None)
     fully_shard(model, mesh=mesh(shard_size), mp_policy=MixedPrecisionPolicy(compute, full, output_dtype=full), **options)
-    for method in ("generate", "response_logprobs"):
-        if hasattr(model, method):
-            register_fsdp_forward_method(model, method)
+    if hasattr(model, "response_logprobs"):
+        register_fsdp_forward_method(model, "response_logprobs")
 
 def load_full(model, source) -> None:
     """Fills a sharded model on the meta device from rank 0's whole one."""
@@ -123,7 +122,8 @@ def units(model) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 def reshard(model) -> None:
-    _ = [unit.reshard() for unit in units(model)]  # after a forward without gradient the root's parameters are still gathered
+    for unit in units(model):  # after a forward without gradient the root's parameters are still gathered
+        unit.reshard()
 
 def adamw(model, lr: float):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -208,8 +208,6 @@ def export(model, tokenizer, folder: str, precision: str, **config) -> None:
         shutil.rmtree(part, ignore_errors=True)
         vars(model.config).update(config)
         model.config.dtype = compute = dtypes(precision)[0]
-        if model.can_generate():
-            model.generation_config = model.generation_to_export
         tied = model.all_tied_weights_keys  # on several ranks the gathered copies share no memory, so both would be written
         full = {key: value for key, value in full.items() if key not in tied}
         if hasattr(model, "lora"):

@@ -94,7 +94,8 @@ class Run:
             file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
 
     def close(self) -> None:
-        _ = fsdp.rank() == 0 and (self.writer.close(), self.bar.close())
+        for part in (self.writer, self.bar) if fsdp.rank() == 0 else ():
+            part.close()
 
 def peak_memory_gb(restart: bool = False) -> float:
     """Peak on this rank, of CUDA allocations, or on a CPU of the process's resident memory; `restart`: and count from here on."""

@@ -111,11 +111,11 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
         pad = tokenizer.pad_token_id
         stops = sorted({tokenizer.eos_token_id, stop_token(tokenizer)})
         model.forbidden_token = None if pad in stops else pad
-        if source:  # kept from `generate`, which would take a repetition penalty from it: not what log-probabilities are of
-            model.generation_to_export = source.generation_config
-            model.generation_to_export.eos_token_id = stops if len(stops) > 1 else stops[0]
-            if not model.generation_to_export.do_sample:  # a changed config is only saved without what it would not use
-                model.generation_to_export.update(temperature=None, top_p=None, top_k=None)
+        if source:  # for the export: a rollout reads nothing of it, least of all a repetition penalty
+            model.generation_config = source.generation_config
+            model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+            if not model.generation_config.do_sample:  # a changed config is only saved without what it would not use
+                model.generation_config.update(temperature=None, top_p=None, top_k=None)
     fsdp.shard(model, compute, args.shard_size, frozen=not trained)
     fsdp.load_full(model, source)
     if not adapted:  # else the adapters are, and a head
@@ -186,6 +186,7 @@ def response_logprobs(self, input_ids, prompt_lengths, response_mask, temperatur
     A decoder gets no attention mask: with padding on the right alone, a causal model never looks at it."""
     at = response_positions(prompt_lengths, response_mask, input_ids.shape[1])
     tokens = input_ids.gather(1, at[:, 1:])
+    real = response_mask.flatten().nonzero().squeeze(1)  # no output layer for padding; asked before there is work to wait for
     if self.config.is_encoder_decoder:
         hidden, prompt = t5.hidden_states(self, input_ids, prompt_lengths, tokens)
     else:
@@ -193,9 +194,8 @@ def response_logprobs(self, input_ids, prompt_lengths, response_mask, temperatur
         hidden = hidden.gather(1, at[:, :-1, None].expand(-1, -1, hidden.shape[-1]))
         prompt = hidden[:, 0]
     layer = self.get_output_embeddings()
-    real, flat = response_mask.flatten().nonzero().squeeze(1), hidden.flatten(0, 1)  # the output layer is for tokens, not padding
-    layer = (layer.weight, layer.bias, tokens.flatten()[real], temperature, self.forbidden_token)
-    found = [x.new_zeros(tokens.numel()).index_put((real,), x).view_as(tokens) for x in token_logprobs(flat[real], *layer)]
+    given = (hidden.flatten(0, 1)[real], layer.weight, layer.bias, tokens.flatten()[real], temperature, self.forbidden_token)
+    found = [x.new_zeros(tokens.numel()).index_put((real,), x).view_as(tokens) for x in token_logprobs(*given)]
     return found if prompt_head is None else [*found, prompt_head(prompt.to(prompt_head.weight.dtype)).squeeze(-1)]
 
 def response_values(model, input_ids, prompt_lengths, response_mask):
@@ -275,7 +275,7 @@ def sample(logits, uniforms, temperatures, forbidden: int | None):
     The numbers are drawn per *sequence*, so a response depends on neither its rank nor its neighbours in the batch."""
     logits, greedy = logits.double(), temperatures == 0
     if forbidden is not None:
-        logits = logits.index_fill(1, torch.tensor([forbidden], device=logits.device), -torch.inf)
+        logits[:, forbidden] = -torch.inf
     cdf = (logits / temperatures.masked_fill(greedy, 1.0)[:, None]).softmax(-1).cumsum(-1)
     tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(1)
     return torch.where(greedy, logits.argmax(-1), tokens)
@@ -322,7 +322,8 @@ def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, te
     stops, pad = sorted({stop_token(tokenizer), tokenizer.eos_token_id}), tokenizer.pad_token_id
     temperatures = torch.as_tensor(temperature, dtype=torch.float64, device=fsdp.device()).expand(len(prompts))
     mine = sorted(range(fsdp.rank(), len(prompts), fsdp.world()), key=lambda i: len(prompts[i]))
-    responses, training, _ = {}, policy.training, policy.eval()
+    responses, training = {}, policy.training
+    policy.eval()
     with fsdp.gathered(policy):
         for start in range(0, len(mine), size or len(mine) or 1):
             pick = mine[start : start + (size or len(mine))]
