@@ -43,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import fsdp, models  # noqa: E402
 from common.data import fail, micro_batches  # noqa: E402
 from common.log import parse  # noqa: E402
+from optional import kv_cache  # noqa: E402
 
 GB = 2**30
 aten = torch.ops.aten
@@ -372,26 +373,31 @@ def long_cache(length: int):
     """Key-value caches that, at the first token after the prompt, become `length` long, as at the last token."""
     from transformers.cache_utils import DynamicLayer
 
-    update, sizes = DynamicLayer.update, DynamicLayer.get_mask_sizes
+    sizes, steps = DynamicLayer.get_mask_sizes, kv_cache.ROOM
 
-    def lengthen(layer, new):
-        if new == 1 and layer.is_initialized and layer.keys.shape[-2] < length - 1 and not layer.is_sliding:
-            for name in ("keys", "values"):
-                old = getattr(layer, name)
-                shape, like = (*old.shape[:2], length - 1, old.shape[3]), old.new_empty(0)
-                old = None
-                setattr(layer, name, None)
-                setattr(layer, name, like.new_empty(shape))
+    def longer_sizes(layer, query_length):  # the mask is made before the layers' turn, and asks the first
+        if query_length == 1 and layers and layers[0].room:
+            for each in layers:
+                lengthen(each)
+            layers.clear()
+        return sizes(layer, query_length)
 
-    def longer_update(self, keys, *rest, **more):
-        lengthen(self, keys.shape[-2])
-        return update(self, keys, *rest, **more)
+    def lengthen(layer):
+        if layer.get_seq_length() < length - 1:
+            shape, like = list(layer.keys.shape), layer.keys.new_empty(0)
+            layer.room = layer.keys = layer.values = None  # freed first
+            shape[2] = -(-(length - 1) // steps) * steps
+            layer.room = tuple(like.new_empty(shape) for _ in range(2))
+            layer.keys, layer.values = (room[:, :, : length - 1] for room in layer.room)
 
-    def longer_sizes(self, query_length):  # the mask is made before the first layer's turn
-        lengthen(self, query_length)
-        return sizes(self, query_length)
+    layers, made = [], kv_cache.roomy
 
-    with mock.patch.multiple(DynamicLayer, update=longer_update, get_mask_sizes=longer_sizes):
+    def roomy(config):
+        cache = made(config)
+        layers[:] = [layer for layer in cache.layers if isinstance(layer, kv_cache.RoomyLayer)]
+        return cache
+
+    with mock.patch.object(DynamicLayer, "get_mask_sizes", longer_sizes), mock.patch.object(kv_cache, "roomy", roomy):
         yield
 
 

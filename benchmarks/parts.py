@@ -12,6 +12,7 @@ import time
 import types
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -19,10 +20,10 @@ import torch.nn.functional as F
 import transformers
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import DynamicLayer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import data, fsdp, models  # noqa: E402
+from optional import kv_cache  # noqa: E402
 
 ROUNDS = 7
 
@@ -46,48 +47,26 @@ def compare(title: str, ours, other) -> None:
     print(f"| {title} | {1e3 * a:,.1f} ms / {1e3 * b:,.1f} ms | {a / b:.2f} |", flush=True)
 
 
-class RoomyLayer(DynamicLayer):
-    """Keys and values with room for more tokens, where torch.cat copies all of them for each. Tried, not kept."""
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        n, new = self.get_seq_length(), key_states.shape[2]
-        if n == 0:
-            return super().update(key_states, value_states)
-        if self.keys._base is None or self.keys._base.shape[2] < n + new:  # rows were selected, or the room is used up
-            self.keys, self.values = (F.pad(x, (0, 0, 0, new + 32 + n // 8))[:, :, :n] for x in (self.keys, self.values))
-        self.keys, self.values = (x._base[:, :, : n + new] for x in (self.keys, self.values))
-        self.keys[:, :, n:], self.values[:, :, n:] = key_states, value_states
-        return self.keys, self.values
-
-
 @torch.no_grad()
 def rollouts() -> None:
-    """8 prompts of 24 tokens, 8 responses each, all of full length."""
-    for hidden, layers, tokens in ((128, 4, 64), (128, 4, 256)):
-        model = llama(hidden, layers, 1024).eval()
-        prompts = torch.randint(5, 1000, (8, 24)).repeat_interleave(8, 0)
-        uniforms, heat = torch.rand(64, tokens, dtype=torch.float64), torch.ones(64, dtype=torch.float64)
+    """Prompts of 24 tokens, 8 responses each; all of full length where nothing else is said."""
+    for n, tokens in ((64, 64), (64, 256), (16, 512)):
+        model = llama(128, 4, 1024).eval()
+        prompts = torch.randint(5, 1000, (n // 8, 24)).repeat_interleave(8, 0)
+        uniforms, heat = torch.rand(n, tokens, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
         config = transformers.GenerationConfig(max_new_tokens=tokens, do_sample=True, eos_token_id=None, pad_token_id=0)
         ours = partial(models.decode, model, prompts.tolist(), uniforms, heat, [-1], 0)
         theirs = partial(model.generate, prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
-        compare(f"rollout, 64 responses of {tokens} tokens: `models.decode` / `generate`", ours, theirs)
+        compare(f"rollout, {n} responses of {tokens} tokens: `models.decode` / `generate`", ours, theirs)
 
-        def roomy(run):
-            plain = transformers.DynamicCache
-
-            def cache(config):
-                made = plain(config=config)
-                made.layers = [RoomyLayer() for _ in made.layers]
-                return made
-
-            transformers.DynamicCache = cache
-            run()
-            transformers.DynamicCache = plain
+        def plain(run):
+            with mock.patch.object(kv_cache, "roomy", lambda config: transformers.DynamicCache(config=config)):
+                run()
 
         stops = list(range(10, 10 + 2048 // tokens))  # untrained, every token is about equally likely: half end before tokens / 3
         ragged = partial(models.decode, model, prompts.tolist(), uniforms, heat, stops, 0)
-        compare(f"the same: a cache with room / `torch.cat` (not kept), {tokens} tokens", partial(roomy, ours), ours)
-        compare("the same, responses end at different lengths", partial(roomy, ragged), ragged)
+        compare("the same: `kv_cache.roomy` / `DynamicCache`", ours, partial(plain, ours))
+        compare("the same, responses end at different lengths", ragged, partial(plain, ragged))
 
 
 def output_layer() -> None:

@@ -13,7 +13,7 @@ import transformers
 from assets import reviews
 from common import fsdp
 from common.data import collate, encode_prompt, fail, micro_batches, stop_token
-from optional import lora, t5
+from optional import kv_cache, lora, t5
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # what a load leaves out is checked below, and said in one line
@@ -290,7 +290,7 @@ def decode(policy, prompts: list[list[int]], uniforms, temperatures, stops: list
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in row_of], device=device)
     encoder_decoder, states, ended = policy.config.is_encoder_decoder, mask, torch.tensor(stops, device=device)
     feed = torch.full_like(ids[:, :1], policy.config.decoder_start_token_id) if encoder_decoder else ids
-    cache = None if encoder_decoder else transformers.DynamicCache(config=policy.config)
+    cache = None if encoder_decoder else kv_cache.roomy(policy.config)
     alive, tokens = torch.arange(len(prompts), device=device), torch.full_like(uniforms, pad, dtype=torch.long)
     while t < uniforms.shape[1] and len(alive):
         inputs = dict(attention_mask=mask, past_key_values=cache, use_cache=True)

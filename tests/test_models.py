@@ -13,7 +13,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    DynamicCache,
     LlamaConfig,
+    MistralConfig,
     Qwen2Config,
 )
 
@@ -22,6 +24,7 @@ from common import fsdp
 from common.data import collate, encode_prompt, stop_token, tokenize
 from common.models import (
     Reward,
+    decode,
     load_model,
     load_tokenizer,
     response_values,
@@ -31,6 +34,7 @@ from common.models import (
     sequence_scores,
     token_logprobs,
 )
+from optional import kv_cache
 
 PAD, BOS, EOS = (reviews.SPECIAL.index(f"<{role}>") for role in ("pad", "bos", "eos"))
 ARGS = SimpleNamespace(precision="fp32", shard_size=0, gradient_checkpointing=False, micro_batch_size=3, lora_rank=0)
@@ -277,6 +281,39 @@ def test_greedy_rollout_is_the_argmax_of_plain_logits(folders, tokenizer, policy
             logits = reference(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         logits[:, PAD] = -math.inf
         assert response == logits.argmax(-1).tolist()
+
+
+def test_a_cache_with_room_holds_what_transformers_own_holds(monkeypatch):
+    """Token by token, past its room several times, rows repeated and dropped in between."""
+    monkeypatch.setattr(kv_cache, "ROOM", 4)
+    config = LlamaConfig(num_hidden_layers=1)
+    (roomy,), (plain,) = kv_cache.roomy(config).layers, DynamicCache(config=config).layers
+    assert type(roomy) is kv_cache.RoomyLayer
+    for tokens, rows in ((3, [0, 0, 1, 1]), (1, None), (1, [3, 1]), (1, None), (5, None), (1, [1]), (7, None), (1, None)):
+        given = torch.randn(2, plain.keys.shape[0] if plain.is_initialized else 2, 2, tokens, 3)
+        for layer in (roomy, plain):
+            layer.update(*given)
+            if rows:
+                layer.batch_select_indices(torch.tensor(rows))
+        assert torch.equal(roomy.keys, plain.keys) and torch.equal(roomy.values, plain.values)
+        assert roomy.get_seq_length() == plain.get_seq_length() and roomy.room[0].shape[2] % 4 == 0
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_rollout_past_the_room_of_its_cache(monkeypatch, window):
+    """Greedy, against the plain model without a cache; a sliding window keeps transformers' own layers."""
+    monkeypatch.setattr(kv_cache, "ROOM", 8)
+    sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MistralConfig(**sizes, num_key_value_heads=1, sliding_window=window)).eval()
+    model.forbidden_token, prompts, n = None, [[5, 6, 7], [8] * 9, [5, 6, 7]], 20
+    ones = torch.ones(3, dtype=torch.float64)
+    with torch.no_grad():
+        found = decode(model, prompts, torch.rand(3, n, dtype=torch.float64), 0 * ones, [-1], 0)
+        for prompt, response in zip(prompts, found, strict=True):
+            assert len(response) == n
+            logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+            assert response == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])
