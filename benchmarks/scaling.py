@@ -118,7 +118,7 @@ def draw(found: dict, path: str) -> None:
     import matplotlib.pyplot as plt
 
     sweeps = list(dict.fromkeys(sweep for sweep, _ in found))
-    figure, axes = plt.subplots(2, len(sweeps), figsize=(3.2 * len(sweeps), 6), squeeze=False)
+    figure, axes = plt.subplots(2, len(sweeps), figsize=(3.2 * len(sweeps), 6), squeeze=False, sharey="row")
     for column, sweep in enumerate(sweeps):
         for row, (key, formula, unit) in enumerate((("seconds", "gflops", "s a step"), ("peak_mb", "formula_mb", "peak MB"))):
             ax = axes[row][column]
@@ -127,6 +127,9 @@ def draw(found: dict, path: str) -> None:
                 ax.plot(x, [p[key] for _, p in points], "o-", color=f"C{i}", label=name)
                 ax.plot(x, [first[key] * p[formula] / first[formula] for _, p in points], "--", color=f"C{i}", linewidth=1)
             ax.set(xscale="log", yscale="log", xlabel=sweep, ylabel=unit if not column else "")
+            name_of = lambda n: f"{n / 1e6:.2g}M" if n >= 1e6 else f"{n / 1e3:.0f}k" if n >= 1e4 else str(n)  # noqa: E731
+            ax.set_xticks(x, [name_of(n) for n in x])
+            ax.minorticks_off()
             ax.grid(alpha=0.3)
     axes[0][0].legend()
     figure.tight_layout()
