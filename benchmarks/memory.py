@@ -373,7 +373,7 @@ def long_cache(length: int):
     """Key-value caches that, at the first token after the prompt, become `length` long, as at the last token."""
     from transformers.cache_utils import DynamicLayer
 
-    sizes, steps = DynamicLayer.get_mask_sizes, kv_cache.ROOM
+    sizes = DynamicLayer.get_mask_sizes
 
     def longer_sizes(layer, query_length):  # the mask is made before the layers' turn, and asks the first
         if query_length == 1 and layers and layers[0].room:
@@ -382,13 +382,10 @@ def long_cache(length: int):
             layers.clear()
         return sizes(layer, query_length)
 
-    def lengthen(layer):
-        if layer.get_seq_length() < length - 1:
-            shape, like = list(layer.keys.shape), layer.keys.new_empty(0)
-            layer.room = layer.keys = layer.values = None  # freed first
-            shape[2] = -(-(length - 1) // steps) * steps
-            layer.room = tuple(like.new_empty(shape) for _ in range(2))
-            layer.keys, layer.values = (room[:, :, : length - 1] for room in layer.room)
+    def lengthen(layer):  # by its own `update`, with views that hold no memory
+        more = length - 1 - layer.get_seq_length()
+        if more > 0:
+            layer.update(*(x[:, :, :1].expand(-1, -1, more, -1) for x in (layer.keys, layer.values)))
 
     layers, made = [], kv_cache.roomy
 
