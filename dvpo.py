@@ -44,6 +44,7 @@ from common.models import (
     rollout,
     run_micro_batches,
 )
+from optional import vllm_engine
 from optional.context import add_context
 
 
@@ -81,6 +82,12 @@ class Args:
     """responses a forward pass, a rank; changes memory and speed, not the result"""
     rollout_batch_size: int = 0
     """prompts generated at once, a rank; 0: all of the step's"""
+    rollout_engine: Literal["torch", "vllm"] = "torch"
+    """torch: our own loop; vllm: vLLM in each process, the policy's weights copied into it before each rollout"""
+    vllm_cache_gb: float = 4.0
+    """GiB of keys and values that vLLM reserves on each GPU, beside its copy of the weights"""
+    importance_cap: float = 2.0
+    """with vllm: min(policy / sampler, cap) weights each token's advantage; 0: no such weight"""
     epochs: int = 4
     """passes over each rollout (2502.16944: 4)"""
     max_prompt_length: int = 1024
@@ -191,6 +198,13 @@ def whiten(x, mask, centre=True, eps=1e-8):
     return torch.where(mask, (x - mean * centre) / (std + eps), 0.0)
 
 
+def importance_weights(logprobs, sampled, mask, cap):
+    """min(pi / mu, cap) at each token [B, T], a truncated importance weight (fengyao.notion.site/off-policy-rl). Its sampler mu
+    drew it with log-probability `sampled`, the policy gives it `logprobs`. 1 where masked, and everywhere for `cap` 0."""
+    ratio = torch.where(mask, logprobs - sampled, 0.0).exp()
+    return ratio.clamp(max=cap) if cap else torch.ones_like(ratio)
+
+
 def kl_estimates(logprobs, ref_logprobs, mask):
     """Per-token estimates [B, T] of KL(pi || pi_ref) at tokens sampled from pi: k1 = log-ratio (unbiased, either sign) and
     k3 = exp(-k1) - 1 + k1 (unbiased, never negative). Masked before exp."""
@@ -249,6 +263,7 @@ def main(args: Args) -> None:
     # --- models
     eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
     policy = load_model("policy", name, tokenizer, args, trained=True)
+    policy.engine, cap = vllm_engine.start(policy, name, args)
     optimizer = fsdp.adamw(policy, args.lr)
     gvm = load_model("value", gvm_name, tokenizer, args, trained=False)
     if getattr(gvm.config, "gamma", args.gamma) != args.gamma:
@@ -270,7 +285,7 @@ def main(args: Args) -> None:
     def evaluate(step):
         """The policy on the held-out prompts, sampled with the same random numbers each time."""
         prompts = [row["prompt_ids"] for row in eval_rows]
-        responses = rollout(policy, tokenizer, prompts, limit, args.temperature, (0, 0), args.rollout_batch_size)
+        responses, _ = rollout(policy, tokenizer, prompts, limit, args.temperature, (0, 0), args.rollout_batch_size)
         sequences = list(zip(prompts, responses, strict=True))
         mask = collate(sequences, pad, device)["response_mask"]
         kl, _ = kl_estimates(score(policy, sequences), score(reference, sequences), mask)
@@ -292,7 +307,8 @@ def main(args: Args) -> None:
         phases = Phases()
         batch = [rows[i] for i in batch_indices(len(rows), args.batch_size, step, args.seed)]
         prompts = [row["prompt_ids"] for row in batch]
-        responses = rollout(policy, tokenizer, prompts, limit, args.temperature, (args.seed, step + 1), args.rollout_batch_size)
+        seed = (args.seed, step + 1)
+        responses, sampled = rollout(policy, tokenizer, prompts, limit, args.temperature, seed, args.rollout_batch_size)
         sequences = list(zip(prompts, responses, strict=True))
         lengths = [len(p) + len(r) for p, r in sequences]
         mask = collate(sequences, pad, device)["response_mask"]
@@ -323,6 +339,7 @@ def main(args: Args) -> None:
         else:
             penalties = token_rewards(kl, final - scores, mask, beta)
             advantages = whiten(values[:, 1:], mask) + later_rewards(penalties, mask, args.gamma)
+        advantages = advantages * importance_weights(logprobs, sampled, mask, cap)
         phases.end("scoring")
 
         # --- update
@@ -354,6 +371,7 @@ def main(args: Args) -> None:
         metrics = {
             "objective/score": scores.mean(), "objective/kl": kl.sum(1).mean(), "objective/kl_k3": k3.sum(1).mean(),
             "objective/beta": beta, "objective/entropy": entropy / count,
+            "rollout/mismatch": kl_estimates(sampled, logprobs, mask)[1].sum() / response_tokens,
             "rollout/length": mask.sum(1).float().mean(), "rollout/truncated": truncated.float().mean(),
             "policy/loss": means[0], "policy/grad_norm": means[1], "policy/clip_fraction": clipped / count,
             "policy/approx_kl": approx_kl / count, "policy/ratio": ratio / count, "policy/lr": lr,

@@ -37,6 +37,7 @@ from common.models import (
     rollout,
     run_micro_batches,
 )
+from optional import vllm_engine
 
 
 @dataclass
@@ -75,6 +76,12 @@ class Args:
     """responses a forward pass, a rank; changes memory and speed, not the result"""
     rollout_batch_size: int = 0
     """prompts generated at once, a rank; 0: all of the step's"""
+    rollout_engine: Literal["torch", "vllm"] = "torch"
+    """torch: our own loop; vllm: vLLM in each process, the policy's weights copied into it before each rollout"""
+    vllm_cache_gb: float = 4.0
+    """GiB of keys and values that vLLM reserves on each GPU, beside its copy of the weights"""
+    importance_cap: float = 2.0
+    """with vllm: min(policy / sampler, cap) weights each token's advantage; 0: no such weight"""
     epochs: int = 1
     """passes over each rollout (2402.03300: 1)"""
     max_prompt_length: int = 1024
@@ -171,6 +178,13 @@ def token_weights(mask, aggregation, max_length):
     return mask / whole
 
 
+def importance_weights(logprobs, sampled, mask, cap):
+    """min(pi / mu, cap) at each token [B, T], a truncated importance weight (fengyao.notion.site/off-policy-rl). Its sampler mu
+    drew it with log-probability `sampled`, the policy gives it `logprobs`. 1 where masked, and everywhere for `cap` 0."""
+    ratio = torch.where(mask, logprobs - sampled, 0.0).exp()
+    return ratio.clamp(max=cap) if cap else torch.ones_like(ratio)
+
+
 def kl_estimates(logprobs, ref_logprobs, mask):
     """Per-token estimates [B, T] of KL(pi || pi_ref) at tokens sampled from pi: k1 = log-ratio (unbiased, either sign) and
     k3 = exp(-k1) - 1 + k1 (unbiased, never negative). Masked before exp."""
@@ -223,6 +237,7 @@ def main(args: Args) -> None:
     reward = Reward(args.reward, tokenizer, args)
     eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
     policy = load_model("policy", name, tokenizer, args, trained=True)
+    policy.engine, cap = vllm_engine.start(policy, name, args)
     optimizer = fsdp.adamw(policy, args.lr)
     reference = load_reference(policy, ref_name, tokenizer, args) if args.beta else None
     models = [model for model in (policy, reference, reward.model) if model is not None]
@@ -238,7 +253,7 @@ def main(args: Args) -> None:
     def evaluate(step):
         """The policy on the held-out prompts, sampled with the same random numbers each time."""
         prompts = [row["prompt_ids"] for row in eval_rows]
-        responses = rollout(policy, tokenizer, prompts, limit, args.temperature, (0, 0), args.rollout_batch_size)
+        responses, _ = rollout(policy, tokenizer, prompts, limit, args.temperature, (0, 0), args.rollout_batch_size)
         sequences = list(zip(prompts, responses, strict=True))
         mask = collate(sequences, pad, device)["response_mask"]
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -264,7 +279,8 @@ def main(args: Args) -> None:
         drawn = batch_indices(len(rows), args.batch_size // args.group_size, step, args.seed)
         batch = [rows[i] for i in drawn for _ in range(args.group_size)]
         prompts = [row["prompt_ids"] for row in batch]
-        responses = rollout(policy, tokenizer, prompts, limit, args.temperature, (args.seed, step + 1), args.rollout_batch_size)
+        seed = (args.seed, step + 1)
+        responses, sampled = rollout(policy, tokenizer, prompts, limit, args.temperature, seed, args.rollout_batch_size)
         sequences = list(zip(prompts, responses, strict=True))
         lengths = [len(p) + len(r) for p, r in sequences]
         mask = collate(sequences, pad, device)["response_mask"]
@@ -298,11 +314,13 @@ def main(args: Args) -> None:
                 for pick in micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world):
                     mb = collate([sequences[i] for i in pick], pad, device)
                     mb_mask, at = mb["response_mask"], torch.tensor(pick or [0], device=device)
-                    mb_weights, mb_advantages = (x[at, : mb_mask.shape[1]] for x in (weights, advantages))
+                    whole = (weights, advantages, sampled)
+                    mb_weights, mb_advantages, mb_sampled = (x[at, : mb_mask.shape[1]] for x in whole)
                     mb_logprobs, mb_entropy = policy.response_logprobs(**mb, temperature=args.temperature)
                     if one_update and pick:
                         logprobs[at, : mb_mask.shape[1]] = mb_logprobs.detach().to(logprobs.dtype)
                     mb_old = mb_logprobs.detach() if one_update else logprobs[at, : mb_mask.shape[1]]
+                    mb_advantages = mb_advantages * importance_weights(mb_old, mb_sampled, mb_mask, cap)
                     clips = args.clip, args.clip_high
                     mb_loss, stats = surrogate_loss(mb_logprobs, mb_old, mb_advantages, mb_weights, mb_mask, *clips)
                     if args.beta:
@@ -323,6 +341,7 @@ def main(args: Args) -> None:
         metrics = {
             "objective/score": scores.mean(), "objective/kl": kl.sum(1).mean(), "objective/kl_k3": k3.sum(1).mean(),
             "objective/entropy": entropy / count, "rollout/zero_spread": equal.float().mean(),
+            "rollout/mismatch": kl_estimates(sampled, logprobs, mask)[1].sum() / response_tokens,
             "rollout/length": mask.sum(1).float().mean(), "rollout/truncated": truncated.float().mean(),
             "policy/loss": means[0], "policy/grad_norm": means[1], "policy/clip_fraction": clipped / count,
             "policy/approx_kl": approx_kl / count, "policy/ratio": ratio / count, "policy/lr": lr,

@@ -320,7 +320,7 @@ def main(args: Args) -> None:
         out = {"eval/pair_accuracy": implied_accuracy(log_ratios, eval_rewards_given, eval_groups)}
         out["eval/label_auc"] = auc(log_ratios, eval_labels)
         prompts = [row["prompt_ids"] for row in eval_rows]
-        responses = rollout(policy, tokenizer, prompts, args.max_response_length, args.temperature, (0, 0))
+        responses, _ = rollout(policy, tokenizer, prompts, args.max_response_length, args.temperature, (0, 0))
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         sampled = list(zip(prompts, responses, strict=True))
         scores = {r.label: r(eval_rows, sampled, texts) for r in eval_rewards}

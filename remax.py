@@ -39,6 +39,7 @@ from common.models import (
     rollout,
     run_micro_batches,
 )
+from optional import vllm_engine
 
 
 @dataclass
@@ -75,6 +76,12 @@ class Args:
     """responses a forward pass, a rank; changes memory and speed, not the result"""
     rollout_batch_size: int = 0
     """prompts generated at once, a rank; 0: all of the step's"""
+    rollout_engine: Literal["torch", "vllm"] = "torch"
+    """torch: our own loop; vllm: vLLM in each process, the policy's weights copied into it before each rollout"""
+    vllm_cache_gb: float = 4.0
+    """GiB of keys and values that vLLM reserves on each GPU, beside its copy of the weights"""
+    importance_cap: float = 2.0
+    """with vllm: min(policy / sampler, cap) weights each token's advantage; 0: no such weight"""
     epochs: int = 1
     """passes over each rollout (2310.10505: 1)"""
     max_prompt_length: int = 1024
@@ -164,6 +171,13 @@ def token_weights(mask, aggregation, max_length):
     return mask / whole
 
 
+def importance_weights(logprobs, sampled, mask, cap):
+    """min(pi / mu, cap) at each token [B, T], a truncated importance weight (fengyao.notion.site/off-policy-rl). Its sampler mu
+    drew it with log-probability `sampled`, the policy gives it `logprobs`. 1 where masked, and everywhere for `cap` 0."""
+    ratio = torch.where(mask, logprobs - sampled, 0.0).exp()
+    return ratio.clamp(max=cap) if cap else torch.ones_like(ratio)
+
+
 def kl_estimates(logprobs, ref_logprobs, mask):
     """Per-token estimates [B, T] of KL(pi || pi_ref) at tokens sampled from pi: k1 = log-ratio (unbiased, either sign) and
     k3 = exp(-k1) - 1 + k1 (unbiased, never negative). Masked before exp."""
@@ -214,6 +228,7 @@ def main(args: Args) -> None:
     reward = Reward(args.reward, tokenizer, args)
     eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
     policy = load_model("policy", name, tokenizer, args, trained=True)
+    policy.engine, cap = vllm_engine.start(policy, name, args)
     optimizer = fsdp.adamw(policy, args.lr)
     reference = load_reference(policy, ref_name, tokenizer, args) if args.beta else None
     models = [model for model in (policy, reference, reward.model) if model is not None]
@@ -229,7 +244,7 @@ def main(args: Args) -> None:
     def evaluate(step):
         """The policy on the held-out prompts, sampled with the same random numbers each time."""
         prompts = [row["prompt_ids"] for row in eval_rows]
-        responses = rollout(policy, tokenizer, prompts, limit, args.temperature, (0, 0), args.rollout_batch_size)
+        responses, _ = rollout(policy, tokenizer, prompts, limit, args.temperature, (0, 0), args.rollout_batch_size)
         sequences = list(zip(prompts, responses, strict=True))
         mask = collate(sequences, pad, device)["response_mask"]
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -255,10 +270,12 @@ def main(args: Args) -> None:
         batch = [rows[i] for i in batch_indices(len(rows), args.batch_size, step, args.seed)]
         prompts = [row["prompt_ids"] for row in batch]
         heat = [args.temperature] * len(prompts) + [0.0] * len(prompts)  # sampled and greedy in one call
-        responses = rollout(policy, tokenizer, prompts * 2, limit, heat, (args.seed, step + 1), args.rollout_batch_size)
+        seed = (args.seed, step + 1)
+        responses, sampled = rollout(policy, tokenizer, prompts * 2, limit, heat, seed, args.rollout_batch_size)
         sequences, greedy = (list(zip(prompts, r, strict=True)) for r in (responses[: len(batch)], responses[len(batch) :]))
         lengths = [len(p) + len(r) for p, r in sequences]
         mask = collate(sequences, pad, device)["response_mask"]
+        sampled = sampled[: len(batch), : mask.shape[1]]
         truncated = torch.tensor([r[-1] not in stops for r in responses], device=device).split(len(batch))
         phases.end("rollout")
 
@@ -271,7 +288,7 @@ def main(args: Args) -> None:
 
         # --- advantage
         final, baseline = (s - args.missing_eos_penalty * t for s, t in zip((scores, greedy_scores), truncated, strict=True))
-        advantages = remax_advantages(final, baseline, kl, mask, args.beta)
+        advantages = remax_advantages(final, baseline, kl, mask, args.beta) * importance_weights(logprobs, sampled, mask, cap)
         phases.end("scoring")
 
         # --- update
@@ -304,6 +321,7 @@ def main(args: Args) -> None:
         metrics = {
             "objective/score": scores.mean(), "objective/kl": kl.sum(1).mean(), "objective/kl_k3": k3.sum(1).mean(),
             "objective/entropy": entropy / count, "objective/greedy_score": greedy_scores.mean(),
+            "rollout/mismatch": kl_estimates(sampled, logprobs, mask)[1].sum() / response_tokens,
             "rollout/length": mask.sum(1).float().mean(), "rollout/truncated": truncated[0].float().mean(),
             "policy/loss": means[0], "policy/grad_norm": means[1], "policy/clip_fraction": clipped / count,
             "policy/approx_kl": approx_kl / count, "policy/ratio": ratio / count, "policy/lr": lr,

@@ -316,7 +316,7 @@ def main(args: Args) -> None:
         log_ratios = score(policy, eval_sequences) / scale(eval_sequences) - eval_ref_logprobs
         out = {"eval/pair_accuracy": implied_accuracy(log_ratios, eval_rewards_given, eval_groups)}
         prompts = [row["prompt_ids"] for row in eval_rows]
-        responses = rollout(policy, tokenizer, prompts, args.max_response_length, args.temperature, (0, 0))
+        responses, _ = rollout(policy, tokenizer, prompts, args.max_response_length, args.temperature, (0, 0))
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         sampled = list(zip(prompts, responses, strict=True))
         scores = {r.label: r(eval_rows, sampled, texts) for r in eval_rewards}

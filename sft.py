@@ -172,7 +172,7 @@ def main(args: Args) -> None:
         logprobs = run_micro_batches(forward, eval_sequences, args.micro_batch_size, pad, width)
         out = {"eval/loss": -logprobs.sum() / sum(len(r) for _, r in eval_sequences)}
         prompts = [row["prompt_ids"] for row in eval_rows]
-        responses = rollout(policy, tokenizer, prompts, args.max_response_length, args.temperature, (0, 0))
+        responses, _ = rollout(policy, tokenizer, prompts, args.max_response_length, args.temperature, (0, 0))
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         scores = {r.label: r(eval_rows, list(zip(prompts, responses, strict=True)), texts) for r in eval_rewards}
         out |= {f"eval/{key}": value.mean() for key, value in scores.items()}

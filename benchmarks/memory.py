@@ -312,10 +312,12 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
                 some = prompts[: 2 * gpus * size] if size else prompts
                 with long_cache(max(map(len, prompts)) + max_new_tokens - 1):
                     heat = temperature[: len(some)] if isinstance(temperature, list) else temperature
-                    gather = lambda found: [dict.fromkeys(range(len(some)), [3])]
+                    gather = lambda found: [dict.fromkeys(range(len(some)), ([3], [0.0]))]
                     with mock.patch.object(fsdp, "all_gather_object", gather):
                         real_rollout(policy, tokenizer, some, min(2, max_new_tokens), heat, seed, size)
-                return [[3] * max_new_tokens for _ in prompts]
+                with mode:
+                    sampled = torch.zeros(len(prompts), max_new_tokens, device=device)
+                return [[3] * max_new_tokens for _ in prompts], sampled
             return real_rollout(policy, tokenizer, prompts, max_new_tokens, temperature, seed, size)
 
         def some_micro_batches(module, indices, lengths, size, rank, world):

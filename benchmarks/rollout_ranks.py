@@ -67,7 +67,7 @@ def main(args: Args) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         dist.barrier()
-        assert all(len(response) == args.tokens for response in found)
+        assert all(len(response) == args.tokens for response, _ in found)
         return time.perf_counter() - start
 
     rounds = []

@@ -103,7 +103,7 @@ def ours(spec):
 
     Run.metrics, fsdp.export = noted, lambda *_, **__: None
     if hasattr(module, "rollout"):
-        module.rollout = watch.time_rollout(module.rollout, lambda out, *_, **__: [len(r) for r in out])
+        module.rollout = watch.time_rollout(module.rollout, lambda out, *_, **__: [len(r) for r in out[0]])
     sys.argv = [spec["script"] + ".py", *spec["arguments"]]
     fsdp.launch(module.main, parse(module.Args, module.REVIEWS))
     watch.save()

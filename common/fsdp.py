@@ -126,8 +126,7 @@ def reshard(model) -> None:
         unit.reshard()
 
 def adamw(model, lr: float):
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0, fused=True)
 
 def backward(loss: torch.Tensor) -> None:
     """FSDP averages gradients over ranks; our losses have the *global* denominator, so theirs is a sum."""

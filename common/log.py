@@ -17,17 +17,17 @@ from tqdm import tqdm
 
 from common import fsdp
 from common.data import fail, note
-from optional import lora, weights_and_biases
+from optional import lora, vllm_engine, weights_and_biases
+from optional.mfu import mfu
 
-PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "B200": 2250e12}  # dense FLOP/s, data sheets
 
 def parse(cls, reviews: dict, argv=None):
     """The command line as `cls`. On the embedded world the defaults are `cls`'s with `reviews` on top; a flag wins over both."""
     args = tyro.cli(cls, args=argv)
     if args.dataset == "reviews":
         args = tyro.cli(cls, args=argv, default=cls(**reviews))
-    sizes = "batch_size mini_batch_size micro_batch_size rollout_batch_size max_prompt_length max_response_length keep"
-    for name in f"steps epochs lr critic_lr value_lr temperature gamma lora_rank lora_alpha {sizes}".split():
+    sizes = "batch_size mini_batch_size micro_batch_size rollout_batch_size max_prompt_length max_response_length keep lora_rank"
+    for name in f"steps epochs lr critic_lr value_lr temperature gamma lora_alpha vllm_cache_gb {sizes}".split():
         value = getattr(args, name, 1)
         if value < 0 or (value == 0 and getattr(cls, name) != 0):
             fail(f"--{name.replace('_', '-')} is {value}; it must be above 0")
@@ -41,6 +41,7 @@ class Run:
     def __init__(self, args):
         self.args, self.dir, self.wandb = args, Path(args.run_dir), None
         lora.find_package(args)
+        vllm_engine.check(args)
         used = (self.dir / "metrics.jsonl").exists() or (self.dir / "checkpoints").exists()
         if used and not args.resume and not args.overwrite:
             fail(f"{self.dir} holds an earlier run: --resume continues it, --overwrite replaces it, --run-dir chooses another")
@@ -70,8 +71,7 @@ class Run:
             path.with_suffix(".part").rename(path)
         self.writer = SummaryWriter(str(self.dir), purge_step=step + bool(step))
         self.bar = tqdm(total=total, initial=step, desc=self.dir.name, disable=None)
-        if self.args.wandb:
-            self.wandb = weights_and_biases.start(self.dir, step, dataclasses.asdict(self.args))
+        self.wandb = self.args.wandb and weights_and_biases.start(self.dir, step, dataclasses.asdict(self.args))
 
     def metrics(self, step: int, values: dict, show: tuple[str, ...] = ()) -> None:
         """One line of metrics.jsonl and TensorBoard; `show` names those beside the progress bar."""
@@ -128,10 +128,3 @@ class Phases:
             "memory/peak_gb": max(memory.values()), "perf/rollout_share": rollout / whole,
             "perf/rollout_tokens_per_s": rollout_tokens / rollout, "perf/update_tokens_per_s": update_tokens / update,
         }  # fmt: skip
-
-def mfu(model, tokens: int, seconds: float) -> dict:
-    """Model FLOPs utilisation of an update of `tokens` (all ranks): 6 N FLOPs a token; empty where the peak is unknown."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = [flops for key, flops in PEAK_BF16.items() if key in name]
-    flops = 6 * sum(p.numel() for p in model.parameters()) * tokens / seconds
-    return {"perf/mfu": flops / (peak[0] * fsdp.world())} if peak else {}

@@ -271,18 +271,21 @@ class Reward:
         return scores
 
 def sample(logits, uniforms, temperatures, forbidden: int | None):
-    """Tokens [B] from logits [B, V] by inverse CDF: the first whose cumulative probability passes its uniform number [B].
-    The numbers are drawn per *sequence*, so a response depends on neither its rank nor its neighbours in the batch."""
+    """Tokens [B] from logits [B, V] by inverse CDF, the first whose cumulative probability passes its uniform number [B], and
+    their log-probabilities [B] (greedy: at temperature 1). The numbers are drawn per *sequence*, so a response depends on
+    neither its rank nor its neighbours in the batch."""
     logits, greedy = logits.double(), temperatures == 0
     if forbidden is not None:
         logits[:, forbidden] = -torch.inf
-    cdf = (logits / temperatures.masked_fill(greedy, 1.0)[:, None]).softmax(-1).cumsum(-1)
+    probs = (logits / temperatures.masked_fill(greedy, 1.0)[:, None]).softmax(-1)
+    cdf = probs.cumsum(-1)
     tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(1)
-    return torch.where(greedy, logits.argmax(-1), tokens)
+    tokens = torch.where(greedy, logits.argmax(-1), tokens)
+    return tokens, probs.gather(1, tokens[:, None]).squeeze(1).log()
 
-def decode(policy, prompts: list[list[int]], uniforms, temperatures, stops: list[int], pad: int) -> list[list[int]]:
-    """A response to each prompt, of at most T tokens for `uniforms` [B, T]; `temperatures` [B]. Equal prompts are read once; a
-    response that has ended leaves the batch, so that a step costs what is unfinished."""
+def decode(policy, prompts: list[list[int]], uniforms, temperatures, stops: list[int], pad: int) -> list[tuple[list, list]]:
+    """A response to each prompt, of at most T tokens for `uniforms` [B, T]; `temperatures` [B]. (tokens, their log-probabilities)
+    Equal prompts are read once; a response that has ended leaves the batch, so that a step costs what is unfinished."""
     device, takes, t = uniforms.device, inspect.signature(policy.forward).parameters, 0
     row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     width = max(map(len, row_of))  # padding on the left: responses go on from the last column
@@ -291,7 +294,7 @@ def decode(policy, prompts: list[list[int]], uniforms, temperatures, stops: list
     encoder_decoder, states, ended = policy.config.is_encoder_decoder, mask, torch.tensor(stops, device=device)
     feed = torch.full_like(ids[:, :1], policy.config.decoder_start_token_id) if encoder_decoder else ids
     cache = None if encoder_decoder else kv_cache.roomy(policy.config)
-    alive, tokens = torch.arange(len(prompts), device=device), torch.full_like(uniforms, pad, dtype=torch.long)
+    alive, logprobs, tokens = torch.arange(len(prompts), device=device), torch.zeros_like(uniforms), uniforms.long().fill_(pad)
     while t < uniforms.shape[1] and len(alive):
         inputs = dict(attention_mask=mask, past_key_values=cache, use_cache=True)
         if encoder_decoder:
@@ -306,32 +309,38 @@ def decode(policy, prompts: list[list[int]], uniforms, temperatures, stops: list
             states = out.encoder_last_hidden_state if encoder_decoder else mask
             logits, mask, states = logits[rows], mask[rows], states[rows]
             cache.batch_select_indices(rows)
-        token = sample(logits, uniforms[alive, t], temperatures[alive], policy.forbidden_token)
+        token, logprobs[alive, t] = sample(logits, uniforms[alive, t], temperatures[alive], policy.forbidden_token)
         tokens[alive, t] = token
         rows, t = torch.isin(token, ended).logical_not().nonzero().squeeze(1), t + 1
         if len(rows) < len(alive):
             alive, token, mask, states = alive[rows], token[rows], mask[rows], states[rows]
             cache.batch_select_indices(rows)
         feed, mask = token[:, None], mask if encoder_decoder else F.pad(mask, (0, 1), value=1)
-    return [found[: next((t + 1 for t, token in enumerate(found) if token in stops), None)] for found in tokens.tolist()]
+    ends = [next((t + 1 for t, token in enumerate(found) if token in stops), None) for found in tokens.tolist()]
+    return [(y[:end], p[:end]) for y, p, end in zip(tokens.tolist(), logprobs.tolist(), ends, strict=True)]
 
 @torch.no_grad()
 def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, temperature, seed: tuple, size: int = 0):
-    """Sampled response tokens for all prompts (token lists), on every rank: N lists, stop token included (unless cut off).
+    """Sampled response tokens for all prompts (token lists), on every rank: N lists, stop token included (unless cut off); and
+    the log-probabilities [N, T] with which they were drawn, 0 after the end.
     `temperature`: a number, or one for each prompt; 0 is greedy. `size` prompts at a time (0: all of this rank's)."""
     stops, pad = sorted({stop_token(tokenizer), tokenizer.eos_token_id}), tokenizer.pad_token_id
     temperatures = torch.as_tensor(temperature, dtype=torch.float64, device=fsdp.device()).expand(len(prompts))
     mine = sorted(range(fsdp.rank(), len(prompts), fsdp.world()), key=lambda i: len(prompts[i]))
-    responses, training = {}, policy.training
+    seeds = [((seed[0] * 1_000_003 + seed[1]) * 1_000_003 + i) % 2**63 for i in mine]
+    found, training, engine = [], policy.training, getattr(policy, "engine", None)
     policy.eval()
     with fsdp.gathered(policy):
-        for start in range(0, len(mine), size or len(mine) or 1):
-            pick = mine[start : start + (size or len(mine))]
-            numbers = [((seed[0] * 1_000_003 + seed[1]) * 1_000_003 + i) % 2**63 for i in pick]
-            uniforms = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(number)) for number in numbers]
+        if engine:
+            engine.load(policy)
+        for start in range(0, 0 if engine else len(mine), size or len(mine) or 1):
+            at = slice(start, start + (size or len(mine)))
+            uniforms = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(number)) for number in seeds[at]]
             uniforms = torch.stack(uniforms).double().to(fsdp.device())
-            found = decode(policy, [prompts[i] for i in pick], uniforms, temperatures[pick], stops, pad)
-            responses |= dict(zip(pick, found, strict=True))
+            found += decode(policy, [prompts[i] for i in mine[at]], uniforms, temperatures[mine[at]], stops, pad)
+    if engine:  # the policy sharded again
+        found = engine.generate(policy, [prompts[i] for i in mine], seeds, temperatures[mine].tolist(), max_new_tokens, stops)
     policy.train(training)
-    merged = {i: r for part in fsdp.all_gather_object(responses) for i, r in part.items()}
-    return [merged[i] for i in range(len(prompts))]
+    merged = {i: f for part in fsdp.all_gather_object(dict(zip(mine, found, strict=True))) for i, f in part.items()}
+    logprobs = [torch.tensor(merged[i][1], device=fsdp.device()) for i in range(len(prompts))]
+    return [merged[i][0] for i in range(len(prompts))], torch.nn.utils.rnn.pad_sequence(logprobs, batch_first=True)

@@ -77,7 +77,7 @@ def answer(policy, tokenizer, batch, name, args, number):
             reply = {"role": "assistant", "content": records[i][-1]["response"]}
             prompts[i] = [*said, reply, {"role": "user", "content": batch[i]["turns"][turn]}]
         ids = [encode_prompt(tokenizer, prompts[i]) for i in asked]
-        found = rollout(policy, tokenizer, ids, args.max_response_length, args.temperature, (args.seed, 1000 * number + turn))
+        found, _ = rollout(policy, tokenizer, ids, args.max_response_length, args.temperature, (args.seed, 1000 * number + turn))
         for i, tokens, text in zip(asked, found, tokenizer.batch_decode(found, skip_special_tokens=True), strict=True):
             what = {"row": batch[i]["row"], "turn": turn, "prompt": prompts[i], "response": text, "model": name}
             what |= {"length": len(tokens), "truncated": tokens[-1] not in stops, "reference": batch[i]["references"][turn]}

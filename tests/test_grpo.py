@@ -241,13 +241,13 @@ def test_rollout_at_a_list_of_temperatures_is_each_prompts_own(group, tokenizer)
     policy = opened(reviews.folder("policy"), tokenizer)
     prompts = [row["prompt_ids"] for row in tokenize(reviews.rows("prompts")[:40:8], tokenizer, (), 24, 16, "reviews")]
     heat, n = [0.7, 0.0, 1.3, 1.0, 0.0], len(prompts)
-    mixed = rollout(policy, tokenizer, prompts, 12, heat, (0, 1))
+    mixed = rollout(policy, tokenizer, prompts, 12, heat, (0, 1))[0]
     for i, temperature in enumerate(heat):
-        assert rollout(policy, tokenizer, prompts, 12, temperature, (0, 1))[i] == mixed[i]
-    both = rollout(policy, tokenizer, prompts * 2, 12, [0.9] * n + [0.0] * n, (0, 1))
-    assert both[:n] == rollout(policy, tokenizer, prompts, 12, 0.9, (0, 1)) != both[n:]
-    assert both[n:] == rollout(policy, tokenizer, prompts, 12, 0.0, (5, 9))
-    assert rollout(policy, tokenizer, prompts * 2, 12, [0.9] * n + [0.0] * n, (0, 1), 3) == both
+        assert rollout(policy, tokenizer, prompts, 12, temperature, (0, 1))[0][i] == mixed[i]
+    both = rollout(policy, tokenizer, prompts * 2, 12, [0.9] * n + [0.0] * n, (0, 1))[0]
+    assert both[:n] == rollout(policy, tokenizer, prompts, 12, 0.9, (0, 1))[0] != both[n:]
+    assert both[n:] == rollout(policy, tokenizer, prompts, 12, 0.0, (5, 9))[0]
+    assert rollout(policy, tokenizer, prompts * 2, 12, [0.9] * n + [0.0] * n, (0, 1), 3)[0] == both
 
 
 def test_remax_baseline_is_the_greedy_response_of_the_current_policy(world, group, tokenizer):
@@ -264,7 +264,7 @@ def test_remax_baseline_is_the_greedy_response_of_the_current_policy(world, grou
     for step, folder in enumerate((reviews.folder("policy"), world.path("runs/remax-1/model"))):
         policy, prompts = opened(folder, tokenizer), [rows[i]["prompt_ids"] for i in batch_indices(len(rows), 9, step, 0)]
         for key, temperature in (("objective/score", 1.0), ("objective/greedy_score", 0.0)):
-            responses = rollout(policy, tokenizer, prompts, 16, temperature, (0, step + 1))
+            responses = rollout(policy, tokenizer, prompts, 16, temperature, (0, step + 1))[0]
             rewards = ranks.length_reward(None, tokenizer.batch_decode(responses, skip_special_tokens=True))
             seen.append(sum(rewards) / len(rewards))
             assert logged[step][key] == pytest.approx(seen[-1], abs=1e-6), (step, key)

@@ -160,7 +160,7 @@ def test_ratio_is_one_and_kl_zero_before_the_first_update(folders, tokenizer, po
     the update's forward (train mode, with dropout in the folder's config)."""
     reference = load_model("policy", folders["policy"], tokenizer, ARGS, trained=False)
     prompts = [p for p, _ in sample_sequences(seed=2)] * 3
-    responses = rollout(policy, tokenizer, prompts, 25, 0.8, (0, 1))
+    responses = rollout(policy, tokenizer, prompts, 25, 0.8, (0, 1))[0]
     sequences = list(zip(prompts, responses, strict=True))
     score = lambda model, size: run_micro_batches(  # noqa: E731
         lambda mb: model.response_logprobs(**mb, temperature=0.8)[0], sequences, size, PAD, max(map(len, responses))
@@ -229,12 +229,15 @@ def test_inverse_cdf_over_a_grid_of_uniforms_has_the_softmax_frequencies():
     for token in forbidden:
         keep = [i for i in range(6) if i != token]
         for temperature in (0.7, 1.0):
-            out = sample(scores.repeat(n, 1), torch.arange(n).double() / n, torch.full((n,), temperature), token)
+            heat = torch.full((n,), temperature)
+            out, logprobs = sample(scores.repeat(n, 1), torch.arange(n).double() / n, heat, token)
             counts = out.bincount(minlength=6)
-            expected = n * (scores[keep].double() / temperature).softmax(0)
+            expected = n * (scores[keep].double() / heat[0]).softmax(0)
+            for i, share in zip(keep, expected / n, strict=True):
+                torch.testing.assert_close(logprobs[out == i].exp(), share.expand(int(counts[i])))
             assert counts[token] == 0
             assert (counts[keep] - expected).abs().max() <= 1.01
-        assert sample(scores[None], torch.zeros(1), torch.zeros(1), token) == (5 if token == 0 else 0)
+        assert sample(scores[None], torch.zeros(1), torch.zeros(1), token)[0] == (5 if token == 0 else 0)
 
 
 def test_rollout_draws_from_the_policys_own_distribution(folders, tokenizer, policy):
@@ -248,7 +251,7 @@ def test_rollout_draws_from_the_policys_own_distribution(folders, tokenizer, pol
     assert 0.1 < logits.softmax(-1)[PAD] < 0.6
     logits[PAD] = -math.inf
     p = logits.softmax(-1)
-    counts = torch.tensor([r[0] for r in rollout(policy, tokenizer, [prompt] * n, 1, 0.7, (0, 1))]).bincount(minlength=len(p))
+    counts = torch.tensor([r[0] for r in rollout(policy, tokenizer, [prompt] * n, 1, 0.7, (0, 1))[0]]).bincount(minlength=len(p))
     assert counts[PAD] == 0
     common = p * n >= 5
     observed = torch.cat([counts[common], counts[~common].sum()[None]]).double()
@@ -262,21 +265,22 @@ def test_rollout_is_independent_of_batching_and_neighbours(tokenizer, policy):
     numbers depend on seed and step."""
     prompts = [p for p, _ in sample_sequences(seed=5)]
     for temperature in (0.0, 0.8):
-        whole = rollout(policy, tokenizer, prompts, 10, temperature, (0, 1))
+        whole = rollout(policy, tokenizer, prompts, 10, temperature, (0, 1))[0]
         for size in (1, 2):
-            assert rollout(policy, tokenizer, prompts, 10, temperature, (0, 1), size) == whole
+            assert rollout(policy, tokenizer, prompts, 10, temperature, (0, 1), size)[0] == whole
         others = [p + p for p in prompts]
         others[2] = prompts[2]
-        assert rollout(policy, tokenizer, others, 10, temperature, (0, 1))[2] == whole[2]
-    assert rollout(policy, tokenizer, prompts, 10, 0.8, (0, 2)) != whole != rollout(policy, tokenizer, prompts, 10, 0.8, (1, 1))
-    assert rollout(policy, tokenizer, prompts[:1], 10, 0.8, (0, 1)) == whole[:1]
+        assert rollout(policy, tokenizer, others, 10, temperature, (0, 1))[0][2] == whole[2]
+    for seed in ((0, 2), (1, 1)):
+        assert rollout(policy, tokenizer, prompts, 10, 0.8, seed)[0] != whole
+    assert rollout(policy, tokenizer, prompts[:1], 10, 0.8, (0, 1))[0] == whole[:1]
     assert policy.training  # as it was
 
 
 def test_greedy_rollout_is_the_argmax_of_plain_logits(folders, tokenizer, policy):
     """In a left-padded ragged batch, each token is the best but pad after the tokens before it, by the unpadded plain model."""
     reference, prompts = plain(folders, "policy"), [p for p, _ in sample_sequences(seed=6)]
-    for prompt, response in zip(prompts, rollout(policy, tokenizer, prompts, 8, 0.0, (0, 0)), strict=True):
+    for prompt, response in zip(prompts, rollout(policy, tokenizer, prompts, 8, 0.0, (0, 0))[0], strict=True):
         with torch.no_grad():
             logits = reference(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         logits[:, PAD] = -math.inf
@@ -299,6 +303,19 @@ def test_a_cache_with_room_holds_what_transformers_own_holds(monkeypatch):
         assert roomy.get_seq_length() == plain.get_seq_length() and roomy.room[0].shape[2] % 4 == 0
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_log_probabilities_of_the_sampler_are_those_of_the_policy(tokenizer, policy, temperature):
+    """What a token was drawn with is what one forward pass over the whole answer gives it; 0 after the end. Padding, ragged."""
+    prompts, pad = [p for p, _ in sample_sequences(seed=7)] * 3, tokenizer.pad_token_id
+    responses, sampled = rollout(policy, tokenizer, prompts, 25, temperature, (0, 1), 5)
+    lengths = [len(r) for r in responses]
+    assert len(set(lengths)) > 2 and sampled.shape == (len(prompts), max(lengths)) and sampled.dtype == torch.float32
+    forward = lambda mb: policy.response_logprobs(**mb, temperature=temperature)[0]
+    scored = run_micro_batches(forward, list(zip(prompts, responses, strict=True)), 3, pad, max(lengths))
+    torch.testing.assert_close(sampled, scored, atol=1e-5, rtol=0)
+    assert all((row[:n] < 0).all() and (row[n:] == 0).all() for row, n in zip(sampled, lengths, strict=True))
+
+
 @pytest.mark.parametrize("window", [None, 6])
 def test_rollout_past_the_room_of_its_cache(monkeypatch, window):
     """Greedy, against the plain model without a cache; a sliding window keeps transformers' own layers."""
@@ -310,7 +327,7 @@ def test_rollout_past_the_room_of_its_cache(monkeypatch, window):
     ones = torch.ones(3, dtype=torch.float64)
     with torch.no_grad():
         found = decode(model, prompts, torch.rand(3, n, dtype=torch.float64), 0 * ones, [-1], 0)
-        for prompt, response in zip(prompts, found, strict=True):
+        for prompt, (response, _) in zip(prompts, found, strict=True):
             assert len(response) == n
             logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
             assert response == logits.argmax(-1).tolist()
@@ -324,7 +341,7 @@ def test_the_first_eos_is_kept_and_nothing_after_it(folders, tokenizer, pad_is_e
         tokenizer.pad_token = tokenizer.eos_token
     model = load_model("policy", folders["policy"], tokenizer, ARGS, trained=False)
     prompts, limit = [p for p, _ in sample_sequences(seed=7)] * 8, 25
-    responses = rollout(model, tokenizer, prompts, limit, 1.0, (0, 1))
+    responses = rollout(model, tokenizer, prompts, limit, 1.0, (0, 1))[0]
     ended = [r for r in responses if r[-1] == EOS]
     cut = [r for r in responses if r[-1] != EOS]
     assert len(ended) >= 5 and len(cut) >= 5 and len(set(map(len, ended))) > 3
@@ -590,7 +607,7 @@ def test_generation_settings_reach_the_export_but_not_the_rollout(folders, token
     policy = load_model("policy", str(tmp_path / "in"), tokenizer, ARGS, trained=False)
     prompts = [[BOS, 7, 8], [BOS, 9]] * 4
     unlike = load_model("policy", folders["policy"], tokenizer, ARGS, trained=False)
-    assert rollout(policy, tokenizer, prompts, 12, 1.0, (0, 0)) == rollout(unlike, tokenizer, prompts, 12, 1.0, (0, 0))
+    assert rollout(policy, tokenizer, prompts, 12, 1.0, (0, 0))[0] == rollout(unlike, tokenizer, prompts, 12, 1.0, (0, 0))[0]
     fsdp.export(policy, tokenizer, str(tmp_path / "out"), "fp32")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.repetition_penalty == 5.0
 

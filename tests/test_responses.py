@@ -235,7 +235,7 @@ def test_two_turns_are_two_calls(world, run, group):
         chat, turns = [], []
         for turn in question["turns"]:
             chat += [{"role": "user", "content": turn}]
-            tokens = rollout(policy, tokenizer, [encode_prompt(tokenizer, chat)], 8, 0.0, (0, 0))[0]
+            tokens = rollout(policy, tokenizer, [encode_prompt(tokenizer, chat)], 8, 0.0, (0, 0))[0][0]
             turns += [tokenizer.decode(tokens, skip_special_tokens=True)]
             chat += [{"role": "assistant", "content": turns[-1]}]
         expected.append((question["question_id"], turns))

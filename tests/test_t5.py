@@ -69,7 +69,7 @@ def test_greedy_rollout_is_plain_generate(folder, tokenizer, policy, sequences):
     """The same tokens as transformers' greedy generate on each prompt alone, without the decoder's start token."""
     model = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
     prompts = [prompt for prompt, _ in sequences]
-    responses = rollout(policy, tokenizer, prompts, 12, 0.0, (0, 0))
+    responses = rollout(policy, tokenizer, prompts, 12, 0.0, (0, 0))[0]
     for prompt, response in zip(prompts, responses, strict=True):
         options = dict(max_new_tokens=12, do_sample=False, suppress_tokens=[tokenizer.pad_token_id])
         expected = model.generate(torch.tensor([prompt]), **options)[0, 1:].tolist()
@@ -79,7 +79,7 @@ def test_greedy_rollout_is_plain_generate(folder, tokenizer, policy, sequences):
 def test_sampling_draws_what_log_probabilities_are_of(tokenizer, policy):
     """First tokens of 3,000 samples against the probabilities of those tokens: within 5 standard errors, and 3 of rare ones."""
     prompt, n = encode_prompt(tokenizer, PROMPTS[1]), 3000
-    first = torch.tensor([r[0] for r in rollout(policy, tokenizer, [prompt] * n, 1, 1.0, (3, 1))])
+    first = torch.tensor([r[0] for r in rollout(policy, tokenizer, [prompt] * n, 1, 1.0, (3, 1))[0]])
     words = range(1, len(tokenizer))
     with torch.no_grad():
         logprobs, _ = policy.response_logprobs(**collate([(prompt, [word]) for word in words], tokenizer.pad_token_id, "cpu"))

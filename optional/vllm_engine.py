@@ -1,0 +1,93 @@
+"""Rollouts by vLLM inside each training process: `--rollout-engine vllm`. Before each rollout the policy's weights are copied
+into vLLM's model, in place; with the tokens come the log-probabilities of the sampler that drew them."""
+
+import gc
+import importlib.util
+import os
+
+import torch
+
+from common import fsdp
+from common.data import collate, fail
+from optional import lora
+
+
+def check(args) -> None:
+    """Ends with one line where vLLM cannot be used."""
+    if getattr(args, "rollout_engine", "torch") == "vllm":
+        if args.importance_cap < 0:
+            fail(f"--importance-cap is {args.importance_cap}; it must not be negative (0: no weights)")
+        if args.precision == "fp64":
+            fail("--rollout-engine vllm: it computes in bf16 or fp32, not in fp64")
+        if not importlib.util.find_spec("vllm"):
+            fail("--rollout-engine vllm needs the package: pip install -r requirements-vllm.txt, in an environment of its own")
+
+
+def start(policy, name: str, args):
+    """(What `rollout` samples with, the cap of importance weights): None and 0 for our own loop, which needs no correction."""
+    return (Engine(policy, name, args), args.importance_cap) if args.rollout_engine == "vllm" else (None, 0.0)
+
+
+class Engine:
+    """vLLM's `LLM` in this process, one a rank: each generates its own share of the prompts, so nothing is sent."""
+
+    def __init__(self, policy, name: str, args):
+        if policy.config.is_encoder_decoder:
+            fail(f"{name}: --rollout-engine vllm runs decoders alone, not {policy.config.model_type}")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read at import: the model is to be in this process
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or all ranks of a machine share one core
+        import vllm
+
+        self.params, self.checked = vllm.SamplingParams, False
+        try:
+            self.llm = vllm.LLM(
+                name,
+                load_format="dummy",  # `load` brings the weights
+                skip_tokenizer_init=True,
+                dtype=str(fsdp.dtypes(args.precision)[0]).removeprefix("torch."),
+                seed=args.seed,
+                max_model_len=args.max_prompt_length + args.max_response_length,
+                max_num_seqs=args.rollout_batch_size or 256,
+                kv_cache_memory_bytes=int(args.vllm_cache_gb * 2**30),
+                gpu_memory_utilization=0.01,  # of no effect beside the line above, but for a check at the start
+                enforce_eager=not torch.cuda.is_available(),
+                distributed_executor_backend="external_launcher" if "RANK" in os.environ else "uni",
+                logprobs_mode="processed_logprobs",  # of the distribution that is sampled: after temperature and bias
+                generation_config="vllm",  # the model folder's own would bring top_p, repetition penalties
+            )
+        except ValueError as error:
+            fail(f"--rollout-engine vllm, --vllm-cache-gb {args.vllm_cache_gb}: {' '.join(str(error).split())}")
+        gc.unfreeze()  # vLLM freezes what exists; FSDP's models must be collected before the process group goes
+        self.llm.llm_engine.engine_core._finalizer.detach()  # at exit it would destroy the process group, ours and gone by then
+
+    def load(self, policy) -> None:
+        """Copies the gathered policy's weights (of LoRA the merged ones) into vLLM's, and drops what was cached under the old."""
+        weights = dict(policy.named_parameters(remove_duplicate=False))  # of tied ones both: some backends keep copies of each
+        if hasattr(policy, "lora"):
+            weights = lora.merged(weights, policy.lora.lora_alpha / policy.lora.r)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+        self.llm.reset_prefix_cache()
+
+    def generate(self, policy, prompts, seeds, temperatures, limit: int, stops: list[int]) -> list[tuple[list[int], list[float]]]:
+        """As `models.decode`: (tokens, their log-probabilities) for each prompt. A response depends on its own seed alone."""
+        options = dict(max_tokens=limit, stop_token_ids=stops, detokenize=False, logprobs=0)
+        if policy.forbidden_token is not None:
+            options["logit_bias"] = {policy.forbidden_token: -100.0}
+        params = [self.params(seed=s, temperature=t, **options) for s, t in zip(seeds, temperatures, strict=True)]
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = [out.outputs[0] for out in self.llm.generate(inputs, params, use_tqdm=False)] if prompts else []
+        found = [(list(o.token_ids), [p[y].logprob for y, p in zip(o.token_ids, o.logprobs, strict=True)]) for o in outputs]
+        if not self.checked:
+            self.compare(policy, prompts[:1], found[:1], temperatures[:1])
+        return found
+
+    def compare(self, policy, prompts, found, temperatures) -> None:
+        """Stops a run whose engine computes another model: a layer it calls otherwise, weights that did not arrive."""
+        self.checked = True
+        sequences = [(prompt, tokens) for prompt, (tokens, _) in zip(prompts, found, strict=True)]
+        mb = collate(sequences, 0, fsdp.device())  # a rank without prompts joins in with a dummy
+        logprobs, _ = policy.response_logprobs(**mb, temperature=(temperatures or [0.0])[0] or 1.0)
+        off = max(((torch.tensor(sampled) - logprobs[0].cpu()).abs().mean().item() for _, sampled in found), default=0.0)
+        if off > 0.5:
+            fail(f"--rollout-engine vllm: its log-probabilities are {off:.2f} nats a token off the policy's; sample with torch")
