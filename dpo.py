@@ -29,7 +29,7 @@ from transformers import AutoConfig
 
 from common import fsdp
 from common.data import batch_indices, collate, fail, hold_out, micro_batches, note, read_rows, tokenize
-from common.log import Run, mfu, parse, peak_memory_gb
+from common.log import Run, parse
 from common.models import (
     Reward,
     check_same_tokenizer,
@@ -40,6 +40,7 @@ from common.models import (
     rollout,
     sequence_logprobs,
 )
+from optional.meter import mfu, peak_memory_gb
 
 
 @dataclass
@@ -281,7 +282,8 @@ def main(args: Args) -> None:
         clock = time.perf_counter()
         batch = batch_indices(len(rows), args.batch_size, step, args.seed)
         stats = torch.zeros(3, device=device, dtype=torch.float64)
-        for pick in micro_batches(batch, lengths, args.micro_batch_size, rank, world):
+        picks = micro_batches(batch, lengths, args.micro_batch_size, rank, world)
+        for pick in fsdp.accumulated(picks, policy):
             at = pick or [0]  # a rank with nothing left: one dummy sequence, both sides of a pair that counts nothing
             both = [chosen[i] for i in at] + [rejected[i] for i in at]
             mb = collate(both if pick else [], pad, device)

@@ -35,7 +35,7 @@ from transformers import AutoConfig
 
 from common import fsdp
 from common.data import batch_indices, collate, fail, hold_out, micro_batches, note, read_rows, tokenize
-from common.log import Run, mfu, parse, peak_memory_gb
+from common.log import Run, parse
 from common.models import (
     Reward,
     check_same_tokenizer,
@@ -46,6 +46,7 @@ from common.models import (
     rollout,
     sequence_logprobs,
 )
+from optional.meter import mfu, peak_memory_gb
 from optional.t5 import only_prompts
 
 
@@ -339,7 +340,8 @@ def main(args: Args) -> None:
         clock = time.perf_counter()
         batch = batch_indices(len(rows), args.batch_size, step, args.seed)
         stats = torch.zeros(3, device=device, dtype=torch.float64)
-        for pick in micro_batches(batch, lengths, args.micro_batch_size, rank, world):
+        picks = micro_batches(batch, lengths, args.micro_batch_size, rank, world)
+        for pick in fsdp.accumulated(picks, policy, value):
             mb, at = collate([sequences[i] for i in pick], pad, device), torch.tensor(pick or [0], device=device)
             if args.shared_encoder:
                 mb_logprobs, _, mb_values = policy.response_logprobs(**mb, prompt_head=value)

@@ -32,7 +32,7 @@ import torch
 
 from common import fsdp
 from common.data import batch_indices, collate, fail, micro_batches, prompt_hash, read_rows, stop_token, tokenize
-from common.log import Phases, Run, parse
+from common.log import Run, parse
 from common.models import (
     Reward,
     check_same_tokenizer,
@@ -44,8 +44,9 @@ from common.models import (
     rollout,
     run_micro_batches,
 )
-from optional import vllm_engine
+from optional import offload, vllm_engine
 from optional.context import add_context
+from optional.meter import Phases
 
 
 @dataclass
@@ -150,6 +151,8 @@ class Args:
     """export the merged model; --no-lora-merge: the adapters alone, for peft"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, a third more time"""
+    offload_frozen: bool = False
+    """keep frozen models in the host's memory but for the passes that read them"""
     shard_size: int = 0
     """ranks a model is sharded over (HSDP: replicas of it across nodes); 0: all"""
 
@@ -272,6 +275,7 @@ def main(args: Args) -> None:
     reference = load_reference(policy, ref_name, tokenizer, args)
     models, optimizers = [policy, gvm, reference], [optimizer]
     trained = {"policy": (policy, optimizer)}
+    offload.park(args.offload_frozen, [*models, *(r.model for r in eval_rewards)])
     state = fsdp.load_checkpoint(args.run_dir, trained) if args.resume else {}
     start, beta = state.get("step", 0), state.get("beta", args.beta)
     pool = state.get("pool", [])  # the policy's earlier answers, for a GVM with context
@@ -280,7 +284,8 @@ def main(args: Args) -> None:
     def score(model, sequences):
         """Log-probabilities [N, T] of the responses under a policy, on every rank."""
         forward = lambda mb: model.response_logprobs(**mb, temperature=args.temperature)[0]  # noqa: E731
-        return run_micro_batches(forward, sequences, args.micro_batch_size, pad, max(len(r) for _, r in sequences))
+        width = max(len(r) for _, r in sequences)
+        return run_micro_batches(forward, sequences, args.micro_batch_size, pad, width, model=model)
 
     def evaluate(step):
         """The policy on the held-out prompts, sampled with the same random numbers each time."""
@@ -323,7 +328,7 @@ def main(args: Args) -> None:
         pool = answers if context_pairs else []
         read = [(row["prompt_ids"], row["response_ids"]) for row in contexts]
         values = run_micro_batches(
-            lambda mb: response_values(gvm, **mb), read, args.micro_batch_size, pad, mask.shape[1] + 1
+            lambda mb: response_values(gvm, **mb), read, args.micro_batch_size, pad, mask.shape[1] + 1, model=gvm
         )
         if args.log_odds:
             values = torch.atanh(values.clamp(-0.99, 0.99))
@@ -351,7 +356,8 @@ def main(args: Args) -> None:
                 mini_batch = order[first : first + args.mini_batch_size]
                 tokens = mask[mini_batch].sum()  # over all ranks and micro-batches
                 loss = torch.zeros((), device=device)
-                for pick in micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world):
+                picks = micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world)
+                for pick in fsdp.accumulated(picks, policy):
                     mb = collate([sequences[i] for i in pick], pad, device)
                     mb_mask, at = mb["response_mask"], torch.tensor(pick or [0], device=device)
                     mb_old, mb_advantages = (x[at, : mb_mask.shape[1]] for x in (logprobs, advantages))

@@ -33,9 +33,10 @@ import torch
 
 from common import fsdp
 from common.data import batch_indices, collate, fail, hold_out, micro_batches, note, read_rows, tokenize
-from common.log import Run, mfu, parse, peak_memory_gb
+from common.log import Run, parse
 from common.models import Reward, load_model, load_tokenizer, resolve, response_values, run_micro_batches
 from optional.context import add_context
+from optional.meter import mfu, peak_memory_gb
 from optional.pictures import draw_values, token_texts
 
 
@@ -316,7 +317,8 @@ def main(args: Args) -> None:
             value_mean, value_std = mean.item(), std.item()
             (slope,) = torch.autograd.grad(td_loss(normal, scores[batch], whole, args.gamma, args.lam), values)
             normal_loss = td_loss(normal.detach(), scores[batch], whole, args.gamma, args.lam) / count / world
-        for pick in micro_batches(range(len(batch)), [lengths[i] for i in batch], args.micro_batch_size, rank, world):
+        picks = micro_batches(range(len(batch)), [lengths[i] for i in batch], args.micro_batch_size, rank, world)
+        for pick in fsdp.accumulated(picks, model):
             mb = collate([sequences[batch[i]] for i in pick], pad, device)
             values, mask = response_values(model, **mb), mb["response_mask"]
             if args.normalise_values:

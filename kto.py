@@ -36,7 +36,7 @@ from transformers import AutoConfig
 
 from common import fsdp
 from common.data import batch_indices, collate, fail, hold_out, micro_batches, note, read_rows, tokenize
-from common.log import Run, mfu, parse, peak_memory_gb
+from common.log import Run, parse
 from common.models import (
     Reward,
     check_same_tokenizer,
@@ -47,6 +47,7 @@ from common.models import (
     rollout,
     sequence_logprobs,
 )
+from optional.meter import mfu, peak_memory_gb
 
 
 @dataclass
@@ -345,7 +346,8 @@ def main(args: Args) -> None:
         drift = score(policy, pairs) / scale(pairs) - mismatched_ref_logprobs[batch]
         reference_point = drift.mean().clamp(min=0)  # over the batch on all ranks
         stats = torch.zeros(3, device=device, dtype=torch.float64)
-        for pick in micro_batches(batch, lengths, args.micro_batch_size, rank, world):
+        picks = micro_batches(batch, lengths, args.micro_batch_size, rank, world)
+        for pick in fsdp.accumulated(picks, policy):
             mb, at = collate([sequences[i] for i in pick], pad, device), torch.tensor(pick or [0], device=device)
             mb_log_ratios = policy.response_logprobs(**mb)[0].sum(1) / scale([sequences[i] for i in at]) - ref_logprobs[at]
             mb_loss = kto_loss(mb_log_ratios, labels[at], reference_point, args.beta, *weights) * bool(pick)

@@ -25,7 +25,7 @@ import torch
 
 from common import fsdp
 from common.data import batch_indices, collate, fail, micro_batches, prompt_hash, read_rows, stop_token, tokenize
-from common.log import Phases, Run, parse
+from common.log import Run, parse
 from common.models import (
     Reward,
     check_same_tokenizer,
@@ -37,7 +37,8 @@ from common.models import (
     rollout,
     run_micro_batches,
 )
-from optional import vllm_engine
+from optional import offload, vllm_engine
+from optional.meter import Phases
 
 
 @dataclass
@@ -144,6 +145,8 @@ class Args:
     """export the merged model; --no-lora-merge: the adapters alone, for peft"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, a third more time"""
+    offload_frozen: bool = False
+    """keep frozen models in the host's memory but for the passes that read them"""
     shard_size: int = 0
     """ranks a model is sharded over (HSDP: replicas of it across nodes); 0: all"""
 
@@ -269,6 +272,7 @@ def main(args: Args) -> None:
     reference = load_reference(policy, ref_name, tokenizer, args)
     models, optimizers = [policy, critic, reference] + [reward.model] * reward_is_model, [optimizer, critic_optimizer]
     trained = {"policy": (policy, optimizer), "critic": (critic, critic_optimizer)}
+    offload.park(args.offload_frozen, [*models, *(r.model for r in eval_rewards)])
     state = fsdp.load_checkpoint(args.run_dir, trained) if args.resume else {}
     start, beta = state.get("step", 0), state.get("beta", args.beta)
     run.start(start, args.steps)
@@ -276,7 +280,8 @@ def main(args: Args) -> None:
     def score(model, sequences):
         """Log-probabilities [N, T] of the responses under a policy, on every rank."""
         forward = lambda mb: model.response_logprobs(**mb, temperature=args.temperature)[0]  # noqa: E731
-        return run_micro_batches(forward, sequences, args.micro_batch_size, pad, max(len(r) for _, r in sequences))
+        width = max(len(r) for _, r in sequences)
+        return run_micro_batches(forward, sequences, args.micro_batch_size, pad, width, model=model)
 
     def evaluate(step):
         """The policy on the held-out prompts, sampled with the same random numbers each time."""
@@ -326,7 +331,8 @@ def main(args: Args) -> None:
         advantages = gae(token_rewards(kl, final, mask, beta), old_values, mask, args.gamma, args.lam)
         returns = advantages + old_values
         explained = 1 - (returns - old_values)[mask].var() / (returns[mask].var() + 1e-8)
-        advantages = whiten(advantages, mask) * importance_weights(logprobs, sampled, mask, cap)
+        advantages = whiten(advantages, mask)
+        advantages = advantages * importance_weights(logprobs, sampled, mask, cap)
         phases.end("scoring")
 
         # --- update
@@ -339,7 +345,8 @@ def main(args: Args) -> None:
                 mini_batch = order[first : first + args.mini_batch_size]
                 tokens = mask[mini_batch].sum()  # over all ranks and micro-batches
                 loss, critic_loss = torch.zeros(2, device=device)
-                for pick in micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world):
+                picks = micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world)
+                for pick in fsdp.accumulated(picks, policy, critic):
                     mb = collate([sequences[i] for i in pick], pad, device)
                     mb_mask, at = mb["response_mask"], torch.tensor(pick or [0], device=device)
                     whole = (logprobs, advantages, old_values, returns)

@@ -28,7 +28,7 @@ import torch
 
 from common import fsdp
 from common.data import batch_indices, collate, fail, micro_batches, prompt_hash, read_rows, stop_token, tokenize
-from common.log import Phases, Run, parse
+from common.log import Run, parse
 from common.models import (
     Reward,
     check_same_tokenizer,
@@ -39,7 +39,8 @@ from common.models import (
     rollout,
     run_micro_batches,
 )
-from optional import vllm_engine
+from optional import offload, vllm_engine
+from optional.meter import Phases
 
 
 @dataclass
@@ -136,6 +137,8 @@ class Args:
     """export the merged model; --no-lora-merge: the adapters alone, for peft"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, a third more time"""
+    offload_frozen: bool = False
+    """keep frozen models in the host's memory but for the passes that read them"""
     shard_size: int = 0
     """ranks a model is sharded over (HSDP: replicas of it across nodes); 0: all"""
 
@@ -232,6 +235,7 @@ def main(args: Args) -> None:
     optimizer = fsdp.adamw(policy, args.lr)
     reference = load_reference(policy, ref_name, tokenizer, args) if args.beta else None
     models = [model for model in (policy, reference, reward.model) if model is not None]
+    offload.park(args.offload_frozen, [*models, *(r.model for r in eval_rewards)])
     state = fsdp.load_checkpoint(args.run_dir, {"policy": (policy, optimizer)}) if args.resume else {}
     start = state.get("step", 0)
     run.start(start, args.steps)
@@ -239,7 +243,8 @@ def main(args: Args) -> None:
     def score(model, sequences):
         """Log-probabilities [N, T] of the responses under a policy, on every rank."""
         forward = lambda mb: model.response_logprobs(**mb, temperature=args.temperature)[0]  # noqa: E731
-        return run_micro_batches(forward, sequences, args.micro_batch_size, pad, max(len(r) for _, r in sequences))
+        width = max(len(r) for _, r in sequences)
+        return run_micro_batches(forward, sequences, args.micro_batch_size, pad, width, model=model)
 
     def evaluate(step):
         """The policy on the held-out prompts, sampled with the same random numbers each time."""
@@ -301,7 +306,8 @@ def main(args: Args) -> None:
                 weights = torch.zeros_like(logprobs)
                 weights[mini_batch] = token_weights(mask[mini_batch], args.aggregation, limit)  # over all ranks and micro-batches
                 loss = torch.zeros((), device=device)
-                for pick in micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world):
+                picks = micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world)
+                for pick in fsdp.accumulated(picks, policy):
                     mb = collate([sequences[i] for i in pick], pad, device)
                     mb_mask, at = mb["response_mask"], torch.tensor(pick or [0], device=device)
                     mb_old, mb_weights, mb_advantages = (x[at, : mb_mask.shape[1]] for x in (logprobs, weights, advantages))

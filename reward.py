@@ -29,8 +29,9 @@ import torch.nn.functional as F
 
 from common import fsdp
 from common.data import batch_indices, collate, fail, hold_out, micro_batches, note, read_rows, tokenize
-from common.log import Run, mfu, parse, peak_memory_gb
+from common.log import Run, parse
 from common.models import load_model, load_tokenizer, resolve, run_micro_batches, sequence_scores
+from optional.meter import mfu, peak_memory_gb
 
 
 @dataclass
@@ -195,7 +196,8 @@ def main(args: Args) -> None:
         clock = time.perf_counter()
         batch = batch_indices(len(rows), args.batch_size, step, args.seed)
         loss, right = torch.zeros(2, device=device)
-        for pick in micro_batches(range(len(batch)), [lengths[i] for i in batch], args.micro_batch_size, rank, world):
+        picks = micro_batches(range(len(batch)), [lengths[i] for i in batch], args.micro_batch_size, rank, world)
+        for pick in fsdp.accumulated(picks, model):
             mb = collate([sequences[2 * batch[i] + side] for i in pick for side in (0, 1)], pad, device)
             scores = sequence_scores(model, **mb)[:, 0]
             # a rank with nothing left still takes part in the collectives

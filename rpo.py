@@ -36,7 +36,7 @@ from transformers import AutoConfig
 
 from common import fsdp
 from common.data import batch_indices, collate, fail, hold_out, micro_batches, note, read_rows, tokenize
-from common.log import Run, mfu, parse, peak_memory_gb
+from common.log import Run, parse
 from common.models import (
     Reward,
     check_same_tokenizer,
@@ -47,6 +47,7 @@ from common.models import (
     rollout,
     sequence_logprobs,
 )
+from optional.meter import mfu, peak_memory_gb
 
 
 @dataclass
@@ -338,7 +339,8 @@ def main(args: Args) -> None:
         clock = time.perf_counter()
         batch = batch_indices(len(rows), args.batch_size, step, args.seed)
         stats = torch.zeros(2, device=device, dtype=torch.float64)
-        for pick in micro_batches(batch, lengths, args.micro_batch_size, rank, world):
+        picks = micro_batches(batch, lengths, args.micro_batch_size, rank, world)
+        for pick in fsdp.accumulated(picks, policy):
             mb, at = collate([sequences[i] for i in pick], pad, device), torch.tensor(pick or [0], device=device)
             mb_logprobs = policy.response_logprobs(**mb)[0].sum(1) / scale([sequences[i] for i in at])
             mb_loss = rpo_loss(mb_logprobs, ref_logprobs[at], targets[at]) * bool(pick)

@@ -22,8 +22,9 @@ import torch
 
 from common import fsdp
 from common.data import batch_indices, collate, fail, hold_out, micro_batches, note, read_rows, tokenize
-from common.log import Run, mfu, parse, peak_memory_gb
+from common.log import Run, parse
 from common.models import Reward, load_model, load_tokenizer, resolve, rollout, run_micro_batches
+from optional.meter import mfu, peak_memory_gb
 
 
 @dataclass
@@ -189,7 +190,8 @@ def main(args: Args) -> None:
         batch = batch_indices(len(rows), args.batch_size, step, args.seed)
         count = sum(len(sequences[i][1]) for i in batch)  # over all ranks and micro-batches
         loss = torch.zeros((), device=device)
-        for pick in micro_batches(batch, lengths, args.micro_batch_size, rank, world):
+        picks = micro_batches(batch, lengths, args.micro_batch_size, rank, world)
+        for pick in fsdp.accumulated(picks, policy):
             mb = collate([sequences[i] for i in pick], pad, device)
             logprobs, _ = policy.response_logprobs(**mb)
             mb_loss = nll_loss(logprobs, mb["response_mask"])

@@ -22,6 +22,7 @@ import tempfile
 import time
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,14 +37,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools import fake_collectives  # teaches fake tensors the collectives
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import fsdp, models  # noqa: E402
 from common.data import fail, micro_batches  # noqa: E402
 from common.log import parse  # noqa: E402
-from optional import kv_cache  # noqa: E402
+from optional import kv_cache, offload  # noqa: E402
 
 GB = 2**30
 aten = torch.ops.aten
@@ -77,6 +78,20 @@ class Enough(BaseException):
     """Ends `main` where it would only repeat itself."""
 
 
+@dataclass
+class Some:
+    """An iterator that knows how many it will yield."""
+
+    picks: Iterator
+    number: int
+
+    def __iter__(self):
+        return self.picks
+
+    def __len__(self):
+        return self.number
+
+
 class Tokenizer:
     """Token lists of a wanted length: the text "17 512" is number 17, 512 tokens."""
 
@@ -105,7 +120,7 @@ class Tracker(TorchDispatchMode):
         found = [(self.first + i, m[1]) for i, line in enumerate(lines) if (m := re.match(r"\s*# --- (\w+)$", line))]
         self.banners, self.names = [at for at, _ in found], [name for _, name in found]
         self.live, self.total, self.peaks, self.at_peak, self.new_peak = {}, 0, Counter(), {}, None
-        self.now, self.cuda, self.weight, self.sent, self.calls = "setup", {}, 1, Counter(), Counter()
+        self.now, self.cuda, self.weight, self.steps, self.sent, self.calls = "setup", {}, 1, 1, Counter(), Counter()
 
     def phase(self) -> str:
         if self.frame is None:
@@ -199,8 +214,9 @@ class Tracker(TorchDispatchMode):
         except (TypeError, ValueError, IndexError, RuntimeError):
             group = dist.get_world_size()
         key = phase, {"gather": "all-gather", "reduce_scatter": "reduce-scatter", "reduce": "all-reduce"}.get(kind, kind), group
-        self.sent[key] += self.weight * size * (2 if kind == "reduce" else 1) * (group - 1) // group
-        self.calls[key] += self.weight
+        weight = min(self.weight, self.steps) if kind == "reduce" else self.weight  # of replicas: once a step
+        self.sent[key] += weight * size * (2 if kind == "reduce" else 1) * (group - 1) // group
+        self.calls[key] += weight
 
 
 @dataclass
@@ -294,6 +310,11 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
             tensors = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
             state[name] = state.get(name, 0) + sum(t.nbytes for t in tensors)
 
+        def copy(to, source):
+            """Of parked weights to the host and back; unseen by the tracker, for which on a CPU the two are one."""
+            with _disable_current_modes():
+                _ = fake or real_copy(to, source)
+
         def adamw(parameters, **options):
             """Its state is there from the start, as in any later step."""
             parameters = list(parameters)
@@ -321,10 +342,13 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
             return real_rollout(policy, tokenizer, prompts, max_new_tokens, temperature, seed, size)
 
         def some_micro_batches(module, indices, lengths, size, rank, world):
-            """The first; where the script updates the first two, as the second finds gradients. The others are alike, and what is
-            sent is counted for all. The second mini-batch ends the run."""
+            """The first; where the script updates the first two, as the second finds gradients and is the last. The others are
+            alike, and what is sent is counted for all. The second mini-batch ends the run."""
             found = micro_batches(indices, lengths, size, rank, world)
             update = tracker.phase() == "update" and module is script  # `models` has but forward passes
+            return Some(one_by_one(found, update), 2 if update and len(found) > 1 else 1)
+
+        def one_by_one(found, update):
             minis["update"] += update
             if minis["update"] > 1:
                 raise Enough
@@ -332,14 +356,16 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
                 fsdp.reshard(model)
             steps = getattr(args, "epochs", 1) * (args.batch_size // getattr(args, "mini_batch_size", args.batch_size))
             outer, some = (steps, found[:2]) if update else (1, found[:1])
+            tracker.steps = outer
             for i, pick in enumerate(some):
                 tracker.weight = outer * (len(found) - i if i + 1 == len(some) else 1)
                 yield pick
             tracker.weight = outer
 
         put(models, "_load", load)
-        real_load, real_adamw = fsdp.load_full, torch.optim.AdamW
+        real_load, real_adamw, real_copy = fsdp.load_full, torch.optim.AdamW, offload.copy
         put(fsdp, "load_full", load_full)
+        put(offload, "copy", copy)
         run = mock.MagicMock()
         run.return_value.metrics = lambda *_, **__: tracker.phase()  # it may be the first to see that `until` has begun
         put(script, "Run", run)

@@ -83,18 +83,19 @@ def ours(spec):
     time, and the export after the last step is left out (TRL's trainers do not save here either)."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     watch, module = Watch(spec), importlib.import_module(spec["script"])
-    from common import fsdp, log
+    from common import fsdp
     from common.log import Run, parse
+    from optional import meter
 
     watch.imported()
-    metrics, peak_memory_gb = Run.metrics, log.peak_memory_gb
+    metrics, peak_memory_gb = Run.metrics, meter.peak_memory_gb
 
     def noted_peak(restart=False):  # the RL scripts restart the count at each phase
         peak = peak_memory_gb(restart)
         watch.before = max(watch.before, 1024 * peak)
         return peak
 
-    log.peak_memory_gb = noted_peak
+    meter.peak_memory_gb = noted_peak
 
     def noted(self, step, values, show=()):
         metrics(self, step, values, show)

@@ -128,6 +128,13 @@ def reshard(model) -> None:
 def adamw(model, lr: float):
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0, fused=True)
 
+def accumulated(micro_batches, *models):
+    """The micro-batches of one optimizer step: replicas (HSDP) sum their gradients once, in the backward pass of the last."""
+    for i, pick in enumerate(micro_batches, 1):
+        for unit in (unit for model in models for unit in units(model)):
+            unit.set_requires_all_reduce(i == len(micro_batches), recurse=False)
+        yield pick
+
 def backward(loss: torch.Tensor) -> None:
     """FSDP averages gradients over ranks; our losses have the *global* denominator, so theirs is a sum."""
     (loss * world()).backward()
@@ -150,7 +157,8 @@ def state_bytes(models, optimizers=()) -> int:
     """Bytes on this rank of weights, optimizer state and gradients (of the trained models: one more copy of the weights)."""
     tensors = [t for model in models for p in model.parameters() for t in [p] * (2 if p.requires_grad else 1)]
     tensors += [t for optimizer in optimizers for state in optimizer.state.values() for t in state.values()]
-    return sum(t.nbytes for t in (t.to_local() if isinstance(t, DTensor) else t for t in tensors))
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return sum(t.nbytes for t in local if t.untyped_storage().nbytes())  # parked models have none here
 
 def _states(trained: dict) -> dict:
     states, own = {}, sd.StateDictOptions(ignore_frozen_params=True)  # of LoRA the adapters alone

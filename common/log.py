@@ -4,13 +4,9 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import shutil
-import time
-from contextlib import suppress
 from pathlib import Path
 
-import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -18,7 +14,6 @@ from tqdm import tqdm
 from common import fsdp
 from common.data import fail, note
 from optional import lora, vllm_engine, weights_and_biases
-from optional.mfu import mfu
 
 
 def parse(cls, reviews: dict, argv=None):
@@ -96,35 +91,3 @@ class Run:
     def close(self) -> None:
         for part in (self.writer, self.bar) if fsdp.rank() == 0 else ():
             part.close()
-
-def peak_memory_gb(restart: bool = False) -> float:
-    """Peak on this rank, of CUDA allocations, or on a CPU of the process's resident memory; `restart`: and count from here on."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        _ = restart and torch.cuda.reset_peak_memory_stats()
-        return peak
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    with suppress(OSError):  # Linux alone tells the peak apart by time
-        peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 2**20
-        _ = restart and Path("/proc/self/clear_refs").write_text("5")
-    return peak
-
-class Phases:
-    """Seconds and peak memory of an RL step's phases: `end("rollout")`, `end("scoring")`, `end("update")`, then `metrics`."""
-    def __init__(self):
-        self.seconds, self.memory, self.since = {}, {}, time.perf_counter()
-        peak_memory_gb(restart=True)
-
-    def end(self, name: str) -> None:
-        self.memory[name] = peak_memory_gb(restart=True)  # waits for the GPU, or a phase would be charged for the one before
-        self.seconds[name], self.since = time.perf_counter() - self.since, time.perf_counter()
-
-    def metrics(self, model, rollout_tokens: int, update_tokens: int) -> dict:
-        (rollout, scoring, update), whole, memory = self.seconds.values(), sum(self.seconds.values()), self.memory
-        return mfu(model, update_tokens, update) | {
-            "time/rollout_s": rollout, "time/scoring_s": scoring, "time/update_s": update, "time/step_s": whole,
-            "memory/rollout_gb": memory["rollout"], "memory/scoring_gb": memory["scoring"], "memory/update_gb": memory["update"],
-            "memory/peak_gb": max(memory.values()), "perf/rollout_share": rollout / whole,
-            "perf/rollout_tokens_per_s": rollout_tokens / rollout, "perf/update_tokens_per_s": update_tokens / update,
-        }  # fmt: skip

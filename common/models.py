@@ -13,7 +13,7 @@ import transformers
 from assets import reviews
 from common import fsdp
 from common.data import collate, encode_prompt, fail, micro_batches, stop_token
-from optional import kv_cache, lora, t5
+from optional import kv_cache, lora, offload, t5
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # what a load leaves out is checked below, and said in one line
@@ -121,7 +121,7 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
     if not adapted:  # else the adapters are, and a head
         model.requires_grad_(trained)
     if trained and args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model.train(trained)
 
 class TokenLogprobs(torch.autograd.Function):
@@ -208,12 +208,12 @@ def sequence_scores(model, input_ids, prompt_lengths, response_mask):
     """[B, 1] scores. transformers reads the score at the last token that is not padding (with pad = eos: the one before)."""
     return model(input_ids=input_ids, use_cache=False).logits
 
-def run_micro_batches(forward, sequences, size: int, pad_id: int, width: int, dtype=torch.float32):
-    """[N, width] results of `forward(micro-batch) -> [b, t]` for all N global sequences, on every rank.
-    No gradient. Each rank computes its share in length-sorted micro-batches; the sum over ranks puts the rest in."""
+def run_micro_batches(forward, sequences, size: int, pad_id: int, width: int, dtype=torch.float32, model=None):
+    """[N, width] results of `forward(micro-batch) -> [b, t]` for all N global sequences, on every rank. `model`: which of those
+    that --offload-frozen parks is read. No gradient. Each rank computes its share, length-sorted; the sum puts the rest in."""
     out = torch.zeros(len(sequences), width, dtype=dtype, device=fsdp.device())
     lengths = [len(p) + len(r) for p, r in sequences]
-    with torch.no_grad():
+    with torch.no_grad(), offload.on_device(model):
         for pick in micro_batches(range(len(sequences)), lengths, size, fsdp.rank(), fsdp.world()):
             result = forward(collate([sequences[i] for i in pick], pad_id, out.device))
             if pick:
@@ -263,7 +263,7 @@ class Reward:
                 stop, answers = [stop_token(self.tokenizer)], self.tokenizer(texts, add_special_tokens=False)["input_ids"]
                 sequences = [(encode_prompt(self.tokenizer, r["prompt"]), a + stop) for r, a in zip(rows, answers, strict=True)]
             config, forward = self.model.config, lambda mb: sequence_scores(self.model, **mb)
-            scores = run_micro_batches(forward, sequences, self.size, config.pad_token_id, 1)[:, 0]
+            scores = run_micro_batches(forward, sequences, self.size, config.pad_token_id, 1, model=self.model)[:, 0]
             scores = (scores - getattr(config, "score_mean", 0.0)) / (getattr(config, "score_std", None) or 1.0)
         if not torch.isfinite(scores).all():
             bad = int((~torch.isfinite(scores)).nonzero()[0])
@@ -330,16 +330,15 @@ def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, te
     seeds = [((seed[0] * 1_000_003 + seed[1]) * 1_000_003 + i) % 2**63 for i in mine]
     found, training, engine = [], policy.training, getattr(policy, "engine", None)
     policy.eval()
-    with fsdp.gathered(policy):
-        if engine:
-            engine.load(policy)
-        for start in range(0, 0 if engine else len(mine), size or len(mine) or 1):
-            at = slice(start, start + (size or len(mine)))
-            uniforms = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(number)) for number in seeds[at]]
-            uniforms = torch.stack(uniforms).double().to(fsdp.device())
-            found += decode(policy, [prompts[i] for i in mine[at]], uniforms, temperatures[mine[at]], stops, pad)
-    if engine:  # the policy sharded again
+    if engine:
         found = engine.generate(policy, [prompts[i] for i in mine], seeds, temperatures[mine].tolist(), max_new_tokens, stops)
+    else:
+        with fsdp.gathered(policy):
+            for start in range(0, len(mine), size or len(mine) or 1):
+                at = slice(start, start + (size or len(mine)))
+                uniforms = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(number)) for number in seeds[at]]
+                uniforms = torch.stack(uniforms).double().to(fsdp.device())
+                found += decode(policy, [prompts[i] for i in mine[at]], uniforms, temperatures[mine[at]], stops, pad)
     policy.train(training)
     merged = {i: f for part in fsdp.all_gather_object(dict(zip(mine, found, strict=True))) for i, f in part.items()}
     logprobs = [torch.tensor(merged[i][1], device=fsdp.device()) for i in range(len(prompts))]

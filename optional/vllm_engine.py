@@ -71,6 +71,8 @@ class Engine:
 
     def generate(self, policy, prompts, seeds, temperatures, limit: int, stops: list[int]) -> list[tuple[list[int], list[float]]]:
         """As `models.decode`: (tokens, their log-probabilities) for each prompt. A response depends on its own seed alone."""
+        with fsdp.gathered(policy):
+            self.load(policy)
         options = dict(max_tokens=limit, stop_token_ids=stops, detokenize=False, logprobs=0)
         if policy.forbidden_token is not None:
             options["logit_bias"] = {policy.forbidden_token: -100.0}

@@ -117,7 +117,7 @@ def logged(source: str) -> set[str]:
 
 @functools.cache
 def all_logged() -> dict[str, set[str]]:
-    files = [f"{script}.py" for script in SCRIPTS] + ["common/log.py", "optional/mfu.py"]
+    files = [f"{script}.py" for script in SCRIPTS] + ["optional/meter.py"]
     return {file: logged(read_source(file)) for file in files}
 
 

@@ -70,7 +70,10 @@ def test_the_tracker_counts_what_is_alive(fake):
     assert tracker.peaks == {"rollout": 2 * 2**20, "update": 3 * 2**20}
 
 
-@pytest.mark.parametrize("algorithm, flags", [("ppo", ["--precision", "bf16"]), ("grpo", ["--group-size", "2"])])
+@pytest.mark.parametrize(
+    "algorithm, flags",
+    [("ppo", ["--precision", "bf16"]), ("grpo", ["--group-size", "2"]), ("dvpo", ["--precision", "bf16", "--offload-frozen"])],
+)
 def test_the_plan_is_what_a_real_step_takes(model, plan, algorithm, flags):
     """The script's main with real tensors and weights, watched by the same tracker: in bf16 through FSDP, in float32 without;
     GRPO's equal prompts are read once."""
@@ -130,6 +133,8 @@ def test_more_work_takes_more(plan):
     long = "--max-prompt-length", "300"
     assert update(*long, "--gradient-checkpointing") < 0.9 * update(*long)
     assert plan("ppo").phases["update"] > base.phases["update"]
+    frozen = base.state["policy model, frozen"] + base.state["value model, frozen"]
+    assert base.phases["update"] - update("--offload-frozen") == pytest.approx(frozen, rel=0.01)
     short, long = (plan("dvpo", "--max-response-length", n, "--micro-batch-size", "1").phases["rollout"] for n in ("150", "250"))
     columns = 288 - 192  # the room for 24 + 250 - 1 tokens, and for 24 + 150 - 1, in multiples of 32
     assert long - short == 2 * 2 * 2 * 32 * 4 * 4 * columns  # keys and values, 2 layers, 2 heads of 32, float32, 4 responses

@@ -2,13 +2,17 @@
 
 import functools
 import json
+from pathlib import Path
 
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+from common import fsdp
 
 VARIANTS = {
     "gvm_td": dict(normalise_values=True, context_pairs=2, context_length=8, source="preference", dataset="pairs.jsonl"),
@@ -78,6 +82,36 @@ def test_hybrid_sharding_and_frozen_models(world, alone):
     for rank in range(4):
         found = json.loads(world.path(f"frozen-{rank}").read_text())
         assert found == {"kinds": ["value", "policy"], "changed": [], "gradients": [], "optimized": []}
+
+
+def count_exchanges(module, log):
+    """At export, writes how often gradients were summed over the replicas, and of how many units."""
+    all_reduce, export, calls = dist.all_reduce, fsdp.export, []
+
+    def counted(tensor, *args, group=None, **kwargs):
+        calls.extend([1] * (group is not None and group.size() == 2))
+        return all_reduce(tensor, *args, group=group, **kwargs)
+
+    def written(model, *args, **kwargs):
+        Path(f"{log}-{fsdp.rank()}").write_text(json.dumps([len(calls), len(fsdp.units(model))]))
+        export(model, *args, **kwargs)
+
+    dist.all_reduce, fsdp.export = counted, written
+
+
+@pytest.mark.parametrize("script, trained", [("dvpo", 1), ("ppo", 2), ("dro", 2), ("reward", 1)])
+def test_replicas_exchange_gradients_once_an_optimizer_step(world, script, trained):
+    """2 replicas of 2 shards, three micro-batches a step: the training of one process, one exchange an optimizer step and unit."""
+    steps, batch = 2, dict(batch_size=9) | (dict(mini_batch_size=9) if script in ranks.ONLINE else {})
+    args = ranks.ARGS[script] | batch | dict(steps=steps, precision="fp64")
+    alone, split = f"runs/exchange-{script}-1", f"runs/exchange-{script}-4"
+    world.run(script, **args | dict(micro_batch_size=9, run_dir=alone)).ok()
+    patch = functools.partial(count_exchanges, log=f"exchanges-{script}")
+    world.run(script, 4, patch, **args | dict(micro_batch_size=1, shard_size=2, run_dir=split)).ok()
+    ranks.assert_same(world.path(alone), world.path(split))
+    for rank in range(4):
+        calls, units = json.loads(world.path(f"exchanges-{script}-{rank}").read_text())
+        assert units > 2 and calls == steps * trained * units, (calls, units)
 
 
 def test_normalised_values_are_folded_into_the_exported_head(world):
