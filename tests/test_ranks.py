@@ -101,7 +101,7 @@ def count_exchanges(module, log):
 
 @pytest.mark.parametrize("script, trained", [("dvpo", 1), ("ppo", 2), ("dro", 2), ("reward", 1)])
 def test_replicas_exchange_gradients_once_an_optimizer_step(world, script, trained):
-    """2 replicas of 2 shards, three micro-batches a step: the training of one process, one exchange an optimizer step and unit."""
+    """2 replicas of 2 shards, three micro-batches a step: the training of one process, one exchange a step and unit."""
     steps, batch = 2, dict(batch_size=9) | (dict(mini_batch_size=9) if script in ranks.ONLINE else {})
     args = ranks.ARGS[script] | batch | dict(steps=steps, precision="fp64")
     alone, split = f"runs/exchange-{script}-1", f"runs/exchange-{script}-4"
