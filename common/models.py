@@ -341,5 +341,7 @@ def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, te
                 found += decode(policy, [prompts[i] for i in mine[at]], uniforms, temperatures[mine[at]], stops, pad)
     policy.train(training)
     merged = {i: f for part in fsdp.all_gather_object(dict(zip(mine, found, strict=True))) for i, f in part.items()}
-    logprobs = [torch.tensor(merged[i][1], device=fsdp.device()) for i in range(len(prompts))]
-    return [merged[i][0] for i in range(len(prompts))], torch.nn.utils.rnn.pad_sequence(logprobs, batch_first=True)
+    sampled = torch.zeros(len(prompts), max((len(tokens) for tokens, _ in merged.values()), default=0))
+    for i, (tokens, logprobs) in merged.items():
+        sampled[i, : len(tokens)] = torch.tensor(logprobs)
+    return [merged[i][0] for i in range(len(prompts))], sampled.to(fsdp.device())

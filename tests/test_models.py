@@ -314,6 +314,8 @@ def test_log_probabilities_of_the_sampler_are_those_of_the_policy(tokenizer, pol
     scored = run_micro_batches(forward, list(zip(prompts, responses, strict=True)), 3, pad, max(lengths))
     torch.testing.assert_close(sampled, scored, atol=1e-5, rtol=0)
     assert all((row[:n] < 0).all() and (row[n:] == 0).all() for row, n in zip(sampled, lengths, strict=True))
+    nothing, sampled = rollout(policy, tokenizer, [], 25, temperature, (0, 1))  # of --eval-prompts 0
+    assert nothing == [] and sampled.shape == (0, 0)
 
 
 @pytest.mark.parametrize("window", [None, 6])
