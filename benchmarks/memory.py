@@ -281,6 +281,8 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
     begin, device = time.perf_counter(), "cpu" if fake else fsdp.device().type
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         script, args = prepare(algorithm, flags, folder)
+        if getattr(args, "rollout_engine", "torch") != "torch":
+            fail("the planner counts our own loop; leave out --rollout-engine")
         mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
         tracker = Tracker(script.main, device, mode, until)
         state, minis, loaded = {}, Counter(), []

@@ -63,22 +63,21 @@ class AdapterOff:
             for layer in self.layers:
                 layer._disable_adapters = False
 
-def merged(full: dict, scale: float) -> dict:
-    """W + scale B A under the base model's names, from a whole state dict with adapters."""
-    out = {key: value for key, value in full.items() if ".lora_" not in key}
-    for key in [key for key in out if ".base_layer." in key]:
-        value, stem = out.pop(key), key.rpartition(".base_layer.")[0]
-        if key.endswith("weight"):
+def merged(full: dict, scale: float):
+    """(name in the base model, W + scale B A) one by one, from a whole state dict with adapters."""
+    for key, value in full.items():
+        stem, adapted, _ = key.rpartition(".base_layer.")
+        if adapted and key.endswith("weight"):
             a, b = (full[f"{stem}.lora_{x}.default.weight"] for x in "AB")
             value = (value.to(b.dtype) + scale * b @ a).to(value.dtype)
-        out[key.replace(".base_layer.", ".")] = value
-    return out
+        if ".lora_" not in key:
+            yield key.replace(".base_layer.", "."), value
 
 def save(model, full: dict, folder, compute: torch.dtype) -> None:
     """The merged model, or with --no-lora-merge the adapters alone."""
     if model.lora_merge:
         weights = merged(full, model.lora.lora_alpha / model.lora.r)
-        model.save_pretrained(folder, state_dict={key: value.to(compute) for key, value in weights.items()})
+        model.save_pretrained(folder, state_dict={key: value.to(compute) for key, value in weights})
     else:
         folder.mkdir()
         save_adapter(model, full, folder)

@@ -17,6 +17,8 @@ def check(args) -> None:
     if getattr(args, "rollout_engine", "torch") == "vllm":
         if args.importance_cap < 0:
             fail(f"--importance-cap is {args.importance_cap}; it must not be negative (0: no weights)")
+        if not 0.01 <= args.temperature <= 2:
+            fail(f"--temperature is {args.temperature}; --rollout-engine vllm samples at 0.01 to 2")
         if args.precision == "fp64":
             fail("--rollout-engine vllm: it computes in bf16 or fp32, not in fp64")
         if not importlib.util.find_spec("vllm"):
@@ -36,6 +38,7 @@ class Engine:
             fail(f"{name}: --rollout-engine vllm runs decoders alone, not {policy.config.model_type}")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read at import: the model is to be in this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or all ranks of a machine share one core
         import vllm
 
@@ -56,24 +59,31 @@ class Engine:
                 logprobs_mode="processed_logprobs",  # of the distribution that is sampled: after temperature and bias
                 generation_config="vllm",  # the model folder's own would bring top_p, repetition penalties
             )
-        except ValueError as error:
-            fail(f"--rollout-engine vllm, --vllm-cache-gb {args.vllm_cache_gb}: {' '.join(str(error).split())}")
+        except (ValueError, torch.OutOfMemoryError) as error:
+            fail(f"--rollout-engine vllm: {' '.join(str(error).split())}")
+        if type(policy.base_model).__call__ is not torch.nn.Module.__call__:  # vLLM wraps, and so breaks, transformers' own class
+            fail(f"{name}: vLLM has no {policy.config.model_type} of its own; sample with torch")
         gc.unfreeze()  # vLLM freezes what exists; FSDP's models must be collected before the process group goes
         self.llm.llm_engine.engine_core._finalizer.detach()  # at exit it would destroy the process group, ours and gone by then
 
     def load(self, policy) -> None:
         """Copies the gathered policy's weights (of LoRA the merged ones) into vLLM's, and drops what was cached under the old."""
-        weights = dict(policy.named_parameters(remove_duplicate=False))  # of tied ones both: some backends keep copies of each
+        weights = policy.named_parameters(remove_duplicate=False)  # of tied ones both: some backends keep copies of each
         if hasattr(policy, "lora"):
-            weights = lora.merged(weights, policy.lora.lora_alpha / policy.lora.r)
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
-        self.llm.reset_prefix_cache()
+            weights = lora.merged(dict(weights), policy.lora.lora_alpha / policy.lora.r)
+        try:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        except (ValueError, KeyError) as error:  # a layer that vLLM names otherwise
+            fail(f"--rollout-engine vllm: {' '.join(str(error).split())}; sample with torch")
+        if not self.llm.reset_prefix_cache():
+            fail("--rollout-engine vllm: its prefix cache could not be emptied")
 
     def generate(self, policy, prompts, seeds, temperatures, limit: int, stops: list[int]) -> list[tuple[list[int], list[float]]]:
-        """As `models.decode`: (tokens, their log-probabilities) for each prompt. A response depends on its own seed alone."""
+        """As `models.decode`: (tokens, their log-probabilities) for each prompt; random numbers by a seed for each."""
         with fsdp.gathered(policy):
             self.load(policy)
-        options = dict(max_tokens=limit, stop_token_ids=stops, detokenize=False, logprobs=0)
+        # our stops alone: without ignore_eos those of the folder's generation config would end a response too
+        options = dict(max_tokens=limit, stop_token_ids=stops, ignore_eos=True, detokenize=False, logprobs=0)
         if policy.forbidden_token is not None:
             options["logit_bias"] = {policy.forbidden_token: -100.0}
         params = [self.params(seed=s, temperature=t, **options) for s, t in zip(seeds, temperatures, strict=True)]
@@ -91,5 +101,5 @@ class Engine:
         mb = collate(sequences, 0, fsdp.device())  # a rank without prompts joins in with a dummy
         logprobs, _ = policy.response_logprobs(**mb, temperature=(temperatures or [0.0])[0] or 1.0)
         off = max(((torch.tensor(sampled) - logprobs[0].cpu()).abs().mean().item() for _, sampled in found), default=0.0)
-        if off > 0.5:
+        if not off <= 0.5:  # nor NaN
             fail(f"--rollout-engine vllm: its log-probabilities are {off:.2f} nats a token off the policy's; sample with torch")

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import ranks
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from assets import reviews
 from common.models import load_model, load_tokenizer, rollout, run_micro_batches
@@ -102,6 +102,7 @@ def has_no_vllm(module):
         (has_no_vllm, dict(), "pip install -r requirements-vllm.txt"),
         (has_vllm, dict(precision="fp64"), "not in fp64"),
         (has_vllm, dict(importance_cap=-1.0), "--importance-cap is -1.0"),
+        (has_vllm, dict(temperature=2.5), "--temperature is 2.5"),
     ],
 )
 def test_what_cannot_run_ends_with_one_line(world, patch, args, words):
@@ -119,13 +120,16 @@ def test_an_encoder_decoder_ends_with_one_line():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A policy with heads of 32, the least that vLLM has on a CPU; tied, far from uniform, the pad token a popular one."""
+    """A policy with heads of 32, the least that vLLM has on a CPU; tied, far from uniform. Its generation config names ends and a
+    sampler that are not ours."""
     name, tokenizer = str(tmp_path_factory.mktemp("engine") / "policy"), load_tokenizer(reviews.folder("untrained"))
     torch.manual_seed(0)
     shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
     ids = dict(pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.15, tie_word_embeddings=True, **shape, **ids)
-    LlamaForCausalLM(config).save_pretrained(name)
+    model = LlamaForCausalLM(config)
+    model.generation_config.update(eos_token_id=[tokenizer.eos_token_id, *range(10, 30)], do_sample=True, top_k=3, top_p=0.5)
+    model.save_pretrained(name)
     tokenizer.save_pretrained(name)
     return name
 
@@ -197,6 +201,17 @@ def test_scripts_with_vllm_on_one_rank_and_two_and_resumed(world, folder, script
     assert last[0] == last[1] and ranks.exported(world.path(one)) == ranks.exported(world.path(cut))
     found = [row["rollout/mismatch"] for row in ranks.metrics(world.path(one)) if "rollout/mismatch" in row]
     assert len(found) == 4 and max(found) < 1e-9
+
+
+@needs_vllm
+def test_an_architecture_that_vllm_lacks_is_one_line(world, folder, tmp_path):
+    """It would run transformers' own class, wrapped in a way that breaks it for the trainer."""
+    tokenizer = load_tokenizer(folder)
+    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=len(tokenizer))
+    GPTNeoXForCausalLM(GPTNeoXConfig(**shape, eos_token_id=tokenizer.eos_token_id)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    run = world.run("grpo", **ranks.ARGS["grpo"] | STEP | dict(model=str(tmp_path)), run_dir="runs/vllm-neox")
+    assert "vLLM has no gpt_neox of its own; sample with torch" in run.error()
 
 
 @needs_vllm

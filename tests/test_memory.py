@@ -152,6 +152,8 @@ def test_extrapolation_in_depth(plan, monkeypatch):
 def test_an_unknown_model_is_one_line(capsys):
     with pytest.raises(SystemExit, match="^error: Llama-9: neither a folder with a config.json nor one of Llama-3.2-1B"):
         memory.measure("dvpo", ["--model", "Llama-9", *FLAGS])
+    with pytest.raises(SystemExit, match="^error: the planner counts our own loop"):
+        memory.measure("dvpo", ["--model", "Llama-3.2-1B", "--rollout-engine", "vllm", *FLAGS])
 
 
 def test_presets_have_the_published_sizes():
