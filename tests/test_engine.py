@@ -65,8 +65,7 @@ def tell_other_log_probabilities(module, cap, log):
     module.vllm_engine.start = lambda *_: (None, cap)
 
 
-@pytest.mark.parametrize("script", ranks.ONLINE)
-@pytest.mark.parametrize("one_update", [False, True])
+@pytest.mark.parametrize("script, one_update", [*((script, False) for script in ranks.ONLINE), ("grpo", True)])
 def test_each_advantage_gets_the_truncated_weight_of_its_token(world, script, one_update):
     """With pi / mu = 1.5 and 3 in turns and a cap of 2, advantages are 1.5 and 2 times those of a run without weights."""
     found = {}

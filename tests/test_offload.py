@@ -51,8 +51,10 @@ def reward_model(world):
     return "runs/reward-to-park/model"
 
 
-@pytest.mark.parametrize("script", ranks.ONLINE)
-@pytest.mark.parametrize("processes, precision", [(0, "fp32"), (2, "bf16")])
+@pytest.mark.parametrize(
+    "script, processes, precision",
+    [("dvpo", 0, "fp32"), ("dvpo", 2, "bf16"), ("ppo", 2, "bf16"), ("grpo", 2, "bf16"), ("remax", 0, "fp32")],
+)
 def test_a_run_is_the_same_bit_for_bit(world, reward_model, script, processes, precision):
     """Reward models in training and evaluation too; less of the state is on the device."""
     args = ranks.ARGS[script] | dict(precision=precision, eval_reward=(reward_model,))

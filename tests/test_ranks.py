@@ -99,7 +99,7 @@ def count_exchanges(module, log):
     dist.all_reduce, fsdp.export = counted, written
 
 
-@pytest.mark.parametrize("script, trained", [("dvpo", 1), ("ppo", 2), ("dro", 2), ("reward", 1)])
+@pytest.mark.parametrize("script, trained", [("dvpo", 1), ("ppo", 2), ("dro", 2)])
 def test_replicas_exchange_gradients_once_an_optimizer_step(world, script, trained):
     """2 replicas of 2 shards, three micro-batches a step: the training of one process, one exchange a step and unit."""
     steps, batch = 2, dict(batch_size=9) | (dict(mini_batch_size=9) if script in ranks.ONLINE else {})
