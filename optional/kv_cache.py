@@ -5,7 +5,7 @@ import torch.nn.functional as F
 import transformers
 from transformers.cache_utils import DynamicLayer
 
-ROOM = 32  # tokens; one copy each time they are used up, and at most so many too many
+ROOM = 16  # tokens; one copy each time they are used up, and at most so many too many
 
 
 class RoomyLayer(DynamicLayer):
