@@ -199,8 +199,9 @@ def whiten(x, mask, centre=True, eps=1e-8):
 def importance_weights(logprobs, sampled, mask, cap):
     """min(pi / mu, cap) at each token [B, T], a truncated importance weight (fengyao.notion.site/off-policy-rl). Its sampler mu
     drew it with log-probability `sampled`, the policy gives it `logprobs`. 1 where masked, and everywhere for `cap` 0."""
-    ratio = torch.where(mask, logprobs - sampled, 0.0).exp()
-    return ratio.clamp(max=cap) if cap else torch.ones_like(ratio)
+    if not cap:
+        return torch.ones_like(logprobs)
+    return torch.where(mask, logprobs - sampled, 0.0).exp().clamp(max=cap)
 
 
 def kl_estimates(logprobs, ref_logprobs, mask):

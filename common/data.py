@@ -41,7 +41,8 @@ def read_rows(name, kind, *, split="train", columns=None, part="all", split_seed
     """Rows of `kind` from `reviews`, a local .jsonl / .json / .parquet file (.gz too) or a hub id. `split`: the hub's, or the
     value to keep of a file's `split` column. `columns` maps our names to the file's. `part` keeps 2502.16944's share of the
     prompts, by a hash of each: disjoint whatever the order. Ends with one line that names the file, the row and the mend."""
-    for unknown in set(columns or {}) - set(OURS):
+    columns = columns or {}
+    for unknown in set(columns) - set(OURS):
         fail(f"--columns: {unknown!r} is not a column of ours; use {', '.join(OURS)}")
     source = list(enumerate(reviews.rows(kind) if name == "reviews" else _read(name, split), 1))
     if source and "split" in source[0][1]:
@@ -56,7 +57,7 @@ def read_rows(name, kind, *, split="train", columns=None, part="all", split_seed
     rows, bad = [], 0
     for i, row in source:
         try:
-            rows.append({**_check_row(row, kind, columns or {}), "row": i})
+            rows.append({**_check_row(row, kind, columns), "row": i})
         except ValueError as error:
             if not skip_bad_rows:
                 fail(f"{name}, row {i}: {error} (or drop such rows with --skip-bad-rows)")

@@ -66,7 +66,8 @@ class Run:
             path.with_suffix(".part").rename(path)
         self.writer = SummaryWriter(str(self.dir), purge_step=step + bool(step))
         self.bar = tqdm(total=total, initial=step, desc=self.dir.name, disable=None)
-        self.wandb = self.args.wandb and weights_and_biases.start(self.dir, step, dataclasses.asdict(self.args))
+        if self.args.wandb:
+            self.wandb = weights_and_biases.start(self.dir, step, dataclasses.asdict(self.args))
 
     def metrics(self, step: int, values: dict, show: tuple[str, ...] = ()) -> None:
         """One line of metrics.jsonl and TensorBoard; `show` names those beside the progress bar."""

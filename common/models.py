@@ -121,7 +121,8 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
     if not adapted:  # else the adapters are, and a head
         model.requires_grad_(trained)
     if trained and args.gradient_checkpointing:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # transformers < 5.20: so
+        enable({"use_reentrant": False})
     return model.train(trained)
 
 class TokenLogprobs(torch.autograd.Function):
@@ -294,7 +295,8 @@ def decode(policy, prompts: list[list[int]], uniforms, temperatures, stops: list
     encoder_decoder, states, ended = policy.config.is_encoder_decoder, mask, torch.tensor(stops, device=device)
     feed = torch.full_like(ids[:, :1], policy.config.decoder_start_token_id) if encoder_decoder else ids
     cache = None if encoder_decoder else kv_cache.roomy(policy.config)
-    alive, logprobs, tokens = torch.arange(len(prompts), device=device), torch.zeros_like(uniforms), uniforms.long().fill_(pad)
+    alive, logprobs = torch.arange(len(prompts), device=device), torch.zeros_like(uniforms)
+    tokens = torch.full_like(uniforms, pad, dtype=torch.long)
     while t < uniforms.shape[1] and len(alive):
         inputs = dict(attention_mask=mask, past_key_values=cache, use_cache=True)
         if encoder_decoder:
@@ -316,8 +318,9 @@ def decode(policy, prompts: list[list[int]], uniforms, temperatures, stops: list
             alive, token, mask, states = alive[rows], token[rows], mask[rows], states[rows]
             cache.batch_select_indices(rows)
         feed, mask = token[:, None], mask if encoder_decoder else F.pad(mask, (0, 1), value=1)
-    ends = [next((t + 1 for t, token in enumerate(found) if token in stops), None) for found in tokens.tolist()]
-    return [(y[:end], p[:end]) for y, p, end in zip(tokens.tolist(), logprobs.tolist(), ends, strict=True)]
+    found = tokens.tolist()
+    ends = [next((t + 1 for t, token in enumerate(row) if token in stops), None) for row in found]
+    return [(y[:end], p[:end]) for y, p, end in zip(found, logprobs.tolist(), ends, strict=True)]
 
 @torch.no_grad()
 def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, temperature, seed: tuple, size: int = 0):

@@ -44,6 +44,10 @@ def test_importance_weights_make_the_samplers_mean_the_policys(script):
     assert masked.tolist() == [[1.0, 1.0]]
 
 
+def test_our_own_loop_gets_no_weights():
+    assert vllm_engine.start(None, "x", SimpleNamespace(rollout_engine="torch", importance_cap=2.0)) == (None, 0.0)
+
+
 def tell_other_log_probabilities(module, cap, log):
     """The rollout says that it drew the tokens of even positions with 1 / 1.5, of odd ones with 1 / 3 of their probability. `log`
     gets the loss's advantages."""
