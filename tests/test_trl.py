@@ -267,7 +267,7 @@ def test_grpo_loss_is_trls(generation, theirs, ours, clips):
     logged, count = trainer._metrics["train"], mask.sum()
     assert logged["entropy"][-1] == pytest.approx((entropy.sum() / count).item(), abs=1e-5)
     k3 = grpo.kl_estimates(logprobs.detach(), ref, mask)[1]
-    assert logged["kl"][-1] == pytest.approx((k3.sum() / count).item(), abs=1e-5)
+    assert logged["kl"][-1] == pytest.approx((k3.sum() / count).item(), rel=1e-5)  # a number near 10, in float32
 
 
 def test_trls_kl_term_has_another_gradient_by_default(generation):
