@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/parts.py
 
-Each pair takes turns in one process; printed are the medians of `--rounds` and their ratio, ours over the other.
+Each pair takes turns in one process; printed are the medians of `--rounds` and their ratio, ours over the other. Then what share
+of an update and of a rollout is matrix products and attention, which are the model's own and no trainer can leave out.
 """
 
 import argparse
@@ -132,6 +133,35 @@ def optimizer_and_fsdp() -> None:
     compare("forward and backward, 64 x 20 tokens, one process: plain / FSDP", partial(step, plain), partial(step, sharded))
 
 
+def shares() -> None:
+    """speed.py's tiny GRPO: prompts of 24 tokens, responses of 64, micro-batches of 8; 64 responses at once in the rollout."""
+    model = llama(128, 4, 1024)
+    model.response_logprobs = types.MethodType(models.response_logprobs, model)
+    prompts = torch.randint(5, 1000, (8, 24)).tolist()
+    mb = data.collate([(prompt, [5] * 64) for prompt in prompts], 0, "cpu")
+    uniforms, heat = torch.rand(64, 64, dtype=torch.float64), torch.ones(64, dtype=torch.float64)
+
+    def update():
+        model.response_logprobs(**mb)[0].sum().backward()
+
+    def rollout():
+        with torch.no_grad():
+            models.decode(model, [prompt for prompt in prompts for _ in range(8)], uniforms, heat, [-1], 0)
+
+    print("\n| | matrix products | attention | all else |\n|---|---|---|---|")
+    for run in (update, rollout):
+        run()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            for _ in range(ROUNDS):
+                run()
+        spent = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+        products, attention = (
+            sum(us for key, us in spent.items() if key.startswith(names)) / sum(spent.values())
+            for names in (("aten::mm", "aten::addmm", "aten::bmm"), "aten::_scaled_dot_product")
+        )
+        print(f"| {run.__name__} | {products:.2f} | {attention:.2f} | {1 - products - attention:.2f} |", flush=True)
+
+
 def main() -> None:
     global ROUNDS
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -143,6 +173,7 @@ def main() -> None:
     output_layer()
     micro_batches()
     optimizer_and_fsdp()
+    shares()
     fsdp.mesh.cache_clear()
     dist.destroy_process_group()
 
