@@ -24,6 +24,7 @@ from common import fsdp
 from common.data import collate, encode_prompt, stop_token, tokenize
 from common.models import (
     Reward,
+    TokenLogprobs,
     decode,
     load_model,
     load_tokenizer,
@@ -124,6 +125,18 @@ def test_token_logprobs_is_a_full_log_softmax(chunk, temperature, forbidden, bia
         results.append([logprobs.detach(), entropy.detach(), h.grad, w.grad] + ([b.grad] if bias else []))
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+def test_the_last_chunks_logits_are_made_once_and_a_second_backward_is_as_the_first(monkeypatch):
+    """Backward overwrites what forward left of the last chunk; where it is gone, the logits are made again."""
+    calls, logits = [], TokenLogprobs.logits
+    monkeypatch.setattr(TokenLogprobs, "logits", lambda hidden, *rest: calls.append(len(hidden)) or logits(hidden, *rest))
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=generator).requires_grad_() for shape in ((12, 8), (9, 8)))
+    logprobs, _ = token_logprobs(hidden, weight, None, torch.arange(12) % 9, chunk=5)
+    gradients = [torch.autograd.grad(logprobs.sum(), (hidden, weight), retain_graph=True) for _ in range(2)]
+    assert calls == [5, 5, 2] + [5, 5] + [2, 5, 5]
+    torch.testing.assert_close(*gradients)
 
 
 def test_a_forbidden_token_has_probability_zero():
