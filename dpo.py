@@ -37,9 +37,9 @@ from common.models import (
     load_reference,
     load_tokenizer,
     resolve,
-    rollout,
     sequence_logprobs,
 )
+from common.rollout import check_sampler, rollout
 from optional.meter import mfu, peak_memory_gb
 
 
@@ -249,6 +249,7 @@ def main(args: Args) -> None:
     trained, optimizers = {"policy": (policy, optimizer)}, [optimizer]
     state = fsdp.load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
+    check_sampler(policy, tokenizer, [row["prompt_ids"] for row in eval_rows], args.max_response_length, args.temperature)
     run.start(start, steps)
 
     def score(model, sequences, temperature=1.0):

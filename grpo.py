@@ -34,9 +34,9 @@ from common.models import (
     load_reference,
     load_tokenizer,
     resolve,
-    rollout,
     run_micro_batches,
 )
+from common.rollout import check_sampler, note_drift, rollout
 from optional import offload, vllm_engine
 from optional.meter import Phases
 
@@ -248,6 +248,7 @@ def main(args: Args) -> None:
     offload.park(args.offload_frozen, [*models, *(r.model for r in eval_rewards)])
     state = fsdp.load_checkpoint(args.run_dir, {"policy": (policy, optimizer)}) if args.resume else {}
     start = state.get("step", 0)
+    check_sampler(policy, tokenizer, [row["prompt_ids"] for row in rows], limit, args.temperature)
     run.start(start, args.steps)
 
     def score(model, sequences):
@@ -286,7 +287,9 @@ def main(args: Args) -> None:
         batch = [rows[i] for i in drawn for _ in range(args.group_size)]
         prompts = [row["prompt_ids"] for row in batch]
         seed = (args.seed, step + 1)
-        responses, sampled = rollout(policy, tokenizer, prompts, limit, args.temperature, seed, args.rollout_batch_size)
+        responses, sampled = rollout(
+            policy, tokenizer, prompts, limit, args.temperature, seed, args.rollout_batch_size, compare=False
+        )
         sequences = list(zip(prompts, responses, strict=True))
         lengths = [len(p) + len(r) for p, r in sequences]
         mask = collate(sequences, pad, device)["response_mask"]
@@ -345,6 +348,7 @@ def main(args: Args) -> None:
 
         # --- log
         done, response_tokens, means = step + 1, int(mask.sum()), torch.tensor(norms).mean(0).tolist()
+        note_drift(policy, sampled, logprobs, mask, done)
         metrics = {
             "objective/score": scores.mean(), "objective/kl": kl.sum(1).mean(), "objective/kl_k3": k3.sum(1).mean(),
             "objective/entropy": entropy / count, "rollout/zero_spread": equal.float().mean(),

@@ -36,9 +36,9 @@ from common.models import (
     load_reference,
     load_tokenizer,
     resolve,
-    rollout,
     run_micro_batches,
 )
+from common.rollout import check_sampler, note_drift, rollout
 from optional import offload, vllm_engine
 from optional.meter import Phases
 
@@ -239,6 +239,7 @@ def main(args: Args) -> None:
     offload.park(args.offload_frozen, [*models, *(r.model for r in eval_rewards)])
     state = fsdp.load_checkpoint(args.run_dir, {"policy": (policy, optimizer)}) if args.resume else {}
     start = state.get("step", 0)
+    check_sampler(policy, tokenizer, [row["prompt_ids"] for row in rows], limit, args.temperature)
     run.start(start, args.steps)
 
     def score(model, sequences):
@@ -277,7 +278,9 @@ def main(args: Args) -> None:
         prompts = [row["prompt_ids"] for row in batch]
         heat = [args.temperature] * len(prompts) + [0.0] * len(prompts)  # sampled and greedy in one call
         seed = (args.seed, step + 1)
-        responses, sampled = rollout(policy, tokenizer, prompts * 2, limit, heat, seed, args.rollout_batch_size)
+        responses, sampled = rollout(
+            policy, tokenizer, prompts * 2, limit, heat, seed, args.rollout_batch_size, compare=False
+        )
         sequences, greedy = (list(zip(prompts, r, strict=True)) for r in (responses[: len(batch)], responses[len(batch) :]))
         lengths = [len(p) + len(r) for p, r in sequences]
         mask = collate(sequences, pad, device)["response_mask"]
@@ -325,6 +328,7 @@ def main(args: Args) -> None:
 
         # --- log
         done, response_tokens, means = step + 1, int(mask.sum()), torch.tensor(norms).mean(0).tolist()
+        note_drift(policy, sampled, logprobs, mask, done)
         metrics = {
             "objective/score": scores.mean(), "objective/kl": kl.sum(1).mean(), "objective/kl_k3": k3.sum(1).mean(),
             "objective/entropy": entropy / count, "objective/greedy_score": greedy_scores.mean(),

@@ -23,7 +23,8 @@ import torch
 from common import fsdp
 from common.data import batch_indices, collate, fail, hold_out, micro_batches, note, read_rows, tokenize
 from common.log import Run, parse
-from common.models import Reward, load_model, load_tokenizer, resolve, rollout, run_micro_batches
+from common.models import Reward, load_model, load_tokenizer, resolve, run_micro_batches
+from common.rollout import check_sampler, rollout
 from optional.meter import mfu, peak_memory_gb
 
 
@@ -165,6 +166,7 @@ def main(args: Args) -> None:
     optimizer = fsdp.adamw(policy, args.lr)
     state = fsdp.load_checkpoint(args.run_dir, {"policy": (policy, optimizer)}) if args.resume else {}
     start = state.get("step", 0)
+    check_sampler(policy, tokenizer, [row["prompt_ids"] for row in eval_rows], args.max_response_length, args.temperature)
     run.start(start, steps)
 
     def evaluate(step):

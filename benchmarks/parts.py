@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import data, fsdp, models  # noqa: E402
+from common.rollout import decode  # noqa: E402
 from optional import kv_cache  # noqa: E402
 
 ROUNDS = 7
@@ -56,16 +57,16 @@ def rollouts() -> None:
         prompts = torch.randint(5, 1000, (n // 8, 24)).repeat_interleave(8, 0)
         uniforms, heat = torch.rand(n, tokens, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
         config = transformers.GenerationConfig(max_new_tokens=tokens, do_sample=True, eos_token_id=None, pad_token_id=0)
-        ours = partial(models.decode, model, prompts.tolist(), uniforms, heat, [-1], 0)
+        ours = partial(decode, model, prompts.tolist(), uniforms, heat, [-1], 0)
         theirs = partial(model.generate, prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
-        compare(f"rollout, {n} responses of {tokens} tokens: `models.decode` / `generate`", ours, theirs)
+        compare(f"rollout, {n} responses of {tokens} tokens: `decode` / `generate`", ours, theirs)
 
         def plain(run):
             with mock.patch.object(kv_cache, "roomy", lambda config: transformers.DynamicCache(config=config)):
                 run()
 
         stops = list(range(10, 10 + 2048 // tokens))  # untrained, every token is about equally likely: half end before tokens / 3
-        ragged = partial(models.decode, model, prompts.tolist(), uniforms, heat, stops, 0)
+        ragged = partial(decode, model, prompts.tolist(), uniforms, heat, stops, 0)
         compare("the same: `kv_cache.roomy` / `DynamicCache`", ours, partial(plain, ours))
         compare("the same, responses end at different lengths", ragged, partial(plain, ragged))
 
@@ -146,7 +147,7 @@ def shares() -> None:
 
     def rollout():
         with torch.no_grad():
-            models.decode(model, [prompt for prompt in prompts for _ in range(8)], uniforms, heat, [-1], 0)
+            decode(model, [prompt for prompt in prompts for _ in range(8)], uniforms, heat, [-1], 0)
 
     print("\n| | matrix products | attention | all else |\n|---|---|---|---|")
     for run in (update, rollout):

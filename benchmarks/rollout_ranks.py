@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from assets import reviews  # noqa: E402
 from common import fsdp, models  # noqa: E402
+from common.rollout import decode  # noqa: E402
 
 
 @dataclass
@@ -63,7 +64,7 @@ def main(args: Args) -> None:
         dist.barrier()
         start = time.perf_counter()
         with torch.no_grad(), context:
-            found = models.decode(model, prompts, uniforms, temperatures, [-1], 0)  # no token ends a response
+            found = decode(model, prompts, uniforms, temperatures, [-1], 0)  # no token ends a response
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         dist.barrier()

@@ -37,7 +37,8 @@ class Run:
         self.args, self.dir, self.wandb = args, Path(args.run_dir), None
         lora.find_package(args)
         vllm_engine.check(args)
-        used = (self.dir / "metrics.jsonl").exists() or (self.dir / "checkpoints").exists()
+        metrics = self.dir / "metrics.jsonl"  # empty where a check ended the run before its first number
+        used = (metrics.exists() and metrics.stat().st_size) or (self.dir / "checkpoints").exists()
         if used and not args.resume and not args.overwrite:
             fail(f"{self.dir} holds an earlier run: --resume continues it, --overwrite replaces it, --run-dir chooses another")
         fsdp.all_gather_object(None)  # every rank has looked before rank 0 writes

@@ -1,7 +1,6 @@
-"""Models in the ecosystem's own classes, sharded; log-probabilities and values of responses; reward functions; rollout."""
+"""Models in the ecosystem's own classes, sharded; log-probabilities and values of responses; reward functions."""
 
 import importlib
-import inspect
 import types
 import warnings
 from pathlib import Path
@@ -12,8 +11,8 @@ import transformers
 
 from assets import reviews
 from common import fsdp
-from common.data import collate, encode_prompt, fail, micro_batches, stop_token
-from optional import kv_cache, lora, offload, t5
+from common.data import collate, encode_prompt, fail, micro_batches, note, stop_token
+from optional import lora, offload, t5
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # what a load leaves out is checked below, and said in one line
@@ -59,6 +58,17 @@ def check_same_tokenizer(tokenizer, name: str, flag: str = "") -> bool:
     same = other.get_vocab() == tokenizer.get_vocab() and other.chat_template == tokenizer.chat_template
     return same or bool(flag and fail(f"{flag} {name}: its tokenizer differs from the policy's; train it on the policy's own"))
 
+def check_unread(name: str, kind: str, keys, cut: bool) -> None:
+    """Weights of a folder that the model has no place for, by their names `keys`, are not left out in silence. An output layer
+    is what a value model leaves behind of a policy; a policy from a value model is a mistake. `cut`: to the first layers."""
+    heads = {key for key in keys if key.split(".")[0] in ("lm_head", "score", "classifier")}
+    judging = sorted(key for key in heads if not key.startswith("lm_head"))
+    if judging and kind in ("policy", "encoder-decoder"):
+        fail(f"{name}: a value or reward model (it has {judging[0]}), no {kind}")
+    rest = sorted(set(keys) - heads)
+    if rest and not cut:
+        note(f"{name}: {len(rest)} of its weights have no place in a {kind} model and are not read, {rest[0]} for one")
+
 def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: int = 0):
     """A sharded policy, value or reward model, dropout off, head zero-initialised where the folder has none.
     Rank 0 reads the weights (safetensors only, no remote code), the others receive their shard. Trained models keep
@@ -92,6 +102,7 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
             fail(f"{name}: weights missing for a {kind} model: {wrong[0]}")
         if missing and not trained:
             fail(f"{name}: it has no head that was trained ({min(missing)} is missing), so it is no {kind} model")
+        check_unread(name, kind, info["unexpected_keys"], cut=bool(layers))
         for key, parameter in source.named_parameters():
             if key in missing:
                 torch.nn.init.zeros_(parameter)
@@ -111,6 +122,7 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
         pad = tokenizer.pad_token_id
         stops = sorted({tokenizer.eos_token_id, stop_token(tokenizer)})
         model.forbidden_token = None if pad in stops else pad
+        model.compute_dtype = compute  # by which rollouts judge what is rounding
         if source:  # for the export: a rollout reads nothing of it, least of all a repetition penalty
             model.generation_config = source.generation_config
             model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
@@ -276,81 +288,3 @@ class Reward:
             bad = int((~torch.isfinite(scores)).nonzero()[0])
             fail(f"--reward {self.name} gave {scores[bad].item()} for the response {texts[bad][:80]!r}")
         return scores
-
-def sample(logits, uniforms, temperatures, forbidden: int | None):
-    """Tokens [B] from logits [B, V] by inverse CDF, the first whose cumulative probability passes its uniform number [B], and
-    their log-probabilities [B] (greedy: at temperature 1). The numbers are drawn per *sequence*, so a response depends on
-    neither its rank nor its neighbours in the batch."""
-    logits, greedy = logits.double(), temperatures == 0
-    if forbidden is not None:
-        logits[:, forbidden] = -torch.inf
-    probs = (logits / temperatures.masked_fill(greedy, 1.0)[:, None]).softmax(-1)
-    cdf = probs.cumsum(-1)
-    tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(1)
-    tokens = torch.where(greedy, logits.argmax(-1), tokens)
-    return tokens, probs.gather(1, tokens[:, None]).squeeze(1).log()
-
-def decode(policy, prompts: list[list[int]], uniforms, temperatures, stops: list[int], pad: int) -> list[tuple[list, list]]:
-    """A response to each prompt, of at most T tokens for `uniforms` [B, T]; `temperatures` [B]. (tokens, their log-probabilities)
-    Equal prompts are read once; a response that has ended leaves the batch, so that a step costs what is unfinished."""
-    device, takes, t = uniforms.device, inspect.signature(policy.forward).parameters, 0
-    row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    width = max(map(len, row_of))  # padding on the left: responses go on from the last column
-    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in row_of], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in row_of], device=device)
-    encoder_decoder, states, ended = policy.config.is_encoder_decoder, mask, torch.tensor(stops, device=device)
-    feed = torch.full_like(ids[:, :1], policy.config.decoder_start_token_id) if encoder_decoder else ids
-    cache = None if encoder_decoder else kv_cache.roomy(policy.config)
-    alive, logprobs = torch.arange(len(prompts), device=device), torch.zeros_like(uniforms)
-    tokens = torch.full_like(uniforms, pad, dtype=torch.long)
-    while t < uniforms.shape[1] and len(alive):
-        inputs = dict(attention_mask=mask, past_key_values=cache, use_cache=True)
-        if encoder_decoder:
-            inputs |= dict(decoder_input_ids=feed, **({"encoder_outputs": (states,)} if t else {"input_ids": ids}))
-        else:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -feed.shape[1] :]
-            inputs |= dict(input_ids=feed, position_ids=positions, logits_to_keep=1)
-        out = policy(**{key: value for key, value in inputs.items() if key in takes})
-        logits, cache = out.logits[:, -1], out.past_key_values
-        if t == 0:  # from here on a row for each response
-            rows = torch.tensor([row_of[tuple(prompt)] for prompt in prompts], device=device)
-            states = out.encoder_last_hidden_state if encoder_decoder else mask
-            logits, mask, states = logits[rows], mask[rows], states[rows]
-            cache.batch_select_indices(rows)
-        token, logprobs[alive, t] = sample(logits, uniforms[alive, t], temperatures[alive], policy.forbidden_token)
-        tokens[alive, t] = token
-        rows, t = torch.isin(token, ended).logical_not().nonzero().squeeze(1), t + 1
-        if len(rows) < len(alive):
-            alive, token, mask, states = alive[rows], token[rows], mask[rows], states[rows]
-            cache.batch_select_indices(rows)
-        feed, mask = token[:, None], mask if encoder_decoder else F.pad(mask, (0, 1), value=1)
-    found = tokens.tolist()
-    ends = [next((t + 1 for t, token in enumerate(row) if token in stops), None) for row in found]
-    return [(y[:end], p[:end]) for y, p, end in zip(found, logprobs.tolist(), ends, strict=True)]
-
-@torch.no_grad()
-def rollout(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, temperature, seed: tuple, size: int = 0):
-    """Sampled response tokens for all prompts (token lists), on every rank: N lists, stop token included (unless cut off); and
-    the log-probabilities [N, T] with which they were drawn, 0 after the end.
-    `temperature`: a number, or one for each prompt; 0 is greedy. `size` prompts at a time (0: all of this rank's)."""
-    stops, pad = sorted({stop_token(tokenizer), tokenizer.eos_token_id}), tokenizer.pad_token_id
-    temperatures = torch.as_tensor(temperature, dtype=torch.float64, device=fsdp.device()).expand(len(prompts))
-    mine = sorted(range(fsdp.rank(), len(prompts), fsdp.world()), key=lambda i: len(prompts[i]))
-    seeds = [((seed[0] * 1_000_003 + seed[1]) * 1_000_003 + i) % 2**63 for i in mine]
-    found, training, engine = [], policy.training, getattr(policy, "engine", None)
-    policy.eval()
-    if engine:
-        found = engine.generate(policy, [prompts[i] for i in mine], seeds, temperatures[mine].tolist(), max_new_tokens, stops)
-    else:
-        with fsdp.gathered(policy):
-            for start in range(0, len(mine), size or len(mine) or 1):
-                at = slice(start, start + (size or len(mine)))
-                uniforms = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(number)) for number in seeds[at]]
-                uniforms = torch.stack(uniforms).double().to(fsdp.device())
-                found += decode(policy, [prompts[i] for i in mine[at]], uniforms, temperatures[mine[at]], stops, pad)
-    policy.train(training)
-    merged = {i: f for part in fsdp.all_gather_object(dict(zip(mine, found, strict=True))) for i, f in part.items()}
-    sampled = torch.zeros(len(prompts), max((len(tokens) for tokens, _ in merged.values()), default=0))
-    for i, (tokens, logprobs) in merged.items():
-        sampled[i, : len(tokens)] = torch.tensor(logprobs)
-    return [merged[i][0] for i in range(len(prompts))], sampled.to(fsdp.device())

@@ -14,7 +14,8 @@ from transformers import AutoConfig
 
 from common import fsdp
 from common.data import encode_prompt, fail, note, prompt_hash, read_rows, stop_token, tokenize
-from common.models import Reward, load_model, load_tokenizer, resolve, rollout
+from common.models import Reward, load_model, load_tokenizer, resolve
+from common.rollout import rollout
 from optional import text_metrics
 from optional.text_metrics import WITH_REFERENCE, mean
 

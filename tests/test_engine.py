@@ -15,7 +15,8 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from assets import reviews
-from common.models import load_model, load_tokenizer, rollout, run_micro_batches
+from common.models import load_model, load_tokenizer, run_micro_batches
+from common.rollout import check_sampler, rollout
 from optional import vllm_engine
 
 needs_vllm = pytest.mark.skipif(
@@ -180,7 +181,11 @@ def test_engine_is_the_policy(group, folder):
             parameter.add_(0.05 * torch.randn_like(parameter))
     assert check(0.7) != first
 
-    policy.engine.checked, policy.engine.load = False, lambda policy: None  # weights that do not arrive are found out
+    check_sampler(policy, tokenizer, prompts, 16, 1.0)
+    policy.engine.load = lambda policy: None  # weights that do not arrive are found out
+    with pytest.raises(SystemExit, match="keeps older weights"):
+        check_sampler(policy, tokenizer, prompts, 16, 1.0)
+    policy.sampler_checked = False
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1.5)

@@ -14,7 +14,8 @@ import grpo
 import remax
 from assets import reviews
 from common.data import batch_indices, prompt_hash, read_rows, tokenize
-from common.models import load_model, load_tokenizer, rollout
+from common.models import load_model, load_tokenizer
+from common.rollout import rollout
 
 AGGREGATIONS = ["grpo", "dapo", "dr_grpo"]
 NAN, INF = float("nan"), float("inf")

@@ -25,16 +25,14 @@ from common.data import collate, encode_prompt, stop_token, tokenize
 from common.models import (
     Reward,
     TokenLogprobs,
-    decode,
     load_model,
     load_tokenizer,
     response_values,
-    rollout,
     run_micro_batches,
-    sample,
     sequence_scores,
     token_logprobs,
 )
+from common.rollout import decode, rollout, sample
 from optional import kv_cache
 
 PAD, BOS, EOS = (reviews.SPECIAL.index(f"<{role}>") for role in ("pad", "bos", "eos"))

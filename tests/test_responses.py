@@ -15,7 +15,8 @@ import torch
 
 import evaluate
 from common.data import encode_prompt
-from common.models import load_model, load_tokenizer, rollout
+from common.models import load_model, load_tokenizer
+from common.rollout import rollout
 from optional import answers, text_metrics
 
 TURNS = [["lunch : the soup ?", "supper : the fish ?"], ["lunch : the waiter ?", "supper : the rice ?"], ["dinner ?"]]

@@ -10,7 +10,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoModelForTokenClassification
 
 import dro
 from common.data import collate, encode_prompt, tokenize
-from common.models import load_model, load_tokenizer, rollout
+from common.models import load_model, load_tokenizer
+from common.rollout import rollout
 
 pytestmark = pytest.mark.usefixtures("group")
 ARGS = SimpleNamespace(precision="fp32", shard_size=0, gradient_checkpointing=False, micro_batch_size=3, lora_rank=0)

@@ -1,0 +1,92 @@
+"""How far the sampler's log-probabilities are from the policy's: by rounding alone, and by each known fault.
+
+    python benchmarks/sampler.py                                                  # the embedded policy, float32 and bf16
+    python benchmarks/sampler.py --model HuggingFaceTB/SmolLM2-135M-Instruct --prompts prompts.jsonl --tokens 64
+
+The tolerances of common/rollout.py rest on this; docs/metrics.md has the table. For each compute type: the mean |difference|
+of a token in nats, its 99th percentile and the worst response's mean; then the mean with the cache, the attention mask or the
+position ids lost on the way into the model.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import fsdp, rollout  # noqa: E402
+from common.data import encode_prompt, read_rows  # noqa: E402
+from common.models import load_model, load_tokenizer, resolve  # noqa: E402
+
+NAMES = {"cache": rollout.CACHE_NAMES, "attention mask": ("attention_mask",), "position ids": ("position_ids",)}
+
+
+def lost(policy, names):
+    """Inside, the policy's forward does not get the arguments `names`."""
+    real = policy.forward
+
+    def forward(*args, **kwargs):
+        return real(*args, **{name: value for name, value in kwargs.items() if name not in names})
+
+    forward.__signature__ = rollout.inspect.signature(real)
+    return mock.patch.object(policy, "forward", forward)
+
+
+@torch.no_grad()
+def measure(policy, prompts, tokens: int, temperature: float) -> list[str]:
+    def sampled():
+        return rollout.sample_all(policy, prompts, tokens, temperature, (0, 0), 0, [], 0)
+
+    def off(found):
+        return rollout.differences(policy, prompts, *found, temperature)
+
+    right = off(sampled())
+    flat = torch.cat(right)
+    cells = [flat.mean().item(), flat.quantile(0.99).item(), max(x.mean().item() for x in right)]
+    for names in NAMES.values():
+        with lost(policy, names):
+            faulty = sampled()
+        cells.append(rollout.mean_of(off(faulty)))
+    return [f"{cell:.2g}" for cell in cells]
+
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="reviews", help="a policy: folder or hub id")
+    parser.add_argument("--prompts", default="reviews", help="hub id or file with a column `prompt`")
+    parser.add_argument("--n", type=int, default=16, help="prompts, the first of the file")
+    parser.add_argument("--tokens", type=int, default=16, help="sampled after each prompt")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp64", "fp32", "bf16"])
+    args = parser.parse_args()
+    name = resolve(args.model)
+    tokenizer = load_tokenizer(name)
+    rows = read_rows(args.prompts, "prompts", part="all")[: args.n]
+    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    if torch.cuda.is_available():
+        torch.cuda.set_device(0)
+    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    lengths = sorted(map(len, prompts))
+    print(f"{args.model}, {device}: {len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens,")
+    print(f"{args.tokens} sampled after each at temperature {args.temperature:g}\n")
+    faults = " | ".join(f"no {x}" for x in NAMES)
+    print(f"| compute type | tolerance | right: mean | p99 | worst response | {faults} |")
+    print("|---|---|---|---|---|---|---|---|")
+    for precision in args.precision:
+        options = SimpleNamespace(precision=precision, shard_size=0, gradient_checkpointing=False, lora_rank=0)
+        policy = load_model("policy", name, tokenizer, options, trained=True)
+        cells = measure(policy, prompts, args.tokens, args.temperature)
+        print(f"| {precision} | {rollout.tolerance(policy):g} | " + " | ".join(cells) + " |", flush=True)
+        del policy
+    fsdp.mesh.cache_clear()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

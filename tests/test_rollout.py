@@ -1,0 +1,401 @@
+"""What samples is what trains: arguments reach every model class, a faulty sampler ends the run at once, drift is named."""
+
+import functools
+import importlib
+import math
+from types import SimpleNamespace
+
+import pytest
+import ranks
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Cache, LlamaForCausalLM
+
+from assets import reviews
+from common import fsdp
+from common import rollout as sampler
+from common.models import load_model, load_tokenizer
+from common.rollout import check_sampler, decode
+
+pytestmark = pytest.mark.usefixtures("group")
+ARGS = SimpleNamespace(
+    precision="fp32",
+    shard_size=0,
+    gradient_checkpointing=False,
+    micro_batch_size=3,
+    lora_rank=0,
+    lora_alpha=8.0,
+    lora_dropout=0.0,
+    lora_merge=True,
+)
+ONLINE = ("dvpo", "ppo", "grpo", "remax")
+OFFLINE = ("sft", "rpo", "dro", "kto", "dpo")
+
+
+# --- every argument reaches every model class -------------------------------------------------------------------------
+
+VOCABULARY = 61
+IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+LLAMA = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+GPT = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64)
+FAMILIES = {  # rotary, learned and ALiBi positions; sliding windows; experts; parallel blocks
+    "llama": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA | dict(head_dim=8),
+    "mistral": LLAMA | dict(sliding_window=5),
+    "gemma": LLAMA | dict(head_dim=8),
+    "gemma3_text": LLAMA | dict(head_dim=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
+    "olmo2": LLAMA,
+    "phi": LLAMA,
+    "starcoder2": LLAMA,
+    "mixtral": LLAMA | dict(num_local_experts=4),
+    "gpt_neox": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4),
+    "gpt2": GPT,
+    "gpt_bigcode": GPT,
+    "gptj": GPT | dict(rotary_dim=4),
+    "gpt_neo": dict(hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=5),
+    "opt": dict(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32),
+    "bloom": dict(hidden_size=32, n_layer=2, n_head=4),
+    "mpt": dict(d_model=32, n_layers=2, n_heads=4),
+    "falcon": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+    "biogpt": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4),
+    "t5": dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0),
+}
+
+
+def tiny(family, **more):
+    """A random model whose weights are so large that no distribution is uniform and every argument matters."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, vocab_size=VOCABULARY, **IDS, **FAMILIES[family], **more)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = auto.from_config(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    model.forbidden_token = None
+    return model
+
+
+def plain_logprobs(model, prompt, response):
+    """One sequence alone, without cache, mask or padding."""
+    with torch.no_grad():
+        if model.config.is_encoder_decoder:
+            read = torch.tensor([[model.config.decoder_start_token_id, *response[:-1]]])
+            logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=read, use_cache=False).logits[0]
+        else:
+            logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logits.double().log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decode_gives_every_model_class_its_cache_mask_and_positions(family):
+    """By what arrives in forward, whatever it is called there, and by the numbers: each token's log-probability is that of the
+    sequence alone. One prompt twice, others of other lengths; one ends early."""
+    model = tiny(family)
+    encoder_decoder = model.config.is_encoder_decoder
+    seen = []
+
+    def watch(module, args, kwargs):
+        seen.append(kwargs)
+
+    handle = model.register_forward_pre_hook(watch, with_kwargs=True)
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15, 16], [12, 13, 14]]
+    uniforms = torch.rand(4, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ones = torch.ones(4, dtype=torch.float64)
+    with torch.no_grad():
+        free = decode(model, prompts, uniforms, ones, [], 0)
+        stop = free[2][0][4]
+        seen.clear()
+        found = decode(model, prompts, uniforms, ones, [stop], 0)
+    handle.remove()
+    assert len(seen) >= 5 and len({len(tokens) for tokens, _ in found}) > 1
+    for prompt, (tokens, logprobs) in zip(prompts, found, strict=True):
+        off = (torch.tensor(logprobs).double() - plain_logprobs(model, prompt, tokens)).abs().max().item()
+        assert off < 1e-4, f"{family}: {off} nats"
+
+    takes = [name for name in sampler.inspect.signature(model.forward).parameters if "position" in name]
+    for step, kwargs in enumerate(seen):
+        caches = [value for value in kwargs.values() if isinstance(value, Cache)]
+        assert len(caches) == 1 or (encoder_decoder and step == 0), f"{family}: no cache in step {step}"
+        mask = kwargs["attention_mask"]
+        assert (mask == 0).any() or step, "no padding: this test would not see a mask that is dropped"
+        if not encoder_decoder:
+            feed = kwargs["input_ids"]
+            assert feed.shape[1] == (1 if step else 7)
+            assert mask.shape == (len(feed), 7 + step)
+            for name in takes:
+                expected = (mask.cumsum(1) - 1).clamp(min=0)[:, -feed.shape[1] :]
+                assert torch.equal(kwargs[name], expected), f"{family}: {name} in step {step}"
+
+
+class OtherName(LlamaForCausalLM):
+    """A library that renames once more: whatever else comes is swallowed."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, memory=None, **kwargs):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
+
+
+class NoMask(LlamaForCausalLM):
+    def forward(self, input_ids=None, position_ids=None, cache=None, past_key_values=None, **kwargs):
+        return super().forward(input_ids=input_ids, position_ids=position_ids)
+
+
+@pytest.mark.parametrize("kind, words", [(OtherName, "takes no key-value cache as cache or past"), (NoMask, "no attention_mask")])
+def test_a_model_that_takes_no_cache_or_no_mask_is_one_line(kind, words):
+    model = tiny("llama")
+    model.__class__ = kind
+    with pytest.raises(SystemExit, match=f"^error: .*{words}.*transformers {transformers.__version__} is installed"):
+        decode(model, [[5, 6, 7]], torch.rand(1, 3), torch.ones(1), [], 0)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "mamba"])
+def test_a_cache_that_cannot_leave_out_what_has_ended_is_one_line(family):
+    """Recurrent states have no such method yet: before training, not after."""
+    shape = LLAMA | dict(head_dim=8, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8)
+    shape |= dict(linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    shape |= dict(shared_expert_intermediate_size=32)
+    if family == "mamba":
+        shape = dict(hidden_size=32, num_hidden_layers=2, state_size=8)
+    config = transformers.AutoConfig.for_model(family, vocab_size=VOCABULARY, **IDS, **shape)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.forbidden_token = None
+    with pytest.raises(SystemExit, match=f"^error: a {family} model"), torch.no_grad():
+        decode(model, [[5, 6, 7], [8, 9]], torch.rand(2, 3).double(), torch.ones(2).double(), [], 0)
+
+
+# --- a faulty sampler ends the run in its first step --------------------------------------------------------------------
+
+
+def drop(module, argument):
+    """The models' forward still names the argument, and loses it: what a renamed one did."""
+    for kind in (LlamaForCausalLM, transformers.GPT2LMHeadModel):
+        lose(kind, argument)
+
+
+def lose(kind, argument):
+    real = kind.forward
+
+    @functools.wraps(real)
+    def forward(self, *args, **kwargs):
+        names = sampler.CACHE_NAMES if argument == "cache" else (argument,)
+        return real(self, *args, **{name: value for name, value in kwargs.items() if name not in names})
+
+    kind.forward = forward
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A policy with learned positions: a Llama's rotary ones are the same wherever a prompt begins."""
+    name = str(tmp_path_factory.mktemp("gpt2"))
+    tokenizer = load_tokenizer(reviews.folder("untrained"))
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), **GPT, eos_token_id=tokenizer.eos_token_id, initializer_range=0.3)
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(name)
+    tokenizer.save_pretrained(name)
+    return name
+
+
+@pytest.mark.parametrize("script", [*ONLINE, *OFFLINE])
+def test_without_its_cache_no_script_trains(world, script):
+    """One line that names the cause, in every script that samples; the folder is free for the next try."""
+    patch, name = functools.partial(drop, argument="cache"), f"runs/no-cache-{script}"
+    line = world.run(script, patch=patch, **ranks.ARGS[script], run_dir=name).error()
+    assert "nats a token off the policy's" in line and "the key-value cache does not reach the model" in line
+    assert transformers.__version__ in line and not world.path(name).joinpath("metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("argument", ["position_ids", "attention_mask"])
+@pytest.mark.parametrize("processes", [0, 2])
+def test_without_positions_or_mask_no_run_trains(world, gpt2, argument, processes):
+    patch = functools.partial(drop, argument=argument)
+    args = ranks.ARGS["grpo"] | dict(model=gpt2, run_dir=f"runs/no-{argument}-{processes}")
+    line = world.run("grpo", ranks=processes, patch=patch, **args).error()
+    assert "where a prompt is padded on the left" in line
+
+
+@pytest.mark.parametrize("script", ["grpo", "sft"])
+def test_a_resumed_run_is_checked_again(world, script):
+    name, args = f"runs/resumed-{script}", ranks.ARGS[script] | dict(save_every=1)
+    world.run(script, **args | dict(steps=2), run_dir=name).ok()
+    before = world.path(name).joinpath("metrics.jsonl").read_text()
+    line = world.run(script, patch=functools.partial(drop, argument="cache"), **args, run_dir=name, resume=True).error()
+    assert "the key-value cache does not reach the model" in line
+    assert world.path(name).joinpath("metrics.jsonl").read_text() == before
+    world.run(script, **args, run_dir=name, resume=True).ok()
+
+
+def test_evaluate_checks_what_it_samples(world):
+    """`evaluate.py responses`: no response is written that a faulty sampler drew."""
+    from evaluate import COMMANDS
+
+    kind, defaults, command = COMMANDS["responses"]
+    args = kind(**defaults | dict(models=(reviews.folder("policy"),), dataset="scored.jsonl", run_dir="runs/faulty-responses"))
+
+    call = functools.partial(with_fault, command.__module__, command.__name__, args)
+    line = ranks.Job(world.folder, call, 0).wait().error()
+    assert "the key-value cache does not reach the model" in line
+    assert not list(world.path("runs/faulty-responses").rglob("alpaca_eval.json"))
+
+
+def with_fault(module, name, args):
+    drop(None, "cache")
+    fsdp.launch(getattr(importlib.import_module(module), name), args)
+
+
+def leave_adapters_out(module):
+    """The sampler's forward passes alone are without them."""
+    real = sampler.decode
+
+    def decode(policy, *args):
+        layers = [layer for layer in policy.modules() if hasattr(layer, "lora_A")]
+        assert layers
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            return real(policy, *args)
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+
+    sampler.decode = decode
+
+
+@pytest.mark.parametrize("script", ["grpo", "sft"])
+def test_a_sampler_without_the_adapters_is_found_before_they_differ_from_zero(world, script):
+    pytest.importorskip("peft", reason="LoRA needs peft: pip install peft")
+    args = ranks.ARGS[script] | dict(lora_rank=4, run_dir=f"runs/no-adapters-{script}")
+    line = world.run(script, patch=leave_adapters_out, **args).error()
+    assert "leaves out LoRA adapters or keeps older weights" in line
+
+
+class Stale:
+    """A sampling engine with weights of its own, as vLLM has; `load` copies the policy's."""
+
+    def __init__(self, policy, fresh):
+        self.fresh, self.loads = fresh, 0
+        self.copy = {name: p.detach().clone() for name, p in policy.named_parameters()}
+
+    def generate(self, policy, prompts, seeds, temperatures, limit, stops):
+        self.loads += 1
+        uniforms = [torch.rand(limit, generator=torch.Generator().manual_seed(seed)).double() for seed in seeds]
+        if self.fresh(self.loads):
+            self.copy = {name: p.detach().clone() for name, p in policy.named_parameters()}
+        now = {name: p.detach().clone() for name, p in policy.named_parameters()}
+        with torch.no_grad():
+            for name, p in policy.named_parameters():
+                p.copy_(self.copy[name])
+        heat = torch.tensor(temperatures, dtype=torch.float64)
+        found = decode(policy, prompts, torch.stack(uniforms), heat, stops, 0)
+        with torch.no_grad():
+            for name, p in policy.named_parameters():
+                p.copy_(now[name])
+        return found
+
+
+FRESH = {
+    "always": lambda load: True,
+    "never": lambda load: False,  # right at the start, and never told of an update
+    "every other": lambda load: load % 2 == 0,
+}
+
+
+def stale_engine(module, how):
+    module.vllm_engine.start = lambda policy, name, args: (Stale(policy, FRESH[how]), 0.0)
+
+
+@pytest.mark.parametrize("script", ONLINE)
+def test_an_engine_that_keeps_older_weights_ends_the_run(world, script):
+    args = ranks.ARGS[script] | dict(save_every=0)
+    for how in ("never", "every other"):
+        line = world.run(script, patch=functools.partial(stale_engine, how=how), **args, run_dir=f"runs/{how}-{script}").error()
+        assert "nats a token" in line, how
+        log = world.path(f"runs/{how}-{script}/metrics.jsonl")
+        assert not log.exists() or not log.read_text(), how
+    own, engine = f"runs/own-{script}", f"runs/engine-{script}"
+    world.run(script, **args, run_dir=own).ok()
+    world.run(script, patch=functools.partial(stale_engine, how="always"), **args, run_dir=engine).ok()
+    assert ranks.metrics(world.path(own)) == ranks.metrics(world.path(engine))
+
+
+def test_weights_are_what_they_were(monkeypatch):
+    """Bit for bit, after the check; all of them were disturbed in between, the zeros too."""
+    name = reviews.folder("policy")
+    tokenizer = load_tokenizer(name)
+    policy = load_model("policy", name, tokenizer, ARGS, trained=True)
+    before = {key: p.detach().clone() for key, p in policy.named_parameters()}
+    with torch.no_grad():
+        zero = policy.model.norm.weight
+        zero.zero_()
+        with sampler.disturbed(policy, 0.5):
+            assert all(not torch.equal(p, before[key]) for key, p in policy.named_parameters()) and zero.abs().max() > 0
+        assert not zero.any()
+        zero.copy_(before["model.norm.weight"])
+    check_sampler(policy, tokenizer, [[1, 9, 12, 20], [1, 8], [1, 5, 6]], 8, 1.0)
+    assert all(torch.equal(p, before[key]) for key, p in policy.named_parameters()) and policy.training
+    check_sampler(policy, tokenizer, [], 8, 1.0)  # of --eval-prompts 0: nothing to sample
+
+
+def test_tolerance_is_between_rounding_and_the_faults():
+    """In each type that computes, the embedded policy is well within it, and an older policy well beyond."""
+    tokenizer = load_tokenizer(reviews.folder("policy"))
+    prompts = [[1, 9, 12, 20], [1, 8], [1, 5, 6], [1, 8, 7, 7, 7, 9]]
+    for precision, kind in (("fp64", torch.float64), ("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        args = SimpleNamespace(**vars(ARGS) | dict(precision=precision))
+        policy = load_model("policy", reviews.folder("policy"), tokenizer, args, trained=False)
+        assert policy.compute_dtype == kind
+        responses, sampled = sampler.sample_all(policy, prompts, 16, [1.0, 0.5, 0.0, 1.0], (0, 0), 0, [], 0)
+        off = sampler.differences(policy, prompts, responses, sampled, [1.0, 0.5, 0.0, 1.0])
+        assert [len(x) for x in off] == [16] * 4
+        assert sampler.mean_of(off) < sampler.TOLERANCE[kind] / 3
+        sampler.require_agreement(policy, prompts, off)
+        with pytest.raises(SystemExit, match="even the first token"):
+            sampler.require_agreement(policy, prompts, [x + 2 * sampler.TOLERANCE[kind] for x in off])
+        with pytest.raises(SystemExit, match="nan nats"):
+            sampler.require_agreement(policy, prompts, [x * math.nan for x in off])
+
+
+# --- drift is named -----------------------------------------------------------------------------------------------------
+
+
+def drift_later(module):
+    """From the fourth rollout on the sampler says that it drew each token with half its probability."""
+    real, count = sampler.sample_all, []
+
+    def sample_all(*args):
+        responses, sampled = real(*args)
+        count.append(1)
+        return responses, sampled + (len(count) > 4) * torch.tensor(0.5).log()
+
+    sampler.sample_all = sample_all
+
+
+@pytest.mark.parametrize("script", [*ONLINE, *OFFLINE])
+def test_later_rollouts_that_drift_are_named(world, script):
+    args = ranks.ARGS[script] | dict(steps=4, eval_every=1, run_dir=f"runs/drift-{script}")
+    output = world.run(script, patch=drift_later, **args).ok().output
+    named = [line for line in output.splitlines() if "0.693 nats a token off the policy's" in line]
+    assert named and all("rounding in float32" in line for line in named)
+    assert any(line.startswith("step ") for line in named) == (script in ONLINE)
+    assert any(line.startswith("a rollout: ") for line in named)
+    sound = world.run(script, **args | dict(run_dir=f"runs/sound-{script}")).ok().output
+    assert "nats a token off" not in sound
+
+
+# --- weights that are not read ------------------------------------------------------------------------------------------
+
+
+def test_weights_without_a_place_are_named_and_a_judge_is_no_policy(tmp_path, capsys):
+    tokenizer = load_tokenizer(reviews.folder("untrained"))
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), **LLAMA, **IDS, tie_word_embeddings=True, num_labels=1)
+    value = transformers.AutoModelForTokenClassification.from_config(config)
+    value.save_pretrained(tmp_path / "value"), tokenizer.save_pretrained(tmp_path / "value")
+    with pytest.raises(SystemExit, match="a value or reward model .it has score.*, no policy"):
+        load_model("policy", str(tmp_path / "value"), tokenizer, ARGS, trained=True)
+    policy = AutoModelForCausalLM.from_config(config)
+    policy.model.extra = torch.nn.Linear(2, 2)
+    policy.save_pretrained(tmp_path / "extra"), tokenizer.save_pretrained(tmp_path / "extra")
+    load_model("policy", str(tmp_path / "extra"), tokenizer, ARGS, trained=True)
+    assert "2 of its weights have no place in a policy model and are not read, model.extra.bias" in capsys.readouterr().out
+    load_model("value", reviews.folder("policy"), tokenizer, ARGS, trained=True)
+    assert not capsys.readouterr().out  # a policy's output layer is what a value model does without
