@@ -68,6 +68,17 @@ def grammatical(prompts: list[str], responses: list[str], **_) -> list[float]:
     whole = [bool(_REVIEW.fullmatch(text.strip())) for text in responses]
     return [float(w and len(t) == len(set(t))) for w, t in zip(whole, topics, strict=True)]
 
+def unsound(before: dict, after: dict, rise: float) -> str:
+    """What is wrong with a policy that was trained on this world, or "". `before`, `after`: rows of metrics.jsonl with
+    `eval/reward` and `eval/grammatical`. A working installation raises the reward by `rise` and writes grammatical reviews."""
+    gained = after["eval/reward"] - before["eval/reward"]
+    if not gained >= rise:
+        return f"the true reward rose by {gained:.2f}, less than {rise}"
+    for when, row in (("before", before), ("after", after)):
+        if not row["eval/grammatical"] >= 0.9:
+            return f"{100 * row['eval/grammatical']:.0f} % of the reviews are grammatical {when} training, fewer than 90 %"
+    return ""
+
 def rows(kind: str, responses: int = 16) -> list[dict]:
     """The data set as rows of `kind`: `responses` by random authors for each of the 960 prompts; the preference rows pair
     neighbouring responses of a prompt, the truly better one as `chosen`, if better by MIN_GAP."""

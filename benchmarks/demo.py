@@ -11,6 +11,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from assets import reviews  # noqa: E402
+
 OUT = Path("runs/demo")
 HALF, STEPS = 10, 20  # the reward must be up at HALF, and still be there at twice as many steps
 
@@ -78,6 +81,9 @@ def main() -> None:
     print(f"     the longer review wins: {accuracy['baseline_length']:.3f}")
     print(f"seconds: sft {seconds[0]:.0f}, gvm_td {seconds[1]:.0f}, dvpo {seconds[2]:.0f}")
     print(f"pictures: {OUT}/curve.png (learning curve), {OUT}/gvm_td/values.png and .html (sentences coloured by value)")
+    problem = reviews.unsound(rows[0], rows[STEPS], rise=1.0)
+    if problem:
+        sys.exit(f"error: this installation does not work: {problem}; `make test` says where")
 
 
 if __name__ == "__main__":

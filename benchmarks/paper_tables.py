@@ -15,6 +15,7 @@ import json
 import os
 import random
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import paper_report
@@ -171,6 +172,22 @@ def write_data(out: Path) -> None:
         tokenizer.save_pretrained(out / f"size-{name}")
 
 
+def require_sound(out: Path, seeds: list[int], jobs: Iterable[str]) -> None:
+    """Ends with an error where the tables are of an installation that does not work: the SFT policy cannot write, or DVPO did not
+    raise the reward."""
+    from assets import reviews
+
+    judged = [("sft", out / "sft", 0.0)]
+    judged += [(f"dvpo, seed {seed}", paper_report.home(out, seed, "dvpo"), 1.0) for seed in seeds if "dvpo" in jobs]
+    for name, folder, rise in judged:
+        if (folder / "metrics.jsonl").exists():
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            rows = [row for row in rows if "eval/reward" in row]
+            problem = reviews.unsound(rows[0] if rise else rows[-1], rows[-1], rise)
+            if problem:
+                sys.exit(f"error: this installation does not work: {name}: {problem}; the tables above mean nothing")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[*paper_report.TABLES], help="these tables and what they need")
@@ -200,6 +217,8 @@ def main() -> None:
                 timed.append((seeds[0], name))
         Jobs(out, jobs, timed, shared).run(1)
     paper_report.write(out, seeds, names, args.docs)
+    if not args.quick:  # else there are too few steps to learn it
+        require_sound(out, seeds, needed)
 
 
 if __name__ == "__main__":

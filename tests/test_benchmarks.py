@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import importlib
 import json
+import re
 import sys
 import types
 
@@ -11,9 +12,11 @@ import pytest
 import ranks
 
 import evaluate
+from assets import reviews
 from common.log import parse
 
 sys.path.append(str(ranks.ROOT / "benchmarks"))
+import demo  # noqa: E402
 import paper_report  # noqa: E402
 import paper_tables  # noqa: E402
 import real_policies  # noqa: E402
@@ -173,3 +176,76 @@ def test_tables_go_between_their_marks(tmp_path, monkeypatch, capsys):
         assert text.startswith("before\n<!-- table one -->\n| [0] |\n") and text.endswith("<!-- end one -->\nafter\n")
         assert "old" not in text and "abc" in text and text.count("| [0] |") == 1
     assert (tmp_path / "table-two.md").read_text().startswith("x\n")
+
+
+# --- a machine that does not work is red ------------------------------------------------------------------------------
+
+
+SOUND = [{"step": 0, "eval/reward": -0.1, "eval/grammatical": 0.98}, {"step": 20, "eval/reward": 2.3, "eval/grammatical": 0.97}]
+GARBAGE = {"eval/reward": 0.1, "eval/grammatical": 0.0}  # what the rollouts without a cache gave
+
+
+@pytest.mark.parametrize(
+    "before, after, words",
+    [
+        ({}, {}, ""),
+        ({}, {"eval/reward": 0.8}, "rose by 0.90, less than 1.0"),
+        ({}, {"eval/reward": float("nan")}, "rose by nan"),
+        ({}, {"eval/grammatical": 0.89}, "89 % of the reviews are grammatical after training"),
+        ({"eval/grammatical": 0.01}, {}, "1 % of the reviews are grammatical before training"),
+        (GARBAGE, GARBAGE, "rose by 0.00"),
+    ],
+)
+def test_what_no_working_installation_gives_is_named(before, after, words):
+    found = reviews.unsound(SOUND[0] | before, SOUND[1] | after, rise=1.0)
+    assert (words in found) if words else found == ""
+
+
+@pytest.mark.parametrize("fault", [{}, GARBAGE])
+def test_the_demo_ends_with_an_error_where_it_learned_nothing(fault, tmp_path, monkeypatch, capsys):
+    """Its scripts replaced by what they leave: the table is shown, then the exit code says it."""
+    rows = [row | {"eval/kl": 0.0, "eval/length": 12.0} for row in (SOUND[0], {**SOUND[1], "step": 10}, SOUND[1])]
+    rows[-1] |= fault
+    metrics = [*rows, {"step": 1, "objective/score": 0.0}]
+    samples = [{"step": row["step"], "prompt": "lunch", "response": "the soup was warm ."} for row in rows]
+    (tmp_path / "gvm_td").mkdir()
+    (tmp_path / "gvm_td/accuracy.json").write_text('{"mean": 0.9, "last": 0.9, "baseline_length": 0.5}')
+    monkeypatch.setattr(demo, "OUT", tmp_path)
+    monkeypatch.setattr(demo, "run", lambda *_: 1.0)
+    monkeypatch.setattr(demo, "read", lambda script, name="metrics.jsonl": metrics if name == "metrics.jsonl" else samples)
+    if fault:
+        with pytest.raises(SystemExit, match="^error: this installation does not work: the true reward rose by 0.20"):
+            demo.main()
+    else:
+        demo.main()
+    assert "true reward" in capsys.readouterr().out and (tmp_path / "curve.png").exists()
+
+
+@pytest.mark.parametrize("broken", ["", "sft", "dvpo"])
+def test_the_tables_end_with_an_error_where_nothing_was_learned(broken, tmp_path):
+    for job, folder in (("sft", "sft"), ("dvpo", "seed0/dvpo"), ("dvpo", "seed1/dvpo")):
+        (tmp_path / folder).mkdir(parents=True)
+        rows = [SOUND[0], SOUND[1] | (GARBAGE if job == broken and folder != "seed0/dvpo" else {}), {"step": 20, "sft/loss": 1.0}]
+        (tmp_path / folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if broken:
+        name = {"sft": "sft: 0 % of the reviews", "dvpo": "dvpo, seed 1: the true reward rose by"}[broken]
+        with pytest.raises(SystemExit, match=f"^error: this installation does not work: {name}"):
+            paper_tables.require_sound(tmp_path, [0, 1], ["dvpo", "reward"])
+    else:
+        paper_tables.require_sound(tmp_path, [0, 1], ["dvpo", "reward"])
+
+
+# --- what is installed ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["requirements", "requirements-test", "requirements-eval", "requirements-vllm"])
+def test_requirements_are_pinned(name):
+    """An open bound is another library tomorrow. Two files name the same version, but for what vLLM asks for."""
+    lines = {}
+    for file in sorted(ranks.ROOT.glob("requirements*.txt")):
+        found = [line for line in file.read_text().splitlines() if line and not line.startswith("#")]
+        lines[file.stem] = dict(line.partition("==")[::2] for line in found)
+    assert len(lines) == 4 and all(re.fullmatch(r"[\d.]+", version) for version in lines[name].values()), lines[name]
+    for package, version in lines[name].items():
+        expected = lines["requirements"].get(package, version)
+        assert version == expected or (name, package) == ("requirements-vllm", "transformers"), (name, package)
