@@ -6,6 +6,7 @@ import sys
 import pytest
 import ranks
 import torch
+import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -135,6 +136,8 @@ def test_more_work_takes_more(plan):
     assert plan("ppo").phases["update"] > base.phases["update"]
     frozen = base.state["policy model, frozen"] + base.state["value model, frozen"]
     assert base.phases["update"] - update("--offload-frozen") == pytest.approx(frozen, rel=0.01)
+    if transformers.__version__ < "5.23":
+        pytest.skip("the closed form of a rollout's memory was derived for transformers 5.23 and later")
     short, long = (plan("dvpo", "--max-response-length", n, "--micro-batch-size", "1").phases["rollout"] for n in ("150", "240"))
     columns = 272 - 176  # the room for 24 + 240 - 1 tokens, and for 24 + 150 - 1, in multiples of 16
     assert long - short == 2 * 2 * 2 * 32 * 4 * 4 * columns  # keys and values, 2 layers, 2 heads of 32, float32, 4 responses

@@ -114,7 +114,7 @@ def alone(world):
 
     @functools.cache
     def run(script):
-        world.run(script, **args_of(script), run_dir=f"runs/t5-{script}").ok()
+        world.run(script, **args_of(script) | dict(overwrite=True), run_dir=f"runs/t5-{script}").ok()
         return world.path(f"runs/t5-{script}")
 
     return run
