@@ -1,14 +1,26 @@
 # `make demo` and `make test` do everything on a fresh machine with Python 3.11+. The plain commands are in the README.
 PYTHON ?= python3
 VENV ?= .venv
+NEWEST = .venv-newest
 RUN = OMP_NUM_THREADS=1 $(VENV)/bin/python
 
-.PHONY: demo test lint bench plan tables assets clean
+.PHONY: demo test test-newest lint bench plan tables assets clean
 demo: $(VENV)/installed
 	$(RUN) benchmarks/demo.py
 
 test: $(VENV)/installed-test
 	$(RUN) -m pytest -n 2 --dist worksteal
+
+# the same code with the newest versions that pip finds (torch as pinned), on the tests that touch other libraries' insides;
+# make test-newest WITH="transformers==5.23.0": with those
+INSIDES = $(addprefix tests/test_,models.py rollout.py lora.py t5.py offload.py resume.py data.py trl.py)
+test-newest:
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	sed -E -e '/^torch==/!s/==.*//' requirements.txt requirements-test.txt > $(NEWEST)/requirements.txt
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -r $(NEWEST)/requirements.txt $(WITH)
+	$(NEWEST)/bin/python -m pip list --format freeze | grep -E '^(torch|transformers|tokenizers|datasets|numpy|safetensors|peft|trl)=='
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 --dist worksteal $(INSIDES)
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
@@ -40,4 +52,4 @@ assets: $(VENV)/installed
 	$(RUN) assets/make.py
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(NEWEST) runs

@@ -26,7 +26,7 @@ METRIC = re.compile(r"[a-z_]+/[a-z0-9_<> ]+")
 OTHERS = {"--fix", "--help", "--logdir", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"}  # not the scripts'
 OTHERS |= {"--model_outputs"}  # of alpaca_eval
 OTHERS |= {"--algorithm", "--gpus", "--gpus-a-node", "--largest", "--validate", "--table", "--intra", "--inter"}  # memory.py's
-OTHERS |= {"--size", "--only", "--scaling", "--vocabulary", "--hidden-size", "--tokens"}  # speed.py's and rollout_ranks.py's
+OTHERS |= {"--n", "--size", "--only", "--scaling", "--vocabulary", "--hidden-size", "--tokens"}  # speed.py's and rollout_ranks.py's
 OTHERS |= {"--no-partition", "--no-scale-std", "--no-lora-merge", "--no-precompute-ref", "--no-rescale-lr"}  # tyro's opposites
 
 
