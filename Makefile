@@ -6,7 +6,7 @@ RUN = OMP_NUM_THREADS=1 $(VENV)/bin/python
 
 .PHONY: demo test test-newest lint bench plan tables assets clean
 demo: $(VENV)/installed
-	$(RUN) benchmarks/demo.py
+	$(RUN) tools/demo.py
 
 test: $(VENV)/installed-test
 	$(RUN) -m pytest -n 2 --dist worksteal
@@ -26,15 +26,15 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 
 bench: $(VENV)/installed
-	$(RUN) benchmarks/reviews.py
+	$(RUN) paper/variants.py
 
 # memory on 8 GPUs, planned without one, beside 2502.16944's figures
 plan: $(VENV)/installed
-	$(RUN) benchmarks/memory.py --table
+	$(RUN) tools/plan_memory.py --table
 
 # the papers' tables, an hour or more on two cores; QUICK=1: one seed and a tenth of the steps, 9 minutes
 tables: $(VENV)/installed
-	$(RUN) benchmarks/paper_tables.py $(if $(QUICK),--quick,--docs docs) $(if $(TABLE),--only $(TABLE))
+	$(RUN) paper/tables.py $(if $(QUICK),--quick,--docs docs) $(if $(TABLE),--only $(TABLE))
 
 # the stamp is written last, so that an interrupted installation is done again
 $(VENV)/installed: requirements.txt

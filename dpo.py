@@ -13,34 +13,29 @@ Watch `eval/pair_accuracy` (does the log-ratio order held-out pairs?), `eval/kl`
 difference alone, so both can fall together while the policy leaves the data. Read samples.jsonl. docs/dpo.md explains the rest.
 """
 
-import gc
-import hashlib
-import json
-import math
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig
 
-from common import fsdp
-from common.data import batch_indices, collate, fail, hold_out, micro_batches, note, read_rows, tokenize
-from common.log import Run, parse
-from common.models import (
-    Reward,
-    check_same_tokenizer,
-    load_model,
-    load_reference,
-    load_tokenizer,
-    resolve,
-    sequence_logprobs,
-)
+from common import distributed
+from common.batches import batch_indices, collate, micro_batches
+from common.checkpoints import export, load_checkpoint, save_checkpoint
+from common.cli import fail, note, parse
+from common.data import hold_out, read_rows
+from common.log import Run
+from common.logprobs import sequence_logprobs
+from common.measures import distinct_2
+from common.meter import mfu, peak_memory_gb, state_bytes
+from common.models import load_model
+from common.optimizer import accumulated, adamw, backward, learning_rate, optimizer_step
+from common.pretrained import resolve
+from common.reference import load_reference, reference_logprobs
+from common.rewards import Reward
 from common.rollout import check_sampler, rollout
-from optional.meter import mfu, peak_memory_gb
+from common.tokenization import check_same_tokenizer, load_tokenizer, tokenize
 
 
 @dataclass
@@ -141,12 +136,6 @@ REVIEWS = dict(
 )  # fmt: skip
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """Rate of 0-based `step`: linear warm-up, then constant, or linear or cosine down to zero at `steps`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
 
 
 def dpo_loss(chosen_log_ratios, rejected_log_ratios, beta, label_smoothing=0.0):
@@ -156,43 +145,10 @@ def dpo_loss(chosen_log_ratios, rejected_log_ratios, beta, label_smoothing=0.0):
     return -((1 - label_smoothing) * F.logsigmoid(margin) + label_smoothing * F.logsigmoid(-margin)).sum()
 
 
-def distinct_2(texts):
-    """Different pairs of neighbouring words over all pairs, in all texts together: diversity (1510.03055)."""
-    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
-    return len(set(pairs)) / max(1, len(pairs))
 
 
-def fingerprint(name):
-    """The contents of a model: a hash of its local weights and configuration, or the hub's commit."""
-    files, digest = sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("config.json")]), hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as weights:
-            digest.update(hashlib.file_digest(weights, "sha256").digest())
-    return digest.hexdigest() if files else f"{name}@{AutoConfig.from_pretrained(name)._commit_hash}"
 
 
-def reference_logprobs(name, tokenizer, args, **parts):
-    """log pi_ref(y|x) of the (prompt, response) tokens of each part: [N] sums over tokens, in float64, on every rank.
-
-    Computed once, before the policy is loaded: the reference is freed at the end. The run folder keeps them for --resume, under
-    a key of the tokens, the precision and the reference's weights.
-    """
-    cache, first = Path(args.run_dir, "reference.npz"), fsdp.rank() == 0
-    what = [parts, str(fsdp.dtypes(args.precision)[0]), fingerprint(name) if first else ""]
-    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
-    found = dict(np.load(cache)) if first and args.resume and cache.exists() else {}
-    kept = {part: torch.tensor(found[part]) for part in parts} if str(found.get("key")) == key else None
-    kept = fsdp.all_gather_object(kept)[0]
-    if kept is None:
-        reference, pad = load_model("policy", name, tokenizer, args, trained=False), tokenizer.pad_token_id
-        kept = {part: sequence_logprobs(reference, s, args.micro_batch_size, pad) for part, s in parts.items()}
-        reference = None
-        gc.collect()  # sharded modules are in reference cycles
-        if first:  # under another name first: a kill leaves no half of it
-            part = cache.with_suffix(".part.npz")
-            np.savez(part, key=key, **{name: x.cpu().numpy() for name, x in kept.items()})
-            part.rename(cache)
-    return [x.to(fsdp.device()) for x in kept.values()]
 
 
 def main(args: Args) -> None:
@@ -200,7 +156,7 @@ def main(args: Args) -> None:
     if not (args.beta > 0 and 0 <= args.label_smoothing < 0.5):
         fail(f"--beta {args.beta}, --label-smoothing {args.label_smoothing}: beta must be above 0, the smoothing in [0, 0.5)")
     run = Run(args)
-    device, rank, world = fsdp.device(), fsdp.rank(), fsdp.world()
+    device, rank, world = distributed.device(), distributed.rank(), distributed.world()
     name = resolve(args.model)
     tokenizer = load_tokenizer(name)
     ref_name = resolve(args.ref_model or args.model)
@@ -243,11 +199,11 @@ def main(args: Args) -> None:
     sums = reference_logprobs(ref_name, tokenizer, args, **parts)
     ref_logprobs = {name: total / scale(part) for (name, part), total in zip(parts.items(), sums, strict=True)}
     policy = load_model("policy", name, tokenizer, args, trained=True)
-    optimizer = fsdp.adamw(policy, args.lr)
+    optimizer = adamw(policy, args.lr)
     reference = None if args.precompute_ref else load_reference(policy, ref_name, tokenizer, args)
     models = [policy] + [reference] * (reference is not None)
     trained, optimizers = {"policy": (policy, optimizer)}, [optimizer]
-    state = fsdp.load_checkpoint(args.run_dir, trained) if args.resume else {}
+    state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
     check_sampler(policy, tokenizer, [row["prompt_ids"] for row in eval_rows], args.max_response_length, args.temperature)
     run.start(start, steps)
@@ -284,7 +240,7 @@ def main(args: Args) -> None:
         batch = batch_indices(len(rows), args.batch_size, step, args.seed)
         stats = torch.zeros(3, device=device, dtype=torch.float64)
         picks = micro_batches(batch, lengths, args.micro_batch_size, rank, world)
-        for pick in fsdp.accumulated(picks, policy):
+        for pick in accumulated(picks, policy):
             at = pick or [0]  # a rank with nothing left: one dummy sequence, both sides of a pair that counts nothing
             both = [chosen[i] for i in at] + [rejected[i] for i in at]
             mb = collate(both if pick else [], pad, device)
@@ -293,19 +249,19 @@ def main(args: Args) -> None:
             h_chosen, h_rejected = mb_logprobs.split(len(at))
             h_chosen, h_rejected = h_chosen - ref_logprobs["chosen"][at], h_rejected - ref_logprobs["rejected"][at]
             mb_loss = dpo_loss(h_chosen, h_rejected, args.beta, args.label_smoothing) * bool(pick)
-            fsdp.backward(mb_loss / len(batch))
+            backward(mb_loss / len(batch))
             stats += torch.stack([mb_loss, *(h.sum() * bool(pick) for h in (h_chosen, h_rejected))]).detach() / len(batch)
         lr = learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
         where = f"step {step}, data rows {[rows[i]['row'] for i in batch]}"
-        total, norm = fsdp.optimizer_step(policy, optimizer, lr, stats[0], args.max_grad_norm, where)
+        total, norm = optimizer_step(policy, optimizer, lr, stats[0], args.max_grad_norm, where)
 
         # --- log
-        fsdp.all_reduce(stats)
+        distributed.all_reduce(stats)
         done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
         run.metrics(done, {
             "dpo/loss": total, "dpo/log_ratio_chosen": stats[1], "dpo/log_ratio_rejected": stats[2],
             "dpo/grad_norm": norm, "dpo/lr": lr, "time/step_s": seconds,
-            "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": fsdp.state_bytes(models, optimizers) / 2**30,
+            "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": state_bytes(models, optimizers) / 2**30,
             "memory/peak_gb": peak_memory_gb(), **mfu(policy, tokens, seconds),
         }, show=("dpo/loss", "dpo/log_ratio_chosen", "dpo/log_ratio_rejected"))  # fmt: skip
         if args.eval_every and done % args.eval_every == 0 and done < steps:
@@ -313,11 +269,11 @@ def main(args: Args) -> None:
 
         # --- save
         if args.save_every and (done % args.save_every == 0 or done == steps):
-            fsdp.save_checkpoint(args.run_dir, done, trained, {}, args.keep)
+            save_checkpoint(args.run_dir, done, trained, {}, args.keep)
     evaluate(steps)
-    fsdp.export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
+    export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
     run.close()
 
 
 if __name__ == "__main__":
-    fsdp.launch(main, parse(Args, REVIEWS))
+    distributed.launch(main, parse(Args, REVIEWS))

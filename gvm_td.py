@@ -21,7 +21,6 @@ model that does not beat "the longer one wins" has learned length. docs/gvm_td.m
 
 import gc
 import json
-import math
 import random
 import time
 from dataclasses import dataclass, field
@@ -31,13 +30,22 @@ from typing import Literal
 import numpy as np
 import torch
 
-from common import fsdp
-from common.data import batch_indices, collate, fail, hold_out, micro_batches, note, read_rows, tokenize
-from common.log import Run, parse
-from common.models import Reward, load_model, load_tokenizer, resolve, response_values, run_micro_batches
-from optional.context import add_context
-from optional.meter import mfu, peak_memory_gb
-from optional.pictures import draw_values, token_texts
+from common import distributed, sharding, value_heads
+from common.batches import batch_indices, collate, micro_batches, run_micro_batches
+from common.checkpoints import export, load_checkpoint, save_checkpoint
+from common.cli import fail, note, parse
+from common.context import add_context
+from common.data import hold_out, read_rows
+from common.log import Run
+from common.measures import make_pairs, pair_accuracy
+from common.meter import mfu, peak_memory_gb, state_bytes
+from common.models import load_model
+from common.optimizer import accumulated, adamw, backward, learning_rate, optimizer_step
+from common.pictures import draw_values, token_texts
+from common.pretrained import resolve
+from common.rewards import Reward
+from common.tokenization import load_tokenizer, tokenize
+from common.value_heads import response_values
 
 
 @dataclass
@@ -142,15 +150,8 @@ REVIEWS = dict(
     max_prompt_length=16, max_response_length=32, lr=3e-3, eval_every=250, save_every=100,
 )  # fmt: skip
 
-STATISTICS = ("mean", "p1", "p5", "p10", "p90", "p95", "p99", "last")
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """Rate of 0-based `step`: linear warm-up, then constant, or linear or cosine down to zero at `steps`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
 
 
 def td_targets(values, scores, mask, gamma, lam):
@@ -187,30 +188,16 @@ def normalise(values, mask, eps=1e-5):
     return torch.where(valid, (values - mean) / std, 0.0), mean.detach(), std.detach()
 
 
-def response_statistics(values: list[float]) -> dict[str, float]:
-    """Mean, percentiles (linear interpolation) and last of one response's token values (2502.16944 appendix E)."""
-    percentiles = np.percentile(values, [int(name[1:]) for name in STATISTICS[1:-1]])
-    return dict(zip(STATISTICS, [float(np.mean(values)), *percentiles.tolist(), float(values[-1])], strict=True))
 
 
-def pair_accuracy(chosen: list[list[float]], rejected: list[list[float]]) -> dict[str, float]:
-    """Share of pairs whose chosen response has the strictly higher statistic of its token values; a tie is not a win."""
-    pairs = [(response_statistics(c), response_statistics(r)) for c, r in zip(chosen, rejected, strict=True)]
-    return {name: sum(c[name] > r[name] for c, r in pairs) / len(pairs) for name in STATISTICS}
 
 
-def make_pairs(rows: list[dict], gap: float) -> list[tuple[dict, dict]]:
-    """All (better, worse) pairs of responses to one prompt (where rows came in pairs: of that pair), `gap` of reward apart."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(row.get("pair", json.dumps(row["prompt"])), []).append(row)
-    return [(a, b) for group in groups.values() for a in group for b in group if a["reward"] - b["reward"] >= max(gap, 1e-9)]
 
 
 def main(args: Args) -> None:
     # --- setup
     run = Run(args)
-    device, rank, world = fsdp.device(), fsdp.rank(), fsdp.world()
+    device, rank, world = distributed.device(), distributed.rank(), distributed.world()
     name = resolve(args.model)
     tokenizer = load_tokenizer(name)
     pad = tokenizer.pad_token_id
@@ -283,8 +270,8 @@ def main(args: Args) -> None:
 
     # --- models
     model = load_model("value", name, tokenizer, args, trained=True, layers=args.layers)
-    optimizer = fsdp.adamw(model, args.lr)
-    state = fsdp.load_checkpoint(args.run_dir, {"model": (model, optimizer)}) if args.resume else {}
+    optimizer = adamw(model, args.lr)
+    state = load_checkpoint(args.run_dir, {"model": (model, optimizer)}) if args.resume else {}
     start = state.get("step", 0)
     value_mean, value_std = state.get("value_mean", 0.0), state.get("value_std", 1.0)
     run.start(start, steps)
@@ -318,25 +305,25 @@ def main(args: Args) -> None:
             (slope,) = torch.autograd.grad(td_loss(normal, scores[batch], whole, args.gamma, args.lam), values)
             normal_loss = td_loss(normal.detach(), scores[batch], whole, args.gamma, args.lam) / count / world
         picks = micro_batches(range(len(batch)), [lengths[i] for i in batch], args.micro_batch_size, rank, world)
-        for pick in fsdp.accumulated(picks, model):
+        for pick in accumulated(picks, model):
             mb = collate([sequences[batch[i]] for i in pick], pad, device)
             values, mask = response_values(model, **mb), mb["response_mask"]
             if args.normalise_values:
                 mb_loss = (values * slope[pick or [0], : values.shape[1]]).sum()
             else:
                 mb_loss = td_loss(values, scores[[batch[i] for i in pick or [0]]], mask, args.gamma, args.lam)
-            fsdp.backward(mb_loss / count)
+            backward(mb_loss / count)
             loss += mb_loss.detach() / count
         if args.normalise_values:
             loss = normal_loss
         lr = learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
-        total, norm = fsdp.optimizer_step(model, optimizer, lr, loss, args.max_grad_norm, where)
+        total, norm = optimizer_step(model, optimizer, lr, loss, args.max_grad_norm, where)
 
         # --- log
         done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
         run.metrics(done, {
             "value/loss": total, "value/grad_norm": norm, "value/lr": lr, "time/step_s": seconds,
-            "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": fsdp.state_bytes([model], [optimizer]) / 2**30,
+            "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": state_bytes([model], [optimizer]) / 2**30,
             "memory/peak_gb": peak_memory_gb(), **mfu(model, tokens, seconds),
         }, show=("value/loss",))  # fmt: skip
         if args.eval_every and done % args.eval_every == 0 and done < steps:
@@ -345,7 +332,7 @@ def main(args: Args) -> None:
         # --- save
         if args.save_every and (done % args.save_every == 0 or done == steps):
             extra = {"value_mean": value_mean, "value_std": value_std}
-            fsdp.save_checkpoint(args.run_dir, done, {"model": (model, optimizer)}, extra, args.keep)
+            save_checkpoint(args.run_dir, done, {"model": (model, optimizer)}, extra, args.keep)
     accuracy, values = evaluate(steps)
     baselines = {
         "length": np.mean([len(c["response"]) > len(r["response"]) for c, r in pairs]),
@@ -362,11 +349,11 @@ def main(args: Args) -> None:
             shown.append((title, token_texts(tokenizer, eval_sequences[i][1]), values[i]))
         note(draw_values(shown, f"{args.run_dir}/values"))
     if args.normalise_values:  # the exported head gives the normalised value
-        fsdp.reshard(model)  # after a forward without gradient the root holds gathered copies
-        head = fsdp.head(model)
+        sharding.reshard(model)  # after a forward without gradient the root holds gathered copies
+        head = value_heads.head(model)
         head.weight.data.div_(value_std)
         head.bias.data.sub_(value_mean).div_(value_std)
-    fsdp.export(
+    export(
         model, tokenizer, f"{args.run_dir}/model", args.precision, gamma=args.gamma, return_mean=score_mean, return_std=score_std,
         context_pairs=k, context_length=args.context_length,
     )  # fmt: skip
@@ -374,4 +361,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    fsdp.launch(main, parse(Args, REVIEWS))
+    distributed.launch(main, parse(Args, REVIEWS))

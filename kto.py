@@ -20,34 +20,31 @@ Watch `eval/label_auc` (does the log-ratio part good from bad?), `eval/kl`, and 
 below 0 with the other, the policy runs away from all of the data. Read samples.jsonl. docs/kto.md explains the rest.
 """
 
-import gc
-import hashlib
 import json
 import math
 import random
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from transformers import AutoConfig
 
-from common import fsdp
-from common.data import batch_indices, collate, fail, hold_out, micro_batches, note, read_rows, tokenize
-from common.log import Run, parse
-from common.models import (
-    Reward,
-    check_same_tokenizer,
-    load_model,
-    load_reference,
-    load_tokenizer,
-    resolve,
-    sequence_logprobs,
-)
+from common import distributed
+from common.batches import batch_indices, collate, micro_batches
+from common.checkpoints import export, load_checkpoint, save_checkpoint
+from common.cli import fail, note, parse
+from common.data import hold_out, read_rows
+from common.log import Run
+from common.logprobs import sequence_logprobs
+from common.measures import auc, distinct_2, implied_accuracy
+from common.meter import mfu, peak_memory_gb, state_bytes
+from common.models import load_model
+from common.optimizer import accumulated, adamw, backward, learning_rate, optimizer_step
+from common.pretrained import resolve
+from common.reference import load_reference, reference_logprobs
+from common.rewards import Reward
 from common.rollout import check_sampler, rollout
-from optional.meter import mfu, peak_memory_gb
+from common.tokenization import check_same_tokenizer, load_tokenizer, tokenize
 
 
 @dataclass
@@ -153,12 +150,6 @@ REVIEWS = dict(
 )  # fmt: skip
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """Rate of 0-based `step`: linear warm-up, then constant, or linear or cosine down to zero at `steps`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
 
 
 def mismatched(prompts, seed):
@@ -183,61 +174,14 @@ def kto_loss(log_ratios, labels, reference_point, beta, desirable_weight, undesi
     return (weight * (1 - torch.sigmoid(sign * beta * (log_ratios - reference_point)))).sum()
 
 
-def auc(log_ratios, labels):
-    """Share of all pairs of a desirable and an undesirable response whose first has the strictly higher log-ratio; both [N].
-    NaN where there is no pair."""
-    good, bad = log_ratios[labels], log_ratios[~labels].sort().values
-    below = torch.searchsorted(bad, good)  # how many are strictly lower
-    return below.double().sum().item() / (len(good) * len(bad)) if len(good) * len(bad) else math.nan
 
 
-def implied_accuracy(log_ratios, rewards, groups):
-    """Share of the pairs of responses to one prompt whose better one has the strictly higher log-ratio; all [N]. NaN: no pair."""
-    order, wins, pairs = torch.argsort(groups).cpu(), 0, 0
-    sizes = torch.bincount(groups.cpu()).tolist()
-    for r, y in zip(rewards.cpu()[order].split(sizes), log_ratios.cpu()[order].split(sizes), strict=True):  # never all N x N
-        better = r[:, None] > r[None]
-        wins, pairs = wins + ((y[:, None] > y[None]) & better).sum().item(), pairs + better.sum().item()
-    return wins / pairs if pairs else math.nan
 
 
-def distinct_2(texts):
-    """Different pairs of neighbouring words over all pairs, in all texts together: diversity (1510.03055)."""
-    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
-    return len(set(pairs)) / max(1, len(pairs))
 
 
-def fingerprint(name):
-    """The contents of a model: a hash of its local weights and configuration, or the hub's commit."""
-    files, digest = sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("config.json")]), hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as weights:
-            digest.update(hashlib.file_digest(weights, "sha256").digest())
-    return digest.hexdigest() if files else f"{name}@{AutoConfig.from_pretrained(name)._commit_hash}"
 
 
-def reference_logprobs(name, tokenizer, args, **parts):
-    """log pi_ref(y|x) of the (prompt, response) tokens of each part: [N] sums over tokens, in float64, on every rank.
-
-    Computed once, before the policy is loaded: the reference is freed at the end. The run folder keeps them for --resume, under
-    a key of the tokens, the precision and the reference's weights.
-    """
-    cache, first = Path(args.run_dir, "reference.npz"), fsdp.rank() == 0
-    what = [parts, str(fsdp.dtypes(args.precision)[0]), fingerprint(name) if first else ""]
-    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
-    found = dict(np.load(cache)) if first and args.resume and cache.exists() else {}
-    kept = {part: torch.tensor(found[part]) for part in parts} if str(found.get("key")) == key else None
-    kept = fsdp.all_gather_object(kept)[0]
-    if kept is None:
-        reference, pad = load_model("policy", name, tokenizer, args, trained=False), tokenizer.pad_token_id
-        kept = {part: sequence_logprobs(reference, s, args.micro_batch_size, pad) for part, s in parts.items()}
-        reference = None
-        gc.collect()  # sharded modules are in reference cycles
-        if first:  # under another name first: a kill leaves no half of it
-            part = cache.with_suffix(".part.npz")
-            np.savez(part, key=key, **{name: x.cpu().numpy() for name, x in kept.items()})
-            part.rename(cache)
-    return [x.to(fsdp.device()) for x in kept.values()]
 
 
 def main(args: Args) -> None:
@@ -247,7 +191,7 @@ def main(args: Args) -> None:
         given = f"--beta {args.beta}, --desirable-weight {args.desirable_weight}, --undesirable-weight {args.undesirable_weight}"
         fail(f"{given}: beta must be above 0, the weights not negative nor both 0")
     run = Run(args)
-    device, rank, world = fsdp.device(), fsdp.rank(), fsdp.world()
+    device, rank, world = distributed.device(), distributed.rank(), distributed.world()
     name = resolve(args.model)
     tokenizer = load_tokenizer(name)
     ref_name = resolve(args.ref_model or args.model)
@@ -305,11 +249,11 @@ def main(args: Args) -> None:
         total / scale(part) for part, total in zip(parts.values(), sums, strict=True)
     )
     policy = load_model("policy", name, tokenizer, args, trained=True)
-    optimizer = fsdp.adamw(policy, args.lr)
+    optimizer = adamw(policy, args.lr)
     reference = None if args.precompute_ref else load_reference(policy, ref_name, tokenizer, args)
     models = [policy] + [reference] * (reference is not None)
     trained, optimizers = {"policy": (policy, optimizer)}, [optimizer]
-    state = fsdp.load_checkpoint(args.run_dir, trained) if args.resume else {}
+    state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
     check_sampler(policy, tokenizer, [row["prompt_ids"] for row in eval_rows], args.max_response_length, args.temperature)
     run.start(start, steps)
@@ -348,26 +292,26 @@ def main(args: Args) -> None:
         reference_point = drift.mean().clamp(min=0)  # over the batch on all ranks
         stats = torch.zeros(3, device=device, dtype=torch.float64)
         picks = micro_batches(batch, lengths, args.micro_batch_size, rank, world)
-        for pick in fsdp.accumulated(picks, policy):
+        for pick in accumulated(picks, policy):
             mb, at = collate([sequences[i] for i in pick], pad, device), torch.tensor(pick or [0], device=device)
             mb_log_ratios = policy.response_logprobs(**mb)[0].sum(1) / scale([sequences[i] for i in at]) - ref_logprobs[at]
             mb_loss = kto_loss(mb_log_ratios, labels[at], reference_point, args.beta, *weights) * bool(pick)
-            fsdp.backward(mb_loss / len(batch))
+            backward(mb_loss / len(batch))
             both = [(mb_log_ratios * (labels[at] == label)).sum() * bool(pick) for label in (True, False)]
             stats += torch.stack([mb_loss, *both]).detach()
         lr = learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
         where = f"step {step}, data rows {[rows[i]['row'] for i in batch]}"
-        total, norm = fsdp.optimizer_step(policy, optimizer, lr, stats[0] / len(batch), args.max_grad_norm, where)
+        total, norm = optimizer_step(policy, optimizer, lr, stats[0] / len(batch), args.max_grad_norm, where)
 
         # --- log
         done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
-        (_, desirable, undesirable), count = fsdp.all_reduce(stats).tolist(), int(labels[batch].sum())
+        (_, desirable, undesirable), count = distributed.all_reduce(stats).tolist(), int(labels[batch].sum())
         run.metrics(done, {
             "kto/loss": total, "kto/reference_point": reference_point, "kto/grad_norm": norm, "kto/lr": lr,
             "kto/log_ratio_desirable": desirable / count if count else math.nan,
             "kto/log_ratio_undesirable": undesirable / (len(batch) - count) if count < len(batch) else math.nan,
             "time/step_s": seconds,
-            "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": fsdp.state_bytes(models, optimizers) / 2**30,
+            "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": state_bytes(models, optimizers) / 2**30,
             "memory/peak_gb": peak_memory_gb(), **mfu(policy, tokens, seconds),
         }, show=("kto/loss", "kto/log_ratio_desirable", "kto/log_ratio_undesirable"))  # fmt: skip
         if args.eval_every and done % args.eval_every == 0 and done < steps:
@@ -375,11 +319,11 @@ def main(args: Args) -> None:
 
         # --- save
         if args.save_every and (done % args.save_every == 0 or done == steps):
-            fsdp.save_checkpoint(args.run_dir, done, trained, {}, args.keep)
+            save_checkpoint(args.run_dir, done, trained, {}, args.keep)
     evaluate(steps)
-    fsdp.export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
+    export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
     run.close()
 
 
 if __name__ == "__main__":
-    fsdp.launch(main, parse(Args, REVIEWS))
+    distributed.launch(main, parse(Args, REVIEWS))

@@ -16,29 +16,27 @@ Watch `eval/*` and read samples.jsonl rather than trust `objective/score`, which
 below a few nats a response, `rollout/length` neither collapse nor explode. Our page in docs/ explains every number and detail.
 """
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from common import fsdp
-from common.data import batch_indices, collate, fail, micro_batches, prompt_hash, read_rows, stop_token, tokenize
-from common.log import Run, parse
-from common.models import (
-    Reward,
-    check_same_tokenizer,
-    load_model,
-    load_reference,
-    load_tokenizer,
-    resolve,
-    response_values,
-    run_micro_batches,
-)
+from common import distributed, offload, vllm
+from common.batches import batch_indices, collate, micro_batches, run_micro_batches
+from common.checkpoints import export, load_checkpoint, save_checkpoint
+from common.cli import fail, parse
+from common.data import prompt_hash, read_rows
+from common.log import Run
+from common.meter import Phases, state_bytes
+from common.models import load_model
+from common.optimizer import accumulated, adamw, backward, learning_rate, optimizer_step
+from common.pretrained import resolve
+from common.reference import load_reference
+from common.rewards import Reward
 from common.rollout import check_sampler, note_drift, rollout
-from optional import offload, vllm_engine
-from optional.meter import Phases
+from common.tokenization import check_same_tokenizer, load_tokenizer, stop_token, tokenize
+from common.value_heads import response_values
 
 
 @dataclass
@@ -160,12 +158,6 @@ REVIEWS = dict(
 )  # fmt: skip
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """Rate of 0-based `step`: linear warm-up, then constant, or linear or cosine down to zero at `steps`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
 
 
 def token_rewards(kl, score, mask, beta):
@@ -239,7 +231,7 @@ def main(args: Args) -> None:
     if args.batch_size % args.mini_batch_size:
         fail(f"--mini-batch-size {args.mini_batch_size} does not divide --batch-size {args.batch_size}")
     run = Run(args)
-    device, rank, world = fsdp.device(), fsdp.rank(), fsdp.world()
+    device, rank, world = distributed.device(), distributed.rank(), distributed.world()
     name = resolve(args.model)
     tokenizer = load_tokenizer(name)
     ref_name = resolve(args.ref_model or args.model)
@@ -266,15 +258,15 @@ def main(args: Args) -> None:
     reward = Reward(args.reward, tokenizer, args)
     eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
     policy = load_model("policy", name, tokenizer, args, trained=True)
-    policy.engine, cap = vllm_engine.start(policy, name, args)
-    optimizer = fsdp.adamw(policy, args.lr)
+    policy.engine, cap = vllm.start(policy, name, args)
+    optimizer = adamw(policy, args.lr)
     critic = load_model("value", critic_name, tokenizer, args, trained=True)
-    critic_optimizer = fsdp.adamw(critic, args.critic_lr)
+    critic_optimizer = adamw(critic, args.critic_lr)
     reference = load_reference(policy, ref_name, tokenizer, args)
     models, optimizers = [policy, critic, reference] + [reward.model] * reward_is_model, [optimizer, critic_optimizer]
     trained = {"policy": (policy, optimizer), "critic": (critic, critic_optimizer)}
     offload.park(args.offload_frozen, [*models, *(r.model for r in eval_rewards)])
-    state = fsdp.load_checkpoint(args.run_dir, trained) if args.resume else {}
+    state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start, beta = state.get("step", 0), state.get("beta", args.beta)
     check_sampler(policy, tokenizer, [row["prompt_ids"] for row in rows], limit, args.temperature)
     run.start(start, args.steps)
@@ -350,25 +342,25 @@ def main(args: Args) -> None:
                 tokens = mask[mini_batch].sum()  # over all ranks and micro-batches
                 loss, critic_loss = torch.zeros(2, device=device)
                 picks = micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world)
-                for pick in fsdp.accumulated(picks, policy, critic):
+                for pick in accumulated(picks, policy, critic):
                     mb = collate([sequences[i] for i in pick], pad, device)
                     mb_mask, at = mb["response_mask"], torch.tensor(pick or [0], device=device)
                     whole = (logprobs, advantages, old_values, returns)
                     mb_old, mb_advantages, mb_values, mb_returns = (x[at, : mb_mask.shape[1]] for x in whole)
                     mb_logprobs, mb_entropy = policy.response_logprobs(**mb, temperature=args.temperature)
                     mb_loss, stats = policy_loss(mb_logprobs, mb_old, mb_advantages, mb_mask, args.clip)
-                    fsdp.backward(mb_loss / tokens)
+                    backward(mb_loss / tokens)
                     loss += mb_loss.detach() / tokens
                     new_values = response_values(critic, **mb)[:, :-1]
                     mb_critic_loss = value_loss(new_values, mb_values, mb_returns, mb_mask, args.value_clip)
-                    fsdp.backward(args.value_coef * mb_critic_loss / tokens)
+                    backward(args.value_coef * mb_critic_loss / tokens)
                     critic_loss += mb_critic_loss.detach() / tokens
                     totals += torch.cat([stats, mb_entropy.detach().sum()[None], mb_mask.sum()[None]])
                 where = f"step {step}, epoch {epoch}, data rows {[batch[i]['row'] for i in mini_batch]}"
-                total, norm = fsdp.optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where)
+                total, norm = optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where)
                 step_of_critic = (critic, critic_optimizer, critic_lr, critic_loss, args.max_grad_norm, where)
-                norms.append((total, norm, *fsdp.optimizer_step(*step_of_critic)))
-        clipped, approx_kl, ratio, entropy, count = fsdp.all_reduce(totals).tolist()
+                norms.append((total, norm, *optimizer_step(*step_of_critic)))
+        clipped, approx_kl, ratio, entropy, count = distributed.all_reduce(totals).tolist()
         phases.end("update")
 
         # --- log
@@ -383,7 +375,7 @@ def main(args: Args) -> None:
             "policy/approx_kl": approx_kl / count, "policy/ratio": ratio / count, "policy/lr": lr,
             "critic/loss": means[2], "critic/grad_norm": means[3], "critic/explained_variance": explained,
             "critic/value": old_values[mask].mean(), "critic/lr": critic_lr,
-            "memory/state_gb": fsdp.state_bytes(models, optimizers) / 2**30,
+            "memory/state_gb": state_bytes(models, optimizers) / 2**30,
             **phases.metrics(policy, response_tokens, args.epochs * sum(lengths)),
         }  # fmt: skip
         run.metrics(done, metrics, show=("objective/score", "objective/kl", "rollout/length"))
@@ -394,13 +386,13 @@ def main(args: Args) -> None:
 
         # --- save
         if args.save_every and (done % args.save_every == 0 or done == args.steps):
-            fsdp.save_checkpoint(args.run_dir, done, trained, {"beta": beta}, args.keep)
+            save_checkpoint(args.run_dir, done, trained, {"beta": beta}, args.keep)
     if args.eval_every and eval_rows:
         evaluate(args.steps)
-    fsdp.export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
-    fsdp.export(critic, tokenizer, f"{args.run_dir}/critic", args.precision)
+    export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
+    export(critic, tokenizer, f"{args.run_dir}/critic", args.precision)
     run.close()
 
 
 if __name__ == "__main__":
-    fsdp.launch(main, parse(Args, REVIEWS))
+    distributed.launch(main, parse(Args, REVIEWS))

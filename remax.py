@@ -20,27 +20,25 @@ Watch `eval/*` and read samples.jsonl; `objective/greedy_score` should rise with
 `rollout/length` should neither collapse nor explode. Our page in docs/ explains every number and detail.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
-from common import fsdp
-from common.data import batch_indices, collate, fail, micro_batches, prompt_hash, read_rows, stop_token, tokenize
-from common.log import Run, parse
-from common.models import (
-    Reward,
-    check_same_tokenizer,
-    load_model,
-    load_reference,
-    load_tokenizer,
-    resolve,
-    run_micro_batches,
-)
+from common import distributed, offload, vllm
+from common.batches import batch_indices, collate, micro_batches, run_micro_batches
+from common.checkpoints import export, load_checkpoint, save_checkpoint
+from common.cli import fail, parse
+from common.data import prompt_hash, read_rows
+from common.log import Run
+from common.meter import Phases, state_bytes
+from common.models import load_model
+from common.optimizer import accumulated, adamw, backward, learning_rate, optimizer_step
+from common.pretrained import resolve
+from common.reference import load_reference
+from common.rewards import Reward
 from common.rollout import check_sampler, note_drift, rollout
-from optional import offload, vllm_engine
-from optional.meter import Phases
+from common.tokenization import check_same_tokenizer, load_tokenizer, stop_token, tokenize
 
 
 @dataclass
@@ -152,12 +150,6 @@ REVIEWS = dict(
 )  # fmt: skip
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """Rate of 0-based `step`: linear warm-up, then constant, or linear or cosine down to zero at `steps`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
 
 
 def remax_advantages(rewards, greedy_rewards, kl, mask, beta):
@@ -208,7 +200,7 @@ def main(args: Args) -> None:
         given = f"--beta {args.beta}, --clip {args.clip}, --clip-high {args.clip_high}"
         fail(f"{given}: beta must not be negative, clip in (0, 1), clip_high above 0")
     run = Run(args)
-    device, rank, world = fsdp.device(), fsdp.rank(), fsdp.world()
+    device, rank, world = distributed.device(), distributed.rank(), distributed.world()
     name = resolve(args.model)
     tokenizer = load_tokenizer(name)
     ref_name = resolve(args.ref_model or args.model)
@@ -232,12 +224,12 @@ def main(args: Args) -> None:
     reward = Reward(args.reward, tokenizer, args)
     eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
     policy = load_model("policy", name, tokenizer, args, trained=True)
-    policy.engine, cap = vllm_engine.start(policy, name, args)
-    optimizer = fsdp.adamw(policy, args.lr)
+    policy.engine, cap = vllm.start(policy, name, args)
+    optimizer = adamw(policy, args.lr)
     reference = load_reference(policy, ref_name, tokenizer, args) if args.beta else None
     models = [model for model in (policy, reference, reward.model) if model is not None]
     offload.park(args.offload_frozen, [*models, *(r.model for r in eval_rewards)])
-    state = fsdp.load_checkpoint(args.run_dir, {"policy": (policy, optimizer)}) if args.resume else {}
+    state = load_checkpoint(args.run_dir, {"policy": (policy, optimizer)}) if args.resume else {}
     start = state.get("step", 0)
     check_sampler(policy, tokenizer, [row["prompt_ids"] for row in rows], limit, args.temperature)
     run.start(start, args.steps)
@@ -311,19 +303,19 @@ def main(args: Args) -> None:
                 weights[mini_batch] = token_weights(mask[mini_batch], args.aggregation, limit)  # over all ranks and micro-batches
                 loss = torch.zeros((), device=device)
                 picks = micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world)
-                for pick in fsdp.accumulated(picks, policy):
+                for pick in accumulated(picks, policy):
                     mb = collate([sequences[i] for i in pick], pad, device)
                     mb_mask, at = mb["response_mask"], torch.tensor(pick or [0], device=device)
                     mb_old, mb_weights, mb_advantages = (x[at, : mb_mask.shape[1]] for x in (logprobs, weights, advantages))
                     mb_logprobs, mb_entropy = policy.response_logprobs(**mb, temperature=args.temperature)
                     clips = args.clip, args.clip_high
                     mb_loss, stats = surrogate_loss(mb_logprobs, mb_old, mb_advantages, mb_weights, mb_mask, *clips)
-                    fsdp.backward(mb_loss)
+                    backward(mb_loss)
                     loss += mb_loss.detach()
                     totals += torch.cat([stats, mb_entropy.detach().sum()[None], mb_mask.sum()[None]])
                 where = f"step {step}, epoch {epoch}, data rows {[batch[i]['row'] for i in mini_batch]}"
-                norms.append(fsdp.optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where))
-        clipped, approx_kl, ratio, entropy, count = fsdp.all_reduce(totals).tolist()
+                norms.append(optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where))
+        clipped, approx_kl, ratio, entropy, count = distributed.all_reduce(totals).tolist()
         phases.end("update")
 
         # --- log
@@ -336,7 +328,7 @@ def main(args: Args) -> None:
             "rollout/length": mask.sum(1).float().mean(), "rollout/truncated": truncated[0].float().mean(),
             "policy/loss": means[0], "policy/grad_norm": means[1], "policy/clip_fraction": clipped / count,
             "policy/approx_kl": approx_kl / count, "policy/ratio": ratio / count, "policy/lr": lr,
-            "memory/state_gb": fsdp.state_bytes(models, [optimizer]) / 2**30,
+            "memory/state_gb": state_bytes(models, [optimizer]) / 2**30,
             **phases.metrics(policy, response_tokens, args.epochs * sum(lengths)),
         }  # fmt: skip
         run.metrics(done, metrics, show=("objective/score", "objective/kl", "rollout/length"))
@@ -345,12 +337,12 @@ def main(args: Args) -> None:
 
         # --- save
         if args.save_every and (done % args.save_every == 0 or done == args.steps):
-            fsdp.save_checkpoint(args.run_dir, done, {"policy": (policy, optimizer)}, {}, args.keep)
+            save_checkpoint(args.run_dir, done, {"policy": (policy, optimizer)}, {}, args.keep)
     if args.eval_every and eval_rows:
         evaluate(args.steps)
-    fsdp.export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
+    export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
     run.close()
 
 
 if __name__ == "__main__":
-    fsdp.launch(main, parse(Args, REVIEWS))
+    distributed.launch(main, parse(Args, REVIEWS))

@@ -17,7 +17,6 @@ already many). docs/reward.md explains the rest.
 """
 
 import json
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,11 +26,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import fsdp
-from common.data import batch_indices, collate, fail, hold_out, micro_batches, note, read_rows, tokenize
-from common.log import Run, parse
-from common.models import load_model, load_tokenizer, resolve, run_micro_batches, sequence_scores
-from optional.meter import mfu, peak_memory_gb
+from common import distributed
+from common.batches import batch_indices, collate, micro_batches, run_micro_batches
+from common.checkpoints import export, load_checkpoint, save_checkpoint
+from common.cli import fail, note, parse
+from common.data import hold_out, read_rows
+from common.log import Run
+from common.meter import mfu, peak_memory_gb, state_bytes
+from common.models import load_model
+from common.optimizer import accumulated, adamw, backward, learning_rate, optimizer_step
+from common.pretrained import resolve
+from common.tokenization import load_tokenizer, tokenize
+from common.value_heads import sequence_scores
 
 
 @dataclass
@@ -117,12 +123,6 @@ REVIEWS = dict(
 )  # fmt: skip
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """Rate of 0-based `step`: linear warm-up, then constant, or linear or cosine down to zero at `steps`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
 
 
 def bradley_terry_loss(chosen, rejected):
@@ -133,7 +133,7 @@ def bradley_terry_loss(chosen, rejected):
 def main(args: Args) -> None:
     # --- setup
     run = Run(args)
-    device, rank, world = fsdp.device(), fsdp.rank(), fsdp.world()
+    device, rank, world = distributed.device(), distributed.rank(), distributed.world()
     name = resolve(args.model)
     tokenizer = load_tokenizer(name)
     pad = tokenizer.pad_token_id
@@ -167,8 +167,8 @@ def main(args: Args) -> None:
 
     # --- models
     model = load_model("reward", name, tokenizer, args, trained=True, layers=args.layers)
-    optimizer = fsdp.adamw(model, args.lr)
-    state = fsdp.load_checkpoint(args.run_dir, {"model": (model, optimizer)}) if args.resume else {}
+    optimizer = adamw(model, args.lr)
+    state = load_checkpoint(args.run_dir, {"model": (model, optimizer)}) if args.resume else {}
     start = state.get("step", 0)
     run.start(start, steps)
 
@@ -197,25 +197,25 @@ def main(args: Args) -> None:
         batch = batch_indices(len(rows), args.batch_size, step, args.seed)
         loss, right = torch.zeros(2, device=device)
         picks = micro_batches(range(len(batch)), [lengths[i] for i in batch], args.micro_batch_size, rank, world)
-        for pick in fsdp.accumulated(picks, model):
+        for pick in accumulated(picks, model):
             mb = collate([sequences[2 * batch[i] + side] for i in pick for side in (0, 1)], pad, device)
             scores = sequence_scores(model, **mb)[:, 0]
             # a rank with nothing left still takes part in the collectives
             mb_loss = bradley_terry_loss(scores[::2], scores[1::2]) if pick else scores.sum() * 0
-            fsdp.backward(mb_loss / len(batch))
+            backward(mb_loss / len(batch))
             loss += mb_loss.detach() / len(batch)
             right += (scores[::2] > scores[1::2]).sum() if pick else 0
         lr = learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
         where = f"step {step}, data rows {[rows[i]['row'] for i in batch]}"
-        total, norm = fsdp.optimizer_step(model, optimizer, lr, loss, args.max_grad_norm, where)
+        total, norm = optimizer_step(model, optimizer, lr, loss, args.max_grad_norm, where)
 
         # --- log
         done, seconds = step + 1, time.perf_counter() - clock
         tokens = sum(sum(map(len, sequences[2 * i + side])) for i in batch for side in (0, 1))
         run.metrics(done, {
-            "reward/loss": total, "reward/accuracy": fsdp.all_reduce(right).item() / len(batch), "reward/grad_norm": norm,
+            "reward/loss": total, "reward/accuracy": distributed.all_reduce(right).item() / len(batch), "reward/grad_norm": norm,
             "reward/lr": lr, "time/step_s": seconds, "perf/update_tokens_per_s": tokens / seconds,
-            "memory/state_gb": fsdp.state_bytes([model], [optimizer]) / 2**30, "memory/peak_gb": peak_memory_gb(),
+            "memory/state_gb": state_bytes([model], [optimizer]) / 2**30, "memory/peak_gb": peak_memory_gb(),
             **mfu(model, tokens, seconds),
         }, show=("reward/loss", "reward/accuracy"))  # fmt: skip
         if args.eval_every and done % args.eval_every == 0 and done < steps:
@@ -223,7 +223,7 @@ def main(args: Args) -> None:
 
         # --- save
         if args.save_every and (done % args.save_every == 0 or done == steps):
-            fsdp.save_checkpoint(args.run_dir, done, {"model": (model, optimizer)}, {}, args.keep)
+            save_checkpoint(args.run_dir, done, {"model": (model, optimizer)}, {}, args.keep)
     result = evaluate(steps)
     scores = predict(sequences[: 2 * 500])  # a sample: the spread is known to 2 % then
     if rank == 0:
@@ -231,9 +231,9 @@ def main(args: Args) -> None:
         Path(args.run_dir, "accuracy.json").write_text(json.dumps({**table, "pairs": len(held_out)}, indent=1))
         note(f"held-out accuracy {result['eval/accuracy']:.3f}; the longer one wins: {result['baseline/length']:.3f}")
     stats = {"score_mean": scores.mean().item(), "score_std": scores.std().item()}
-    fsdp.export(model, tokenizer, f"{args.run_dir}/model", args.precision, **stats)
+    export(model, tokenizer, f"{args.run_dir}/model", args.precision, **stats)
     run.close()
 
 
 if __name__ == "__main__":
-    fsdp.launch(main, parse(Args, REVIEWS))
+    distributed.launch(main, parse(Args, REVIEWS))

@@ -13,19 +13,25 @@ Watch `eval/loss`: where it rises while `sft/loss` falls, there are too many epo
 the rest.
 """
 
-import math
 import time
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
-from common import fsdp
-from common.data import batch_indices, collate, fail, hold_out, micro_batches, note, read_rows, tokenize
-from common.log import Run, parse
-from common.models import Reward, load_model, load_tokenizer, resolve, run_micro_batches
+from common import distributed
+from common.batches import batch_indices, collate, micro_batches, run_micro_batches
+from common.checkpoints import export, load_checkpoint, save_checkpoint
+from common.cli import fail, note, parse
+from common.data import hold_out, read_rows
+from common.log import Run
+from common.meter import mfu, peak_memory_gb, state_bytes
+from common.models import load_model
+from common.optimizer import accumulated, adamw, backward, learning_rate, optimizer_step
+from common.pretrained import resolve
+from common.rewards import Reward
 from common.rollout import check_sampler, rollout
-from optional.meter import mfu, peak_memory_gb
+from common.tokenization import load_tokenizer, tokenize
 
 
 @dataclass
@@ -116,12 +122,6 @@ REVIEWS = dict(
 )  # fmt: skip
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """Rate of 0-based `step`: linear warm-up, then constant, or linear or cosine down to zero at `steps`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
 
 
 def nll_loss(logprobs, mask):
@@ -132,7 +132,7 @@ def nll_loss(logprobs, mask):
 def main(args: Args) -> None:
     # --- setup
     run = Run(args)
-    device, rank, world = fsdp.device(), fsdp.rank(), fsdp.world()
+    device, rank, world = distributed.device(), distributed.rank(), distributed.world()
     name = resolve(args.model, "untrained")
     tokenizer = load_tokenizer(name)
     pad = tokenizer.pad_token_id
@@ -163,8 +163,8 @@ def main(args: Args) -> None:
     # --- models
     eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
     policy = load_model("policy", name, tokenizer, args, trained=True)
-    optimizer = fsdp.adamw(policy, args.lr)
-    state = fsdp.load_checkpoint(args.run_dir, {"policy": (policy, optimizer)}) if args.resume else {}
+    optimizer = adamw(policy, args.lr)
+    state = load_checkpoint(args.run_dir, {"policy": (policy, optimizer)}) if args.resume else {}
     start = state.get("step", 0)
     check_sampler(policy, tokenizer, [row["prompt_ids"] for row in eval_rows], args.max_response_length, args.temperature)
     run.start(start, steps)
@@ -193,21 +193,21 @@ def main(args: Args) -> None:
         count = sum(len(sequences[i][1]) for i in batch)  # over all ranks and micro-batches
         loss = torch.zeros((), device=device)
         picks = micro_batches(batch, lengths, args.micro_batch_size, rank, world)
-        for pick in fsdp.accumulated(picks, policy):
+        for pick in accumulated(picks, policy):
             mb = collate([sequences[i] for i in pick], pad, device)
             logprobs, _ = policy.response_logprobs(**mb)
             mb_loss = nll_loss(logprobs, mb["response_mask"])
-            fsdp.backward(mb_loss / count)
+            backward(mb_loss / count)
             loss += mb_loss.detach() / count
         lr = learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
         where = f"step {step}, data rows {[rows[i]['row'] for i in batch]}"
-        total, norm = fsdp.optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where)
+        total, norm = optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where)
 
         # --- log
         done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
         run.metrics(done, {
             "sft/loss": total, "sft/grad_norm": norm, "sft/lr": lr, "time/step_s": seconds,
-            "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": fsdp.state_bytes([policy], [optimizer]) / 2**30,
+            "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": state_bytes([policy], [optimizer]) / 2**30,
             "memory/peak_gb": peak_memory_gb(), **mfu(policy, tokens, seconds),
         }, show=("sft/loss",))  # fmt: skip
         if args.eval_every and done % args.eval_every == 0 and done < steps:
@@ -215,11 +215,11 @@ def main(args: Args) -> None:
 
         # --- save
         if args.save_every and (done % args.save_every == 0 or done == steps):
-            fsdp.save_checkpoint(args.run_dir, done, {"policy": (policy, optimizer)}, {}, args.keep)
+            save_checkpoint(args.run_dir, done, {"policy": (policy, optimizer)}, {}, args.keep)
     evaluate(steps)
-    fsdp.export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
+    export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
     run.close()
 
 
 if __name__ == "__main__":
-    fsdp.launch(main, parse(Args, REVIEWS))
+    distributed.launch(main, parse(Args, REVIEWS))

@@ -23,9 +23,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import data, fsdp, models  # noqa: E402
-from common.rollout import decode  # noqa: E402
-from optional import kv_cache  # noqa: E402
+from common import batches, distributed, logprobs
+from common import rollout as rollout_room
+from common.rollout import decode
 
 ROUNDS = 7
 
@@ -62,12 +62,12 @@ def rollouts() -> None:
         compare(f"rollout, {n} responses of {tokens} tokens: `decode` / `generate`", ours, theirs)
 
         def plain(run):
-            with mock.patch.object(kv_cache, "roomy", lambda config: transformers.DynamicCache(config=config)):
+            with mock.patch.object(rollout_room, "roomy", lambda config: transformers.DynamicCache(config=config)):
                 run()
 
         stops = list(range(10, 10 + 2048 // tokens))  # untrained, every token is about equally likely: half end before tokens / 3
         ragged = partial(decode, model, prompts.tolist(), uniforms, heat, stops, 0)
-        compare("the same: `kv_cache.roomy` / `DynamicCache`", ours, partial(plain, ours))
+        compare("the same: `rollout_room.roomy` / `DynamicCache`", ours, partial(plain, ours))
         compare("the same, responses end at different lengths", ragged, partial(plain, ragged))
 
 
@@ -85,32 +85,32 @@ def output_layer() -> None:
     def chunks(each):
         return torch.cat([each(h, y)[0] for h, y in zip(hidden.split(512), tokens.split(512), strict=True)])
 
-    update = lambda: models.token_logprobs(hidden, weight, None, tokens)[0].sum().backward()  # noqa: E731
+    update = lambda: logprobs.token_logprobs(hidden, weight, None, tokens)[0].sum().backward()  # noqa: E731
     compare("output layer, forward and backward: `TokenLogprobs` / checkpointed chunks", update,
             lambda: chunks(partial(checkpoint, one, use_reentrant=False)).sum().backward())  # fmt: skip
     compare("the same / whole logits, nothing computed twice, no entropy", update,
             lambda: F.cross_entropy(F.linear(hidden, weight), tokens, reduction="sum").backward())  # fmt: skip
     with torch.no_grad():
-        forward = partial(models.token_logprobs, hidden, weight, None, tokens)
+        forward = partial(logprobs.token_logprobs, hidden, weight, None, tokens)
         compare("output layer, forward alone: `TokenLogprobs` / chunks", forward, lambda: chunks(one))
 
 
 def micro_batches() -> None:
     """64 sequences of 8 to 128 tokens after prompts of 24, 8 a micro-batch."""
     model = llama(128, 4, 1024)
-    model.response_logprobs = types.MethodType(models.response_logprobs, model)
+    model.response_logprobs = types.MethodType(logprobs.response_logprobs, model)
     sequences = [(list(range(5, 29)), [5] * length) for length in torch.randint(8, 129, (64,)).tolist()]
     lengths, order = [len(p) + len(r) for p, r in sequences], range(64)
 
     def update(picks):
         for pick in picks:
-            mb = data.collate([sequences[i] for i in pick], 0, "cpu")
+            mb = batches.collate([sequences[i] for i in pick], 0, "cpu")
             model.response_logprobs(**mb)[0].sum().backward()
         model.zero_grad()
 
     mixed = [order[i : i + 8] for i in range(0, 64, 8)]
-    ours = partial(update, data.micro_batches(order, lengths, 8, 0, 1))
-    compare("update, lengths 8 to 128: `data.micro_batches` / as they come", ours, partial(update, mixed))
+    ours = partial(update, batches.micro_batches(order, lengths, 8, 0, 1))
+    compare("update, lengths 8 to 128: `batches.micro_batches` / as they come", ours, partial(update, mixed))
     compare("the same / one padded batch", ours, partial(update, [order]))
 
 
@@ -124,8 +124,8 @@ def optimizer_and_fsdp() -> None:
         compare(f"AdamW, {title} parameters: fused / not", make(fused=True).step, make().step)
     plain, sharded = llama(64, 3, 1024), llama(64, 3, 1024)
     for block in sharded.model.layers:
-        fully_shard(block, mesh=fsdp.mesh(0))
-    fully_shard(sharded, mesh=fsdp.mesh(0))
+        fully_shard(block, mesh=distributed.mesh(0))
+    fully_shard(sharded, mesh=distributed.mesh(0))
 
     def step(model):
         model(input_ids=batch, labels=batch).loss.backward()
@@ -137,9 +137,9 @@ def optimizer_and_fsdp() -> None:
 def shares() -> None:
     """speed.py's tiny GRPO: prompts of 24 tokens, responses of 64, micro-batches of 8; 64 responses at once in the rollout."""
     model = llama(128, 4, 1024)
-    model.response_logprobs = types.MethodType(models.response_logprobs, model)
+    model.response_logprobs = types.MethodType(logprobs.response_logprobs, model)
     prompts = torch.randint(5, 1000, (8, 24)).tolist()
-    mb = data.collate([(prompt, [5] * 64) for prompt in prompts], 0, "cpu")
+    mb = batches.collate([(prompt, [5] * 64) for prompt in prompts], 0, "cpu")
     uniforms, heat = torch.rand(64, 64, dtype=torch.float64), torch.ones(64, dtype=torch.float64)
 
     def update():
@@ -175,7 +175,7 @@ def main() -> None:
     micro_batches()
     optimizer_and_fsdp()
     shares()
-    fsdp.mesh.cache_clear()
+    distributed.mesh.cache_clear()
     dist.destroy_process_group()
 
 

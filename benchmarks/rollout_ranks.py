@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from assets import reviews  # noqa: E402
-from common import fsdp, models  # noqa: E402
+from common import distributed, models, sharding, tokenization  # noqa: E402
 from common.rollout import decode  # noqa: E402
 
 
@@ -43,22 +43,23 @@ class Args:
 
 
 def main(args: Args) -> None:
-    folder = [tempfile.mkdtemp() if fsdp.rank() == 0 else None]
+    folder = [tempfile.mkdtemp() if distributed.rank() == 0 else None]
     dist.broadcast_object_list(folder)
-    tokenizer = models.load_tokenizer(reviews.folder("policy"))
+    tokenizer = tokenization.load_tokenizer(reviews.folder("policy"))
     shape = dict(hidden_size=args.hidden_size, intermediate_size=8 * args.hidden_size // 3, num_hidden_layers=args.layers)
     shape |= dict(num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=False)
     config = LlamaConfig(vocab_size=args.vocabulary, **shape)
-    if fsdp.rank() == 0:
+    if distributed.rank() == 0:
         LlamaForCausalLM(config).save_pretrained(folder[0])
     dist.barrier()
     sharded = models.load_model("policy", folder[0], tokenizer, args, trained=True)
-    plain = AutoModelForCausalLM.from_pretrained(folder[0], dtype=fsdp.dtypes(args.precision)[0]).to(fsdp.device()).eval()
+    plain = AutoModelForCausalLM.from_pretrained(folder[0], dtype=distributed.dtypes(args.precision)[0])
+    plain = plain.to(distributed.device()).eval()
     plain.forbidden_token = sharded.forbidden_token
-    generator = torch.Generator().manual_seed(fsdp.rank())
+    generator = torch.Generator().manual_seed(distributed.rank())
     prompts = [torch.randint(5, args.vocabulary, (16,), generator=generator).tolist() for _ in range(args.batch)]
-    uniforms = torch.rand(args.batch, args.tokens, generator=generator, dtype=torch.float64).to(fsdp.device())
-    temperatures = torch.ones(args.batch, dtype=torch.float64, device=fsdp.device())
+    uniforms = torch.rand(args.batch, args.tokens, generator=generator, dtype=torch.float64).to(distributed.device())
+    temperatures = torch.ones(args.batch, dtype=torch.float64, device=distributed.device())
 
     def seconds(model, context) -> float:
         dist.barrier()
@@ -73,11 +74,11 @@ def main(args: Args) -> None:
 
     rounds = []
     for i in range(args.pairs + 1):
-        gathered = seconds(sharded, fsdp.gathered(sharded))
+        gathered = seconds(sharded, sharding.gathered(sharded))
         each = seconds(sharded, contextlib.nullcontext())
-        fsdp.reshard(sharded)
+        sharding.reshard(sharded)
         rounds += [(gathered, each, seconds(plain, contextlib.nullcontext()))] * (i > 0)  # the first warms up
-    if fsdp.rank() == 0:
+    if distributed.rank() == 0:
         spread = lambda x: f"{statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})"  # noqa: E731
         names = ("gathered once", "gathered for each token", "not sharded")
         for name, times in zip(names, zip(*rounds, strict=True), strict=True):
@@ -88,4 +89,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    fsdp.launch(main, tyro.cli(Args))
+    distributed.launch(main, tyro.cli(Args))

@@ -18,9 +18,12 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import fsdp, rollout  # noqa: E402
-from common.data import encode_prompt, read_rows  # noqa: E402
-from common.models import load_model, load_tokenizer, resolve  # noqa: E402
+from common import distributed
+from common.data import read_rows
+from common.models import load_model
+from common.pretrained import resolve
+from common.rollout import rollout
+from common.tokenization import encode_prompt, load_tokenizer
 
 NAMES = {"cache": rollout.CACHE_NAMES, "attention mask": ("attention_mask",), "position ids": ("position_ids",)}
 
@@ -84,7 +87,7 @@ def main() -> None:
         cells = measure(policy, prompts, args.tokens, args.temperature)
         print(f"| {precision} | {rollout.tolerance(policy):g} | " + " | ".join(cells) + " |", flush=True)
         del policy
-    fsdp.mesh.cache_clear()
+    distributed.mesh.cache_clear()
     dist.destroy_process_group()
 
 

@@ -55,12 +55,15 @@ from transformers import (
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT), str(ROOT / "benchmarks")]
 import scaling  # noqa: E402
-from jobs import commit  # noqa: E402
 
 import grpo  # noqa: E402
 import ppo  # noqa: E402
-from common.data import batch_indices, collate, fail, prompt_hash  # noqa: E402
-from common.models import response_logprobs, response_values, sequence_scores  # noqa: E402
+from common.batches import batch_indices, collate  # noqa: E402
+from common.cli import fail  # noqa: E402
+from common.data import prompt_hash  # noqa: E402
+from common.logprobs import response_logprobs  # noqa: E402
+from common.value_heads import response_values, sequence_scores  # noqa: E402
+from tools.jobs import commit  # noqa: E402
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 PEERS = {"grpo": "", "grpo-ragged": "", "dpo": "", "kto": "", "sft": "", "reward": "", "ppo": "1.12.0", "ppo-ragged": "1.12.0"}

@@ -16,6 +16,10 @@ import sys
 import time
 from pathlib import Path
 
+from common import distributed, meter
+from common.cli import parse
+from common.log import Run
+
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
 
 
@@ -83,9 +87,6 @@ def ours(spec):
     time, and the export after the last step is left out (TRL's trainers do not save here either)."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     watch, module = Watch(spec), importlib.import_module(spec["script"])
-    from common import fsdp
-    from common.log import Run, parse
-    from optional import meter
 
     watch.imported()
     metrics, peak_memory_gb = Run.metrics, meter.peak_memory_gb
@@ -102,11 +103,11 @@ def ours(spec):
         if "time/step_s" in values:
             watch.step_end(metrics={key: float(value) for key, value in values.items()})
 
-    Run.metrics, fsdp.export = noted, lambda *_, **__: None
+    Run.metrics, module.export = noted, lambda *_, **__: None
     if hasattr(module, "rollout"):
         module.rollout = watch.time_rollout(module.rollout, lambda out, *_, **__: [len(r) for r in out[0]])
     sys.argv = [spec["script"] + ".py", *spec["arguments"]]
-    fsdp.launch(module.main, parse(module.Args, module.REVIEWS))
+    distributed.launch(module.main, parse(module.Args, module.REVIEWS))
     watch.save()
 
 

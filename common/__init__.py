@@ -1,0 +1,29 @@
+"""Small utilities that all scripts share, one word of the field per file.
+
+A first reading, in this order:
+
+    data           rows from a hub id or a file: formats, checks, splits by prompt
+    tokenization   tokenizers, chat templates, stop tokens; rows to token ids
+    batches        ragged sequences to micro-batches; positions; one pass over all of them
+    logprobs       log pi(y | x) and entropy, in chunks
+    value_heads    V(s_1), Q(s_t, a_t), a reward model's score, and the head that says it
+    rollout        sampling: a token, a batch, all prompts; is what samples what trains?
+    rewards        a reward model, or a function of yours
+    reference      the frozen reference; its numbers kept in the run folder
+
+What makes it run on one CPU and on many GPUs:
+
+    models         opening a model of a kind: checked, with its head, sharded (pretrained: one part of it)
+    distributed    processes, and the mesh they form
+    sharding       FSDP2
+    optimizer      AdamW, learning rate, accumulation, the guarded step
+    checkpoints    resume and export
+    cli, log       the command line; the run folder
+    meter          seconds, memory, model FLOPs utilisation
+    measures       pair accuracies, diversity
+
+What a first reading skips: lora, t5, context, offload, vllm, pictures.
+
+Arrows run down: a file imports only files that are further from the scripts than it is, never a script, and nothing in a circle;
+tests/test_house.py keeps it so.
+"""

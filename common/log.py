@@ -1,4 +1,4 @@
-"""Command line, run folder, metrics, samples and progress."""
+"""The run folder: arguments, metrics, samples, progress."""
 
 import dataclasses
 import json
@@ -7,28 +7,12 @@ import os
 import shutil
 from pathlib import Path
 
-import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import fsdp
-from common.data import fail, note
-from optional import lora, vllm_engine, weights_and_biases
+from common import distributed, lora, vllm
+from common.cli import fail, note
 
-
-def parse(cls, reviews: dict, argv=None):
-    """The command line as `cls`. On the embedded world the defaults are `cls`'s with `reviews` on top; a flag wins over both."""
-    args = tyro.cli(cls, args=argv)
-    if args.dataset == "reviews":
-        args = tyro.cli(cls, args=argv, default=cls(**reviews))
-    sizes = "batch_size mini_batch_size micro_batch_size rollout_batch_size max_prompt_length max_response_length keep lora_rank"
-    for name in f"steps epochs lr critic_lr value_lr temperature gamma lora_alpha vllm_cache_gb {sizes}".split():
-        value = getattr(args, name, 1)
-        if value < 0 or (value == 0 and getattr(cls, name) != 0):
-            fail(f"--{name.replace('_', '-')} is {value}; it must be above 0")
-    if getattr(args, "eval_prompts", 0) < 0 or not 0 <= getattr(args, "lora_dropout", 0) < 1:
-        fail("--eval-prompts must not be negative, --lora-dropout in [0, 1)")
-    return args
 
 class Run:
     """The run folder. Rank 0 alone writes; each line of metrics.jsonl is flushed, so a crash loses nothing."""
@@ -36,13 +20,13 @@ class Run:
     def __init__(self, args):
         self.args, self.dir, self.wandb = args, Path(args.run_dir), None
         lora.find_package(args)
-        vllm_engine.check(args)
+        vllm.check(args)
         metrics = self.dir / "metrics.jsonl"  # empty where a check ended the run before its first number
         used = (metrics.exists() and metrics.stat().st_size) or (self.dir / "checkpoints").exists()
         if used and not args.resume and not args.overwrite:
             fail(f"{self.dir} holds an earlier run: --resume continues it, --overwrite replaces it, --run-dir chooses another")
-        fsdp.all_gather_object(None)  # every rank has looked before rank 0 writes
-        if fsdp.rank() == 0:
+        distributed.all_gather_object(None)  # every rank has looked before rank 0 writes
+        if distributed.rank() == 0:
             if args.overwrite and not args.resume:  # the rest is replaced as it is written: --model may lie in this folder
                 shutil.rmtree(self.dir / "checkpoints", ignore_errors=True)
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -57,7 +41,7 @@ class Run:
     def start(self, step: int, total: int) -> None:
         """Opens the logs at `step`: on resume, what a run wrote after its checkpoint, the last evaluation too, comes anew."""
         self.total = total
-        if fsdp.rank() != 0:
+        if distributed.rank() != 0:
             return
         for path in (self.dir / "metrics.jsonl", self.dir / "samples.jsonl"):
             text = path.read_text(encoding="utf-8", errors="replace") if path.exists() and step else ""
@@ -68,11 +52,11 @@ class Run:
         self.writer = SummaryWriter(str(self.dir), purge_step=step + bool(step))
         self.bar = tqdm(total=total, initial=step, desc=self.dir.name, disable=None)
         if self.args.wandb:
-            self.wandb = weights_and_biases.start(self.dir, step, dataclasses.asdict(self.args))
+            self.wandb = start_wandb(self.dir, step, dataclasses.asdict(self.args))
 
     def metrics(self, step: int, values: dict, show: tuple[str, ...] = ()) -> None:
         """One line of metrics.jsonl and TensorBoard; `show` names those beside the progress bar."""
-        if fsdp.rank() != 0:
+        if distributed.rank() != 0:
             return
         values = {key: float(value) for key, value in values.items()}
         self.samples(step, [{k: v if math.isfinite(v) else None for k, v in values.items()}], "metrics.jsonl")
@@ -87,9 +71,21 @@ class Run:
             note(f"{self.dir.name} {step}/{self.total} {text}")
 
     def samples(self, step: int, rows: list[dict], name: str = "samples.jsonl") -> None:
-        with open(self.dir / name if fsdp.rank() == 0 else os.devnull, "a", encoding="utf-8") as file:
+        with open(self.dir / name if distributed.rank() == 0 else os.devnull, "a", encoding="utf-8") as file:
             file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
 
     def close(self) -> None:
-        for part in (self.writer, self.bar) if fsdp.rank() == 0 else ():
+        for part in (self.writer, self.bar) if distributed.rank() == 0 else ():
             part.close()
+
+
+def start_wandb(folder: Path, step: int, config: dict):
+    """A run, named after its folder; a resumed one (`step` above 0) goes on in the same."""
+    try:
+        import wandb
+    except ImportError:
+        fail("--wandb needs the package: pip install wandb")
+    os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")  # no login prompt
+    file = folder / "wandb_id"
+    file.write_text(file.read_text() if step and file.exists() else wandb.util.generate_id())
+    return wandb.init(project="value-first", config=config, name=str(folder), id=file.read_text(), resume="allow")

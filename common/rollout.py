@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch.distributed.tensor import DTensor
+from transformers.cache_utils import DynamicLayer
 
-from common import fsdp
-from common.data import fail, note, stop_token
-from common.models import run_micro_batches
-from optional import kv_cache
+from common import distributed, sharding
+from common.batches import run_micro_batches
+from common.cli import fail, note
+from common.tokenization import stop_token
 
 # The names that a decoder's forward has for its key-value cache: transformers from 5.24 on, and before.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -29,6 +30,44 @@ TOLERANCE = {
 PROBE_TOKENS = 16
 PROBE_SIZE = 8  # sequences a forward pass: without gradient, so little memory
 DISTURBANCES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)
+
+
+# --- the key-value cache ---------------------------------------------------------------------------------------------
+
+ROOM = 16  # tokens; one copy each time they are used up, and at most so many too many
+
+
+class RoomyLayer(DynamicLayer):
+    """What DynamicLayer holds, in the first columns of larger tensors [B, heads, a multiple of ROOM, head size]: room for the
+    tokens to come. transformers' own copies all of them for each token; a static cache would have every token attend to the
+    greatest length."""
+
+    room = ()
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        n = self.get_seq_length()
+        end = n + key_states.shape[-2]
+        if n == 0 or end > self.room[0].shape[-2]:
+            old = (self.keys, self.values) if n else (key_states[:, :, :0], value_states[:, :, :0])
+            self.room = tuple(F.pad(x, (0, 0, 0, -(-end // ROOM) * ROOM - n)) for x in old)
+        for room, new in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, n:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        if self.room:  # a layer that reads another's keys has none
+            n, self.room = self.get_seq_length(), tuple(room[indices] for room in self.room)
+            self.keys, self.values = (room[:, :, :n] for room in self.room)
+
+
+def roomy(config):
+    """A DynamicCache, its plain layers (not those of a sliding window) with room."""
+    cache = transformers.DynamicCache(config=config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 # --- one batch of one rank -------------------------------------------------------------------------------------------
@@ -71,7 +110,7 @@ def cache_argument(policy) -> str:
 
 def new_cache(policy):
     """An empty cache for a decoder. Ends with one line where a layer's state cannot follow the responses that go on."""
-    cache = kv_cache.roomy(policy.config)
+    cache = roomy(policy.config)
     for layer in cache.layers:
         if not hasattr(layer, "batch_select_indices"):
             kind = f"{policy.config.model_type} model caches {type(layer).__name__}s"
@@ -157,26 +196,26 @@ def rollout(
 
 def sample_all(policy, prompts, max_new_tokens: int, temperature, seed: tuple, size: int, stops: list[int], pad: int):
     """What `rollout` returns, of any `stops`: each rank samples its share of the prompts, and all get all of it."""
-    temperatures = torch.as_tensor(temperature, dtype=torch.float64, device=fsdp.device()).expand(len(prompts))
-    mine = sorted(range(fsdp.rank(), len(prompts), fsdp.world()), key=lambda i: len(prompts[i]))
+    temperatures = torch.as_tensor(temperature, dtype=torch.float64, device=distributed.device()).expand(len(prompts))
+    mine = sorted(range(distributed.rank(), len(prompts), distributed.world()), key=lambda i: len(prompts[i]))
     seeds = [((seed[0] * 1_000_003 + seed[1]) * 1_000_003 + i) % 2**63 for i in mine]
     found, training, engine = [], policy.training, getattr(policy, "engine", None)
     policy.eval()
     if engine:
         found = engine.generate(policy, [prompts[i] for i in mine], seeds, temperatures[mine].tolist(), max_new_tokens, stops)
     else:
-        with fsdp.gathered(policy):
+        with sharding.gathered(policy):
             for start in range(0, len(mine), size or len(mine) or 1):
                 at = slice(start, start + (size or len(mine)))
                 uniforms = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(number)) for number in seeds[at]]
-                uniforms = torch.stack(uniforms).double().to(fsdp.device())
+                uniforms = torch.stack(uniforms).double().to(distributed.device())
                 found += decode(policy, [prompts[i] for i in mine[at]], uniforms, temperatures[mine[at]], stops, pad)
     policy.train(training)
-    merged = {i: f for part in fsdp.all_gather_object(dict(zip(mine, found, strict=True))) for i, f in part.items()}
+    merged = {i: f for part in distributed.all_gather_object(dict(zip(mine, found, strict=True))) for i, f in part.items()}
     sampled = torch.zeros(len(prompts), max((len(tokens) for tokens, _ in merged.values()), default=0))
     for i, (tokens, logprobs) in merged.items():
         sampled[i, : len(tokens)] = torch.tensor(logprobs)
-    return [merged[i][0] for i in range(len(prompts))], sampled.to(fsdp.device())
+    return [merged[i][0] for i in range(len(prompts))], sampled.to(distributed.device())
 
 
 # --- is what samples what trains? ------------------------------------------------------------------------------------
@@ -287,7 +326,7 @@ def likeliest_cause(policy, prompts, off: list[torch.Tensor]) -> str:
 @contextmanager
 def disturbed(policy, amount: float):
     """Inside, each trained weight is off by about `amount` of its tensor's root mean square (of 0.01 where that is 0)."""
-    fsdp.reshard(policy)  # or a root that is still gathered would keep the weights of before
+    sharding.reshard(policy)  # or a root that is still gathered would keep the weights of before
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     trained = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in trained]
     kept = [weight.clone() for weight in trained]
@@ -300,6 +339,6 @@ def disturbed(policy, amount: float):
     try:
         yield
     finally:
-        fsdp.reshard(policy)
+        sharding.reshard(policy)
         for weight, before in zip(trained, kept, strict=True):
             weight.copy_(before)

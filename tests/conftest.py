@@ -10,16 +10,16 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for the processes that tests start
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import helpers  # noqa: E402
 import pytest  # noqa: E402
-import ranks  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A folder to run in, with ragged data files."""
     folder = tmp_path_factory.mktemp("world")
-    ranks.make_world(folder)
-    return ranks.World(folder)
+    helpers.make_world(folder)
+    return helpers.World(folder)
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +27,10 @@ def group():
     """One process is a group, for tests that load sharded models themselves."""
     import torch.distributed as dist
 
-    from common import fsdp
+    from common import distributed
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
-    fsdp.mesh.cache_clear()
+    distributed.mesh.cache_clear()
     gc.collect()  # FSDP's models go before the group does
     dist.destroy_process_group()

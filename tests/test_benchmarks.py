@@ -1,28 +1,23 @@
-"""benchmarks/: the runner of jobs, the commands of the papers' tables, verdicts, and tables put into a page."""
+"""tools/ and paper/: the runner of jobs, the commands of the papers' tables, verdicts, and tables put into a page."""
 
 import dataclasses
 import gzip
 import importlib
 import json
 import re
-import sys
 import types
 
+import helpers
 import pytest
-import ranks
 
 import evaluate
 from assets import reviews
-from common.log import parse
-
-sys.path.append(str(ranks.ROOT / "benchmarks"))
-import demo  # noqa: E402
-import paper_report  # noqa: E402
-import paper_tables  # noqa: E402
-import real_policies  # noqa: E402
-import real_values  # noqa: E402
-import reviews as variants  # noqa: E402
-from jobs import Jobs  # noqa: E402
+from common.cli import parse  # noqa: E402
+from paper import real_policies, real_values, variants
+from paper import report as paper_report
+from paper import tables as paper_tables
+from tools import demo
+from tools.jobs import Jobs
 
 SCRIPT = """
 import pathlib, sys
@@ -86,7 +81,7 @@ def test_commands_of_the_papers_tables(quick, tmp_path):
         for word in words:
             if str(tmp_path) in word and "/data/" not in word:
                 assert word.removeprefix(f"{tmp_path}/").removeprefix("seed0/").split("/")[0] in commands, word
-        if words[0] in ("benchmarks/paper_tables.py",):
+        if words[0] in ("paper/tables.py",):
             continue
         module, argv = importlib.import_module(words[0].removesuffix(".py")), [*words[1:], "--run-dir", "x"]
         if words[0] == "evaluate.py":
@@ -126,7 +121,7 @@ def test_data_and_commands_of_the_real_values(tmp_path, monkeypatch):
         words = jobs.words(job)
         if words[0] == "evaluate.py":
             parse(evaluate.Values, {}, words[2:])
-        elif words[0] != "benchmarks/real_values.py":
+        elif words[0] != "paper/real_values.py":
             parse(importlib.import_module(words[0].removesuffix(".py")).Args, {}, words[1:])
 
 
@@ -150,7 +145,7 @@ def test_commands_of_the_real_policies(tmp_path, scored):
 
 
 def test_scripts_of_the_variants_exist():
-    assert all((ranks.ROOT / script).exists() for script, *_ in variants.METHODS.values())
+    assert all((helpers.ROOT / script).exists() for script, *_ in variants.METHODS.values())
 
 
 def test_verdict():
@@ -242,7 +237,7 @@ def test_the_tables_end_with_an_error_where_nothing_was_learned(broken, tmp_path
 def test_requirements_are_pinned(name):
     """An open bound is another library tomorrow. Two files name the same version, but for what vLLM asks for."""
     lines = {}
-    for file in sorted(ranks.ROOT.glob("requirements*.txt")):
+    for file in sorted(helpers.ROOT.glob("requirements*.txt")):
         found = [line for line in file.read_text().splitlines() if line and not line.startswith("#")]
         lines[file.stem] = dict(line.partition("==")[::2] for line in found)
     assert len(lines) == 4 and all(re.fullmatch(r"[\d.]+", version) for version in lines[name].values()), lines[name]

@@ -9,8 +9,10 @@ import re
 import subprocess
 import sys
 
+import helpers
 import pytest
-import ranks
+
+from common.cli import parse
 
 TINY = "--steps 2 --batch-size 4 --eval-every 2 --save-every 2".split()
 OFFLINE = [*TINY, "--eval-fraction", "0.02"]
@@ -47,7 +49,7 @@ PAPER = {  # 2502.16944; the others' own papers
 
 def fields(script):
     """name -> docstring of the fields of a script's Args."""
-    tree = ast.parse((ranks.ROOT / f"{script}.py").read_text())
+    tree = ast.parse((helpers.ROOT / f"{script}.py").read_text())
     (args,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
     return {field.target.id: doc.value.value for field, doc in zip(args.body[::2], args.body[1::2], strict=True)}
 
@@ -56,7 +58,7 @@ def squeeze(text):
     return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
-@pytest.mark.parametrize("script", ranks.SCRIPTS)
+@pytest.mark.parametrize("script", helpers.SCRIPTS)
 def test_help(world, script):
     """--help ends well and shows every field with its docstring."""
     result = world.command(script, "--help").ok()
@@ -66,10 +68,9 @@ def test_help(world, script):
         assert squeeze(doc) in text, name
 
 
-@pytest.mark.parametrize("script", ranks.SCRIPTS)
+@pytest.mark.parametrize("script", helpers.SCRIPTS)
 def test_defaults(script):
     """The embedded world's defaults hold for it alone, the paper's for all other data, and a flag wins over both."""
-    from common.log import parse
 
     module = importlib.import_module(script)
     of = lambda *argv: parse(module.Args, module.REVIEWS, list(argv))  # noqa: E731
@@ -83,14 +84,13 @@ def test_defaults(script):
     assert of("--dataset", "answers.jsonl", "--columns", "prompt", "question").columns == {"prompt": "question"}
 
 
-@pytest.mark.parametrize("script", ranks.SCRIPTS)
+@pytest.mark.parametrize("script", helpers.SCRIPTS)
 def test_sizes_must_be_positive(script):
     """A batch size, length or learning rate of zero or less is refused in one line."""
-    from common.log import parse
 
     module = importlib.import_module(script)
     flags = ["batch-size", "micro-batch-size", "max-prompt-length", "max-response-length", "lr", "keep"]
-    for flag in flags + ["mini-batch-size"] * (script in ranks.ONLINE):
+    for flag in flags + ["mini-batch-size"] * (script in helpers.ONLINE):
         for value in ("0", "-1"):
             with pytest.raises(SystemExit, match=rf"--{flag} is {value}(\.0)?; it must be above 0"):
                 parse(module.Args, module.REVIEWS, [f"--{flag}={value}"])
@@ -108,7 +108,6 @@ def test_unknown_part(world):
 @pytest.mark.parametrize("flag", ["critic-lr", "temperature", "rollout-batch-size"])
 def test_other_numbers(flag):
     """So are the other numbers that nothing works with."""
-    from common.log import parse
 
     module = importlib.import_module("ppo")
     with pytest.raises(SystemExit, match=f"--{flag}"):
@@ -119,9 +118,9 @@ def test_log_odds(world):
     """--log-odds scores a response with atanh of the GVM's last value."""
     found = []
     for log_odds in (False, True):
-        args = ranks.ARGS["dvpo"] | dict(steps=1, batch_size=1, mini_batch_size=1, eval_every=0, log_odds=log_odds)
+        args = helpers.ARGS["dvpo"] | dict(steps=1, batch_size=1, mini_batch_size=1, eval_every=0, log_odds=log_odds)
         world.run("dvpo", **args, run_dir=f"runs/odds-{log_odds}").ok()
-        found += [ranks.metrics(world.path(f"runs/odds-{log_odds}"))[0]["objective/score"]]
+        found += [helpers.metrics(world.path(f"runs/odds-{log_odds}"))[0]["objective/score"]]
     assert found[1] == pytest.approx(math.atanh(max(-0.99, min(0.99, found[0]))), rel=1e-5)
 
 
@@ -130,20 +129,20 @@ def assert_complete(folder, script):
     args = json.loads((folder / "args.json").read_text())
     assert args["steps"] == 2
     assert args["dataset"] != "reviews" or args["part"] == importlib.import_module(script).REVIEWS["part"]
-    assert {row["step"] for row in ranks.metrics(folder)} >= {1, 2}
-    assert any(key.startswith("eval/") for row in ranks.metrics(folder) for key in row)
+    assert {row["step"] for row in helpers.metrics(folder)} >= {1, 2}
+    assert any(key.startswith("eval/") for row in helpers.metrics(folder) for key in row)
     if script != "gvm_td":
-        assert ranks.samples(folder)
+        assert helpers.samples(folder)
     assert list(folder.glob("events.*")) and list((folder / "checkpoints/step-000002").glob("rng-*"))
     for name in ("model", "critic") if script == "ppo" else ("model",):
         files = {path.name for path in (folder / name).iterdir()}
         assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= files
         assert not any(file.endswith(".bin") for file in files)
-    if script in ranks.ONLINE + ("sft", "rpo"):
+    if script in helpers.ONLINE + ("sft", "rpo"):
         assert (folder / "model/generation_config.json").exists()
 
 
-@pytest.mark.parametrize("script", [s for s in ranks.SCRIPTS if s != "reward"])
+@pytest.mark.parametrize("script", [s for s in helpers.SCRIPTS if s != "reward"])
 def test_plain(world, script):
     """`python script.py` on the embedded world leaves a complete run folder."""
     world.command(script, *FLAGS[script], "--run-dir", f"runs/plain-{script}").ok()
@@ -153,15 +152,15 @@ def test_plain(world, script):
 def test_plain_process(world):
     """The same from a real shell, from another folder than the repository, and without a word on stderr but its bar."""
     flags = [*FLAGS["reward"], "--run-dir", "runs/plain-reward"]
-    command = [sys.executable, str(ranks.ROOT / "reward.py"), *flags]
+    command = [sys.executable, str(helpers.ROOT / "reward.py"), *flags]
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=world.folder, capture_output=True, text=True, timeout=ranks.TIMEOUT, env=env)
+    done = subprocess.run(command, cwd=world.folder, capture_output=True, text=True, timeout=helpers.TIMEOUT, env=env)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
     assert_complete(world.path("runs/plain-reward"), "reward")
 
 
-@pytest.mark.parametrize("script", ranks.SCRIPTS)
+@pytest.mark.parametrize("script", helpers.SCRIPTS)
 def test_torchrun(world, script):
     """Two ranks under torchrun, fresh interpreters both, end with status 0 and a clean exit."""
     flags = [*FLAGS[script], *FILES[script].split(), "--run-dir", f"runs/torchrun-{script}"]

@@ -14,18 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from assets import reviews
 from common import data
-from common.data import (
-    batch_indices,
-    collate,
-    encode_prompt,
-    hold_out,
-    micro_batches,
-    read_rows,
-    stop_token,
-    tokenize,
-)
-from common.models import load_tokenizer
-from optional.context import add_context
+from common.batches import batch_indices, collate, micro_batches
+from common.context import add_context
+from common.data import hold_out, read_rows
+from common.tokenization import encode_prompt, load_tokenizer, stop_token, tokenize
 
 ROWS = [{"prompt": f"question {i}", "response": f"answer {i}", "reward": i / 4} for i in range(5)]
 

@@ -1,13 +1,12 @@
 """The pages in docs/ say what the code says: quoted lines, metric names, flags, links.
 
-A page refers to code as [`ppo.py:212`](../ppo.py#L212) followed by the quoted code of that line in backticks. Lines drift;
-`python tests/test_docs.py --fix` finds the quoted code again and rewrites the numbers.
+A page refers to code as [`ppo.py: main`](../ppo.py) followed by a quote of a line there, in backticks: the file, the
+function or class (none: the whole file), the code. No line number, so that an edit of one file does not rewrite twenty pages.
 """
 
 import ast
 import functools
 import re
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,75 +17,77 @@ COMMANDS = {  # of evaluate.py: the class of their flags, and their page
     "Responses": "docs/evaluate_responses.md",
     "Judge": "docs/evaluate_judge.md",
 }
-MEND = "mend the numbers with `python tests/test_docs.py --fix`"
-REFERENCE = re.compile(r"\[`([\w./]+\.py):(\d+)`\]\(([\w./]+)#L(\d+)\)(\s+)(`+)(.+?)\6(?!`)")
-LOOSE = re.compile(r"[\w./]+\.py:\d+")  # whatever looks like a reference, in whatever form
+HOME = {name: f"evaluation/{name.lower()}" for name in COMMANDS}  # where the class is
+REFERENCE = re.compile(r"\[`([\w./]+\.py)(?:: (\w+))?`\]\(([\w./]+)\)\s+(`+)(.+?)\4(?!`)")
+NUMBERED = re.compile(r"[\w./]+\.py(?::\d+|#L\d+)")  # a line number, in whatever form: it would drift
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 METRIC = re.compile(r"[a-z_]+/[a-z0-9_<> ]+")
-OTHERS = {"--fix", "--help", "--logdir", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"}  # not the scripts'
+OTHERS = {"--help", "--logdir", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"}  # not the scripts'
 OTHERS |= {"--model_outputs"}  # of alpaca_eval
 OTHERS |= {"--algorithm", "--gpus", "--gpus-a-node", "--largest", "--validate", "--table", "--intra", "--inter"}  # memory.py's
-OTHERS |= {"--n", "--size", "--only", "--scaling", "--vocabulary", "--hidden-size", "--tokens"}  # speed.py's and rollout_ranks.py's
+OTHERS |= {"--n", "--size", "--only", "--scaling", "--vocabulary", "--hidden-size", "--tokens"}  # of benchmarks
 OTHERS |= {"--no-partition", "--no-scale-std", "--no-lora-merge", "--no-precompute-ref", "--no-rescale-lr"}  # tyro's opposites
 
 
-# --- references to lines ---------------------------------------------------------------------------------------------
-
-
-def found_at(source: str, code: str) -> list[int]:
-    """1-based numbers of the lines that contain `code`."""
-    return [number for number, line in enumerate(source.splitlines(), 1) if code in line]
-
-
-def fix_references(text: str, read) -> tuple[str, list[str], list[str]]:
-    """(the page with mended numbers, what drifted, what cannot be mended). `read(file)` gives a file's text or None."""
-    drifted, lost = [], []
-
-    def mend(match):
-        file, number, target, anchor, space, ticks, code = match.groups()
-        source = read(file)
-        if source is None:
-            lost.append(f"{file}:{number}: no such file")
-            return match[0]
-        if not target.endswith(file):
-            lost.append(f"{file}:{number}: its link goes to {target}")
-            return match[0]
-        lines = found_at(source, code)
-        if not lines:
-            lost.append(f"{file}:{number}: no line contains `{code}` any more; quote the present code or drop the item")
-            return match[0]
-        line = min(lines, key=lambda at: abs(at - int(number)))
-        if {number, anchor} != {str(line)}:
-            drifted.append(f"{file}:{number}: `{code}` is at line {line}")
-        return f"[`{file}:{line}`]({target}#L{line}){space}{ticks}{code}{ticks}"
-
-    return REFERENCE.sub(mend, text), drifted, lost
+# --- references to code ----------------------------------------------------------------------------------------------
 
 
 def read_source(file: str) -> str | None:
     return (ROOT / file).read_text(encoding="utf-8") if (ROOT / file).is_file() else None
 
 
-def test_references_quote_the_line_they_name():
+def lines_of(source: str, name: str | None) -> list[str]:
+    """The lines of every function or class `name` in a file, however deep; of the whole file for none."""
+    lines = source.splitlines()
+    if not name:
+        return lines
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            found += lines[node.lineno - 1 : node.end_lineno]
+    return found
+
+
+def wrong_references(text: str, read) -> list[str]:
+    """What is wrong with the references of a page. `read(file)` gives a file's text or None."""
     problems = []
+    for file, name, target, _, code in REFERENCE.findall(text):
+        source = read(file)
+        where = f"{file}{': ' * bool(name)}{name}"
+        if source is None:
+            problems.append(f"{where}: no such file")
+        elif not target.endswith(file):
+            problems.append(f"{where}: its link goes to {target}")
+        elif not any(code in line for line in lines_of(source, name)):
+            problems.append(f"{where}: no line there contains `{code}`; quote the present code or drop the item")
+    return problems + [f"{found}: a line number drifts; name the function" for found in NUMBERED.findall(text)]
+
+
+def test_references_quote_code_that_is_there():
+    problems = []
+    count = 0
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        _, drifted, lost = fix_references(text, read_source)
-        problems += [f"{page.name}: {problem}" for problem in drifted + lost]
-        odd = LOOSE.findall(REFERENCE.sub("", text))
-        problems += [f"{page.name}: {ref} is not in the form [`f.py:1`](../f.py#L1) `code`, so nothing checks it" for ref in odd]
-    assert not problems, f"{len(problems)} references to code; {MEND}\n" + "\n".join(problems)
+        count += len(REFERENCE.findall(text))
+        problems += [f"{page.name}: {problem}" for problem in wrong_references(text, read_source)]
+    assert not problems, f"{len(problems)} references to code\n" + "\n".join(problems)
+    assert count > 100, "has the form of references changed?"
 
 
-def test_the_mend_finds_the_nearest_line_and_admits_defeat():
-    source = {"f.py": "a = 1\nb = 2\nc = 3\nb = 2\n"}.get
-    page = "1. Why. [`f.py:5`](../f.py#L5) `b = 2` and [`f.py:1`](../f.py#L2) ``a = 1``.\n"
-    mended, drifted, lost = fix_references(page, source)
-    assert mended == "1. Why. [`f.py:4`](../f.py#L4) `b = 2` and [`f.py:1`](../f.py#L1) ``a = 1``.\n"
-    assert len(drifted) == 2 and not lost
-    assert fix_references(mended, source) == (mended, [], [])
-    for gone in ("[`f.py:1`](../f.py#L1) `z = 1`", "[`g.py:1`](../g.py#L1) `a = 1`", "[`f.py:1`](../g.py#L1) `a = 1`"):
-        assert fix_references(gone, source)[0] == gone and len(fix_references(gone, source)[2]) == 1
+def test_a_reference_that_is_wrong_is_found():
+    source = {"f.py": "a = 1\n\n\ndef f():\n    b = 2\n"}.get
+    right = "1. Why. [`f.py: f`](../f.py) `b = 2` and [`f.py`](../f.py) ``a = 1``.\n"
+    assert wrong_references(right, source) == []
+    for wrong in (
+        "[`f.py: f`](../f.py) `a = 1`",
+        "[`f.py: g`](../f.py) `b = 2`",
+        "[`f.py`](../f.py) `z = 1`",
+        "[`g.py`](../g.py) `a = 1`",
+        "[`f.py`](../g.py) `a = 1`",
+        "f.py:5",
+        "[here](../f.py#L5)",
+    ):
+        assert len(wrong_references(wrong, source)) == 1, wrong
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def logged(source: str) -> set[str]:
 
 @functools.cache
 def all_logged() -> dict[str, set[str]]:
-    files = [f"{script}.py" for script in SCRIPTS] + ["optional/meter.py"]
+    files = [f"{script}.py" for script in SCRIPTS] + ["common/meter.py"]
     return {file: logged(read_source(file)) for file in files}
 
 
@@ -192,7 +193,7 @@ def test_option_tables_of_evaluate():
     """As above, for its commands."""
     for name, page in COMMANDS.items():
         text = (ROOT / page).read_text(encoding="utf-8")
-        flags, table = args_of("evaluate", name), options(text)
+        flags, table = args_of(HOME[name], name), options(text)
         assert table and set(table) <= set(flags), f"{page}: {set(table) - set(flags)}"
         wrong = [f"{flag} defaults to {flags[flag]}, not {said}" for flag, said in table.items() if not same(said, flags[flag])]
         assert not wrong, (page, wrong)
@@ -200,7 +201,7 @@ def test_option_tables_of_evaluate():
 
 
 def test_flags_on_the_pages_exist():
-    everywhere = OTHERS.union(*(args_of(script) for script in SCRIPTS), *(args_of("evaluate", name) for name in COMMANDS))
+    everywhere = OTHERS.union(*(args_of(script) for script in SCRIPTS), *(args_of(HOME[name], name) for name in COMMANDS))
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         unknown = {flag for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)} - everywhere
@@ -243,17 +244,3 @@ def test_links_lead_somewhere():
             elif anchor and file.suffix == ".md" and anchor not in anchors(file.read_text(encoding="utf-8")):
                 dead.append(f"{page.name}: {target}: no such heading")
     assert not dead, "dead links:\n" + "\n".join(dead)
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] != ["--fix"]:
-        sys.exit("usage: python tests/test_docs.py --fix     (the tests themselves: python -m pytest tests/test_docs.py)")
-    hopeless = []
-    for page in PAGES:
-        before = page.read_text(encoding="utf-8")
-        after, drifted, lost = fix_references(before, read_source)
-        if after != before:
-            page.write_text(after, encoding="utf-8")
-        print(*(f"{page.name}: {line}" for line in drifted), sep="\n", end="\n" if drifted else "")
-        hopeless += [f"{page.name}: {line}" for line in lost]
-    sys.exit("cannot mend:\n" + "\n".join(hopeless) if hopeless else 0)

@@ -3,8 +3,8 @@
 import math
 from itertools import combinations
 
+import helpers
 import pytest
-import ranks
 import torch
 from test_worlds import RESPONSES, World, logprobs_of
 
@@ -75,9 +75,9 @@ def test_reaches_the_closed_form_optimum_of_an_enumerable_world():
 def test_first_step_by_hand(world):
     """Where the policy is the reference all margins are 0: the logged loss is log 2 whatever beta and smoothing; the step after
     it has parted the two sides."""
-    args = ranks.ARGS["dpo"] | dict(steps=2, label_smoothing=0.3, beta=0.4, lr_schedule="constant", precision="fp64")
+    args = helpers.ARGS["dpo"] | dict(steps=2, label_smoothing=0.3, beta=0.4, lr_schedule="constant", precision="fp64")
     world.run("dpo", **args, run_dir="runs/dpo-first").ok()
-    found = [row for row in ranks.metrics(world.path("runs/dpo-first")) if "dpo/loss" in row]
+    found = [row for row in helpers.metrics(world.path("runs/dpo-first")) if "dpo/loss" in row]
     assert found[0]["dpo/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert found[0]["dpo/log_ratio_chosen"] == pytest.approx(0, abs=1e-6) == found[0]["dpo/log_ratio_rejected"]
     assert found[1]["dpo/log_ratio_chosen"] > found[1]["dpo/log_ratio_rejected"]

@@ -1,13 +1,13 @@
 """dro.py's functions against loops, plain forwards and the closed-form optimum of an enumerable world; its first step by hand."""
 
+import helpers
 import pytest
-import ranks
 import torch
 from test_worlds import World, logprobs_of
 from transformers import LlamaConfig, LlamaForTokenClassification
 
 import dro
-from common.data import collate
+from common.batches import collate
 
 
 def columns(n=6, seed=0):
@@ -99,11 +99,11 @@ def test_first_step_by_hand(world, rescale):
     """Where the policy is the reference and V is 0, the loss over all of the data is half the mean square of the standardised
     rewards, (N - 1) / 2N; the policy's learning rate is lr / tau, or lr without the paper's rescale."""
     rows = len(world.path("scored.jsonl").read_text().splitlines())
-    args = ranks.ARGS["dro"] | dict(eval_dataset="scored.jsonl", eval_split="train", batch_size=rows, micro_batch_size=32)
+    args = helpers.ARGS["dro"] | dict(eval_dataset="scored.jsonl", eval_split="train", batch_size=rows, micro_batch_size=32)
     args |= dict(steps=1, tau=0.25, lr=1e-3, lr_schedule="constant", rescale_lr=rescale, precision="fp64")
     run_dir = f"runs/dro-first-{rescale}"
     world.run("dro", **args, run_dir=run_dir).ok()
-    (row,) = (row for row in ranks.metrics(world.path(run_dir)) if "dro/loss" in row)
+    (row,) = (row for row in helpers.metrics(world.path(run_dir)) if "dro/loss" in row)
     assert row["dro/loss"] == pytest.approx(0.5 * (rows - 1) / rows, abs=1e-6)
     assert row["dro/log_ratio"] == pytest.approx(0, abs=1e-6) and row["dro/value"] == pytest.approx(0, abs=1e-6)
     assert row["dro/lr"] == pytest.approx(4e-3 if rescale else 1e-3)

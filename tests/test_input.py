@@ -5,8 +5,8 @@ import gzip
 import json
 import shutil
 
+import helpers
 import pytest
-import ranks
 
 GOOD = [{"prompt": f"lunch : the {topic} ?", "response": "the soup was warm ."} for topic in ("soup", "fish", "cake", "rice")]
 SCORED = [row | {"reward": float(i)} for i, row in enumerate(GOOD)]
@@ -15,11 +15,11 @@ ROWS = {"sft": GOOD, "reward": PAIRS, "gvm_td": SCORED, "dvpo": GOOD, "ppo": GOO
 ROWS |= {"kto": [row | {"label": i % 2 == 0} for i, row in enumerate(GOOD)], "grpo": GOOD, "remax": GOOD}
 
 
-def fails(world, script, patch=ranks.no_models, processes=0, **args):
+def fails(world, script, patch=helpers.no_models, processes=0, **args):
     """The one line a run with `args` stops with."""
     run_dir = world.path("runs/bad")
     shutil.rmtree(run_dir, ignore_errors=True)
-    return world.run(script, processes, patch, **ranks.ARGS[script] | dict(run_dir="runs/bad") | args).error()
+    return world.run(script, processes, patch, **helpers.ARGS[script] | dict(run_dir="runs/bad") | args).error()
 
 
 # a second row, and what its error must say beside the file and the row
@@ -74,7 +74,7 @@ BAD_ARGS = {
     "no end token": ("sft", dict(model="runs/no-end"), "runs/no-end", "no end-of-sequence token"),
     "GVM of another tokenizer": ("dvpo", dict(gvm="runs/foreign"), "--gvm runs/foreign", "tokenizer differs"),
     "broken .parquet": ("sft", dict(dataset="broken.parquet"), "broken.parquet"),
-    "reward without a function": ("ppo", dict(reward="ranks:nothing"), "--reward ranks:nothing", "module:function"),
+    "reward without a function": ("ppo", dict(reward="helpers:nothing"), "--reward helpers:nothing", "module:function"),
     "reward without a module": ("ppo", dict(reward="no.module:f"), "--reward no.module:f"),
     "equal rewards": ("gvm_td", dict(EQUAL), "equal.jsonl", "all rewards are 2.0"),
     "one response a prompt": ("rpo", dict(dataset="single.jsonl", eval_dataset="equal.jsonl"), "--no-partition"),
@@ -122,8 +122,8 @@ def bad_files(world):
         words["soup"], words["fish"] = words["fish"], words["soup"]
         return tokenizer
 
-    ranks.edit_model(world, "policy", "no-end", tokenizer_config=endless)
-    ranks.edit_model(world, "value", "foreign", tokenizer=swapped)
+    helpers.edit_model(world, "policy", "no-end", tokenizer_config=endless)
+    helpers.edit_model(world, "value", "foreign", tokenizer=swapped)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_dropped_rows_are_counted(world):
     rows = GOOD * 8 + [{"prompt": "lunch ?", "response": ""}, {"prompt": 3, "response": "good"}]
     rows += [{"prompt": "lunch : " + "the soup and " * 10, "response": "good"}, GOOD[0] | {"response": "very " * 30 + "good"}]
     name = world.write("mixed.jsonl", rows)
-    args = ranks.ARGS["sft"] | dict(dataset=name, eval_dataset="scored.jsonl", eval_split="train", steps=1, batch_size=2)
+    args = helpers.ARGS["sft"] | dict(dataset=name, eval_dataset="scored.jsonl", eval_split="train", steps=1, batch_size=2)
     output = world.run("sft", **args, skip_bad_rows=True, run_dir="runs/mixed").ok().output
     assert "mixed.jsonl: dropped 2 bad rows of 36" in output
     assert "mixed.jsonl: dropped 1 of 34 rows: prompt longer than --max-prompt-length 24" in output
@@ -163,10 +163,10 @@ def test_pickled_weights_are_refused(world, processes):
 
     folder = world.path("runs/pickled")
     if not folder.exists():
-        ranks.edit_model(world, "policy", "pickled")
+        helpers.edit_model(world, "policy", "pickled")
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
-    args = ranks.ARGS["sft"] | dict(model="runs/pickled", run_dir="runs/unpickled", overwrite=True)
+    args = helpers.ARGS["sft"] | dict(model="runs/pickled", run_dir="runs/unpickled", overwrite=True)
     result = world.run("sft", processes, **args)
     assert all(result.codes) and "safetensors" in result.output and not (world.path("runs/unpickled") / "model").exists()
     if not processes:
@@ -175,13 +175,13 @@ def test_pickled_weights_are_refused(world, processes):
 
 def test_reward_that_is_no_number(world):
     """Ends the run with one line that quotes the response."""
-    line = fails(world, "ppo", patch=None, reward="ranks:nan_reward", eval_every=0)
-    assert all(word in line for word in ("--reward ranks:nan_reward", "nan", "response")), line
+    line = fails(world, "ppo", patch=None, reward="helpers:nan_reward", eval_every=0)
+    assert all(word in line for word in ("--reward helpers:nan_reward", "nan", "response")), line
 
 
 def test_reward_function_raises_on_one_rank(world):
     """An exception ends every rank, with the traceback its author needs; none waits for ever."""
-    args = ranks.ARGS["ppo"] | dict(reward="ranks:raising_reward", eval_every=0, run_dir="runs/raises")
+    args = helpers.ARGS["ppo"] | dict(reward="helpers:raising_reward", eval_every=0, run_dir="runs/raises")
     result = world.run("ppo", 2, **args)
     assert all(result.codes) and "no such judge" in result.output
 
@@ -189,13 +189,13 @@ def test_reward_function_raises_on_one_rank(world):
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_not_finite_stops_before_the_step(world, what):
     """A loss of inf or a NaN in the gradient names step and rows, changes no weight and no checkpoint: the run can go on."""
-    args = ranks.ARGS["sft"] | dict(save_every=1, run_dir=f"runs/infinite-{what}")
+    args = helpers.ARGS["sft"] | dict(save_every=1, run_dir=f"runs/infinite-{what}")
     folder = world.path(args["run_dir"])
-    broken = functools.partial(ranks.not_finite, what=what, at=2)
+    broken = functools.partial(helpers.not_finite, what=what, at=2)
     line = world.run("sft", 2, broken, **args).error()
     assert "step 2, data rows [" in line and ("loss inf" if what == "loss" else "gradient norm nan") in line
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
-    assert not (folder / "model").exists() and [row["step"] for row in ranks.metrics(folder)] == [1, 2]
+    assert not (folder / "model").exists() and [row["step"] for row in helpers.metrics(folder)] == [1, 2]
     if what == "loss":
         world.run("sft", 2, **args, resume=True).ok()
-        assert [row["step"] for row in ranks.metrics(folder)] == [1, 2, 3, 3]
+        assert [row["step"] for row in helpers.metrics(folder)] == [1, 2, 3, 3]

@@ -19,13 +19,13 @@ import threading
 import time
 from pathlib import Path
 
+import helpers
 import pytest
-import ranks
 
 openai = pytest.importorskip("openai", reason="the judge needs openai: pip install openai")
 
 import evaluate  # noqa: E402
-from optional import judge as asking  # noqa: E402
+from evaluation import judge as asking  # noqa: E402
 
 FAST = dict(judge_model="m", backoff=0.002, timeout=60.0, tries=4, concurrency=4)
 
@@ -570,15 +570,15 @@ def test_command_line(pair, tmp_path, monkeypatch, capfd):
     with serving(honest) as server:
         flags = ["--responses", *pair, "--judge-model", "m", "--endpoint", server.endpoint, "--run-dir", str(tmp_path / "out")]
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "judge", *flags, "--prompts", "2"])
-        runpy.run_path(str(ranks.ROOT / "evaluate.py"), run_name="__main__")
+        runpy.run_path(str(helpers.ROOT / "evaluate.py"), run_name="__main__")
     out, err = capfd.readouterr()
     assert "win rate" in out and err == "" and (tmp_path / "out/judge.json").exists()
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "judge", "--help"])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ranks.ROOT / "evaluate.py"), run_name="__main__")
+        runpy.run_path(str(helpers.ROOT / "evaluate.py"), run_name="__main__")
     squeeze = lambda text: re.sub(r"[^a-z0-9]", "", text.lower())  # noqa: E731
     text = squeeze(capfd.readouterr().out)
-    tree = ast.parse((ranks.ROOT / "evaluate.py").read_text())
+    tree = ast.parse((helpers.ROOT / "evaluation/judge.py").read_text())
     (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Judge")
     assert end.value.code == 0 and len(body) == 2 * len(dataclasses.fields(evaluate.Judge)) + 1
     for field, doc in zip(body[1::2], body[2::2], strict=True):

@@ -4,16 +4,18 @@ import math
 import random
 from types import MethodType
 
+import helpers
 import pytest
-import ranks
 import torch
 from test_worlds import RESPONSES, World, logprobs_of
 from transformers import AutoModelForCausalLM
 
 import kto
 from assets import reviews
-from common.data import batch_indices, collate, read_rows, tokenize
-from common.models import load_tokenizer, response_logprobs
+from common.batches import batch_indices, collate
+from common.data import read_rows
+from common.logprobs import response_logprobs
+from common.tokenization import load_tokenizer, tokenize
 
 
 def sigmoid(x):
@@ -112,11 +114,11 @@ def summed_logprobs(folder, sequences, pad):
 def test_reference_point_is_the_clamped_mean_over_mismatched_pairs(world, weights):
     """At the first step 0, and each loss half its weight. At the second it is the drift of the policy exported after one step on
     the batch's prompts with other prompts' responses where that is positive (thumbs up rule), else 0 (thumbs down rule)."""
-    args = ranks.ARGS["kto"] | dict(eval_dataset="labels.jsonl", eval_split="train", lr_schedule="constant", precision="fp64")
+    args = helpers.ARGS["kto"] | dict(eval_dataset="labels.jsonl", eval_split="train", lr_schedule="constant", precision="fp64")
     args |= dict(zip(("desirable_weight", "undesirable_weight"), weights, strict=True), lr=3e-4, batch_size=30)
     for steps in (1, 2):
         world.run("kto", **args | dict(steps=steps), run_dir=f"runs/kto-{weights[0]}-{steps}").ok()
-    one, two = (row for row in ranks.metrics(world.path(f"runs/kto-{weights[0]}-2")) if "kto/loss" in row)
+    one, two = (row for row in helpers.metrics(world.path(f"runs/kto-{weights[0]}-2")) if "kto/loss" in row)
 
     tokenizer = load_tokenizer(reviews.folder("policy"))
     rows = tokenize(read_rows(str(world.path("labels.jsonl")), "labelled"), tokenizer, ("response",), 24, 16, "labels.jsonl")

@@ -4,18 +4,22 @@ import functools
 import json
 from types import SimpleNamespace
 
+import helpers
 import pytest
-import ranks
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from assets import reviews
-from common import fsdp
-from common.data import collate
-from common.models import load_model, load_reference, load_tokenizer
-from optional import lora
+from common import lora
+from common.batches import collate
+from common.checkpoints import export
+from common.meter import state_bytes
+from common.models import load_model
+from common.optimizer import adamw
+from common.reference import load_reference
+from common.tokenization import load_tokenizer
 
 pytest.importorskip("peft", reason="LoRA needs peft: pip install peft")
 pytestmark = pytest.mark.usefixtures("group")
@@ -62,8 +66,8 @@ def test_adapters_start_as_nothing_and_alone_are_trained():
     trained = {key for key, parameter in adapted.named_parameters() if parameter.requires_grad}
     layers = [key for key, module in adapted.named_modules() if hasattr(module, "lora_A")]
     assert len(layers) == 2 * 7 and len(trained) == 2 * len(layers) and all(".lora_" in key for key in trained)
-    assert len(fsdp.adamw(adapted, 1e-3).param_groups[0]["params"]) == len(trained)
-    assert fsdp.state_bytes([adapted]) < 1.5 * fsdp.state_bytes([base])
+    assert len(adamw(adapted, 1e-3).param_groups[0]["params"]) == len(trained)
+    assert state_bytes([adapted]) < 1.5 * state_bytes([base])
 
 
 def test_reference_is_the_policy_with_its_adapters_off(policy):
@@ -105,7 +109,7 @@ def test_exports_compute_what_the_policy_does(policy, merge, tmp_path):
 
     name = reviews.folder("policy")
     policy.lora_merge = merge
-    fsdp.export(policy, load_tokenizer(name), str(tmp_path / "out"), "fp32")
+    export(policy, load_tokenizer(name), str(tmp_path / "out"), "fp32")
     auto = AutoModelForCausalLM if merge else peft.AutoPeftModelForCausalLM
     opened = auto.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
@@ -126,7 +130,7 @@ def test_exports_compute_what_the_policy_does(policy, merge, tmp_path):
 def alone(world):
     @functools.cache
     def run(script):
-        world.run(script, **ranks.ARGS[script] | LORA | dict(precision="fp64", run_dir=f"runs/lora-{script}")).ok()
+        world.run(script, **helpers.ARGS[script] | LORA | dict(precision="fp64", run_dir=f"runs/lora-{script}")).ok()
         return world.path(f"runs/lora-{script}")
 
     return run
@@ -135,16 +139,16 @@ def alone(world):
 @pytest.mark.parametrize("script", ["sft", "reward", "gvm_td", "dvpo", "dro", "kto", "grpo", "remax"])  # ppo, rpo, dpo: below
 def test_same_training_on_two_ranks(world, alone, script):
     """Losses, norms, KL, samples and merged weights: 2 ranks in small micro-batches as 1 rank in one."""
-    args = ranks.ARGS[script] | LORA | dict(precision="fp64", micro_batch_size=2, run_dir=f"runs/lora-{script}-2")
+    args = helpers.ARGS[script] | LORA | dict(precision="fp64", micro_batch_size=2, run_dir=f"runs/lora-{script}-2")
     world.run(script, 2, **args).ok()
-    ranks.assert_same(alone(script), world.path(f"runs/lora-{script}-2"), weights=1e-9)
+    helpers.assert_same(alone(script), world.path(f"runs/lora-{script}-2"), weights=1e-9)
 
 
 def test_reward_model_adapter_has_its_head_and_statistics(world, tmp_path):
     """A reward model's adapter folder holds the trained head and our config entries; peft's scores are the merged model's."""
     import peft
 
-    args = ranks.ARGS["reward"] | LORA | dict(precision="fp32")
+    args = helpers.ARGS["reward"] | LORA | dict(precision="fp32")
     for merge in (True, False):
         world.run("reward", **args | dict(lora_merge=merge, run_dir=f"runs/judge-{merge}")).ok()
     merged, adapter = (world.path(f"runs/judge-{merge}/model") for merge in (True, False))
@@ -162,13 +166,13 @@ def test_reward_model_adapter_has_its_head_and_statistics(world, tmp_path):
 @pytest.mark.parametrize("script", ["dpo", "ppo"])
 def test_resumed_is_unbroken(world, script):
     """2 steps, then --resume to 4: the bytes of 4 at once, dropout's random numbers too; a checkpoint holds adapters alone."""
-    args = ranks.ARGS[script] | LORA | dict(lora_dropout=0.2, save_every=2, lr_schedule="constant")
+    args = helpers.ARGS[script] | LORA | dict(lora_dropout=0.2, save_every=2, lr_schedule="constant")
     whole, parts = f"runs/whole-{script}", f"runs/parts-{script}"
     world.run(script, **args | dict(steps=4, run_dir=whole)).ok()
     world.run(script, **args | dict(steps=2, run_dir=parts)).ok()
     world.run(script, **args | dict(steps=4, run_dir=parts, resume=True)).ok()
-    assert ranks.exported(world.path(parts)) == ranks.exported(world.path(whole))
-    training = lambda run: [row for row in ranks.metrics(world.path(run)) if not any(key.startswith("eval/") for key in row)]  # noqa: E731
+    assert helpers.exported(world.path(parts)) == helpers.exported(world.path(whole))
+    training = lambda run: [row for row in helpers.metrics(world.path(run)) if not any(key.startswith("eval/") for key in row)]  # noqa: E731
     rows = [training(run) for run in (parts, whole)]
     assert rows[0] == rows[1] and len(rows[0]) == 4
     reader = FileSystemReader(world.path(whole) / "checkpoints/step-000004/dcp")
@@ -178,11 +182,11 @@ def test_resumed_is_unbroken(world, script):
 
 def test_encoder_decoder(world):
     """Adapters in encoder and decoder of a T5, on 1 and 2 ranks; the reference with adapters off; a merged export."""
-    ranks.make_t5(world.path("runs/t5lora"))
+    helpers.make_t5(world.path("runs/t5lora"))
     sizes = dict(max_prompt_length=80, max_response_length=40, precision="fp64", model="runs/t5lora", precompute_ref=False)
     for processes in (0, 2):
-        world.run("rpo", processes, **ranks.ARGS["rpo"] | LORA | sizes | dict(run_dir=f"runs/t5lora-{processes}")).ok()
-    ranks.assert_same(*(world.path(f"runs/t5lora-{processes}") for processes in (0, 2)), weights=1e-9)
+        world.run("rpo", processes, **helpers.ARGS["rpo"] | LORA | sizes | dict(run_dir=f"runs/t5lora-{processes}")).ok()
+    helpers.assert_same(*(world.path(f"runs/t5lora-{processes}") for processes in (0, 2)), weights=1e-9)
     before, after = (load_file(world.path(f) / "model.safetensors") for f in ("runs/t5lora", "runs/t5lora-0/model"))
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key].double(), after[key])}
@@ -191,7 +195,7 @@ def test_encoder_decoder(world):
 
 def test_resume_with_another_rank(world):
     """One line, not a table of sizes that do not match."""
-    args = ranks.ARGS["sft"] | LORA | dict(run_dir="runs/rank", steps=1, save_every=1)
+    args = helpers.ARGS["sft"] | LORA | dict(run_dir="runs/rank", steps=1, save_every=1)
     world.run("sft", **args).ok()
     line = world.run("sft", **args | dict(lora_rank=2, resume=True)).error()
     assert "lora_rank is 2" in line and "began with 4" in line
@@ -204,20 +208,20 @@ def test_resume_with_another_rank(world):
 @pytest.mark.parametrize(("before", "after"), [(2, 0), (0, 2)])
 def test_resume_on_another_number_of_ranks(world, before, after):
     """Adapters, critic's head and both optimizers of a checkpoint of 2 ranks go on with 1, and the other way, as if unbroken."""
-    args = ranks.ARGS["ppo"] | LORA | dict(precision="fp64", save_every=1, eval_every=0)
+    args = helpers.ARGS["ppo"] | LORA | dict(precision="fp64", save_every=1, eval_every=0)
     if not world.path("runs/lorawhole").exists():
         world.run("ppo", **args | dict(steps=2, run_dir="runs/lorawhole")).ok()
     world.run("ppo", before, **args | dict(steps=1, run_dir=f"runs/loramoved-{before}")).ok()
     world.run("ppo", after, **args | dict(steps=2, run_dir=f"runs/loramoved-{before}", resume=True)).ok()
-    ranks.assert_same(world.path(f"runs/loramoved-{before}"), world.path("runs/lorawhole"), weights=1e-9)
+    helpers.assert_same(world.path(f"runs/loramoved-{before}"), world.path("runs/lorawhole"), weights=1e-9)
 
 
 @pytest.mark.parametrize("script", ["ppo", "reward", "dro"])
 def test_with_bf16_checkpointing_and_dropout(world, script):
     """What a GPU run has on: no crash, finite losses, adapters that moved."""
-    args = ranks.ARGS[script] | LORA | dict(precision="bf16", gradient_checkpointing=True, lora_dropout=0.1, steps=2)
+    args = helpers.ARGS[script] | LORA | dict(precision="bf16", gradient_checkpointing=True, lora_dropout=0.1, steps=2)
     world.run(script, **args, run_dir=f"runs/all-{script}").ok()
-    rows = ranks.metrics(world.path(f"runs/all-{script}"))
+    rows = helpers.metrics(world.path(f"runs/all-{script}"))
     norms = [value for row in rows for key, value in row.items() if key.endswith("grad_norm")]
     assert norms and all(norm and norm > 0 for norm in norms)
 
@@ -226,15 +230,15 @@ def test_a_model_without_linear_layers(world):
     """GPT-2's Conv1D: one line, not peft's."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    folder = ranks.edit_model(world, "policy", "gpt2")
+    folder = helpers.edit_model(world, "policy", "gpt2")
     ids = dict(vocab_size=len(reviews.WORDS), bos_token_id=1, eos_token_id=2, pad_token_id=0)
     GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64, **ids)).save_pretrained(world.path(folder))
-    line = world.run("sft", **ranks.ARGS["sft"] | LORA | dict(model=folder, run_dir="runs/conv")).error()
+    line = world.run("sft", **helpers.ARGS["sft"] | LORA | dict(model=folder, run_dir="runs/conv")).error()
     assert "--lora-rank" in line and "torch.nn.Linear" in line
 
 
 def test_without_peft(world):
     """One line with the pip command."""
-    line = world.run("dpo", patch=missing_peft, **ranks.ARGS["dpo"] | LORA | dict(run_dir="runs/nopeft")).error()
+    line = world.run("dpo", patch=missing_peft, **helpers.ARGS["dpo"] | LORA | dict(run_dir="runs/nopeft")).error()
     assert not world.path("runs/nopeft").exists()  # before the data are read, let alone scored
     assert "--lora-rank" in line and "pip install peft" in line

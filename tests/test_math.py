@@ -12,6 +12,7 @@ import dvpo
 import gvm_td
 import ppo
 import reward
+from common import measures
 
 ROOT = Path(ppo.__file__).parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -244,29 +245,29 @@ def test_normalise_is_batch_normalisation_of_the_valid_entries():
 def test_response_statistics_are_numpys():
     """Mean, six linearly interpolated percentiles and the last value; a one-token response has one value for all."""
     values = noise(37).tolist()
-    got = gvm_td.response_statistics(values)
+    got = measures.response_statistics(values)
     assert set(got) == {"mean", "p1", "p5", "p10", "p90", "p95", "p99", "last"}
     assert got["mean"] == pytest.approx(np.mean(values)) and got["last"] == values[-1]
     for p in (1, 5, 10, 90, 95, 99):
         at = p / 100 * 36  # linear interpolation between order statistics
         low, high = sorted(values)[math.floor(at)], sorted(values)[math.ceil(at)]
         assert got[f"p{p}"] == pytest.approx(low + (at - math.floor(at)) * (high - low))
-    assert set(gvm_td.response_statistics([0.25]).values()) == {0.25}
+    assert set(measures.response_statistics([0.25]).values()) == {0.25}
 
 
 def test_pair_accuracy_counts_strict_wins():
     """A tie is not a win: four pairs, of which one wins, one loses and two tie."""
     chosen, rejected = [[2.0], [0.0, 1.0], [1.0], [0.0, 1.0]], [[1.0], [0.0, 1.0], [2.0], [1.0, 0.0, 0.5]]
-    got = gvm_td.pair_accuracy(chosen, rejected)
+    got = measures.pair_accuracy(chosen, rejected)
     assert got["mean"] == 0.25 and got["last"] == 0.5
 
 
 def test_make_pairs_of_scored_rows():
     """All ordered pairs within a prompt, the better one first; equal scores and other prompts make none."""
     rows = [{"prompt": p, "response": str(i), "reward": r} for i, (p, r) in enumerate([("a", 1), ("b", 9), ("a", 2), ("a", 1)])]
-    pairs = [(x["response"], y["response"]) for x, y in gvm_td.make_pairs(rows, 0.0)]
+    pairs = [(x["response"], y["response"]) for x, y in measures.make_pairs(rows, 0.0)]
     assert sorted(pairs) == [("2", "0"), ("2", "3")]
-    assert len(gvm_td.make_pairs(rows, 1.0)) == 2 and not gvm_td.make_pairs(rows, 1.5)  # "at least"
+    assert len(measures.make_pairs(rows, 1.0)) == 2 and not measures.make_pairs(rows, 1.5)  # "at least"
 
 
 # --- schedule --------------------------------------------------------------------------------------------------------
@@ -300,11 +301,11 @@ def functions(path):
 def test_copies_of_a_function_are_identical_byte_for_byte():
     """A function that two scripts hold (but `main`) is the same text in both, so that a fix reaches every copy."""
     copies = {}
-    for path in SCRIPTS + [ROOT / "optional/answers.py"]:
+    for path in SCRIPTS:
         for name, text in functions(path).items():
             copies.setdefault(name, {})[path.name] = text
     shared = {name: where for name, where in copies.items() if len(where) > 1 and name != "main"}
-    assert {"learning_rate", "gae", "whiten", "token_rewards", "kl_estimates", "policy_loss", "next_beta"} <= set(shared)
+    assert {"gae", "whiten", "token_rewards", "kl_estimates", "policy_loss", "next_beta"} <= set(shared)
     different = {name: sorted(where) for name, where in shared.items() if len(set(where.values())) > 1}
     assert not different, different
 

@@ -1,17 +1,14 @@
-"""benchmarks/memory.py: the plan beside real steps of the same script, closed forms, and what must grow or shrink."""
+"""tools/plan_memory.py: the plan beside real steps of the same script, closed forms, and what must grow or shrink."""
 
 import contextlib
-import sys
 
 import pytest
-import ranks
 import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-sys.path.append(str(ranks.ROOT / "benchmarks"))
-import memory  # noqa: E402
+from tools import plan_memory as memory
 
 SIZES = dict(vocab_size=1024, hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4)
 FLAGS = "--batch-size 4 --mini-batch-size 4 --micro-batch-size 2 --max-prompt-length 24 --max-response-length 8".split()

@@ -20,20 +20,16 @@ from transformers import (
 )
 
 from assets import reviews
-from common import fsdp
-from common.data import collate, encode_prompt, stop_token, tokenize
-from common.models import (
-    Reward,
-    TokenLogprobs,
-    load_model,
-    load_tokenizer,
-    response_values,
-    run_micro_batches,
-    sequence_scores,
-    token_logprobs,
-)
+from common import rollout as rollout_room
+from common.batches import collate, run_micro_batches
+from common.checkpoints import export
+from common.logprobs import TokenLogprobs, token_logprobs
+from common.models import load_model
+from common.optimizer import adamw, backward, optimizer_step
+from common.rewards import Reward
 from common.rollout import decode, rollout, sample
-from optional import kv_cache
+from common.tokenization import encode_prompt, load_tokenizer, stop_token, tokenize
+from common.value_heads import response_values, sequence_scores
 
 PAD, BOS, EOS = (reviews.SPECIAL.index(f"<{role}>") for role in ("pad", "bos", "eos"))
 ARGS = SimpleNamespace(precision="fp32", shard_size=0, gradient_checkpointing=False, micro_batch_size=3, lora_rank=0)
@@ -192,7 +188,7 @@ def test_gradients_are_plain_transformers(folders, tokenizer, checkpointing):
     args = SimpleNamespace(**{**vars(ARGS), "gradient_checkpointing": checkpointing})
     model = load_model("policy", folders["policy"], tokenizer, args, trained=True)
     assert model.is_gradient_checkpointing == checkpointing
-    fsdp.backward(model.response_logprobs(**collate(sequences, PAD, "cpu"))[0].sum())
+    backward(model.response_logprobs(**collate(sequences, PAD, "cpu"))[0].sum())
     reference = plain(folders, "policy")
     for prompt, response in sequences:
         logits = reference(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
@@ -227,7 +223,7 @@ def test_a_value_model_from_a_policy_starts_at_zero(folders, tokenizer):
     model = load_model("value", folders["policy"], tokenizer, ARGS, trained=True)
     values = response_values(model, **collate(sample_sequences(), PAD, "cpu"))
     assert (values == 0).all()
-    fsdp.backward(((values - 1) ** 2).sum())
+    backward(((values - 1) ** 2).sum())
     assert model.score.weight.grad.abs().max() > 0
 
 
@@ -300,10 +296,10 @@ def test_greedy_rollout_is_the_argmax_of_plain_logits(folders, tokenizer, policy
 
 def test_a_cache_with_room_holds_what_transformers_own_holds(monkeypatch):
     """Token by token, past its room several times, rows repeated and dropped in between."""
-    monkeypatch.setattr(kv_cache, "ROOM", 4)
+    monkeypatch.setattr(rollout_room, "ROOM", 4)
     config = LlamaConfig(num_hidden_layers=1)
-    (roomy,), (plain,) = kv_cache.roomy(config).layers, DynamicCache(config=config).layers
-    assert type(roomy) is kv_cache.RoomyLayer
+    (roomy,), (plain,) = rollout_room.roomy(config).layers, DynamicCache(config=config).layers
+    assert type(roomy) is rollout_room.RoomyLayer
     for tokens, rows in ((3, [0, 0, 1, 1]), (1, None), (1, [3, 1]), (1, None), (5, None), (1, [1]), (7, None), (1, None)):
         given = torch.randn(2, plain.keys.shape[0] if plain.is_initialized else 2, 2, tokens, 3)
         for layer in (roomy, plain):
@@ -332,7 +328,7 @@ def test_log_probabilities_of_the_sampler_are_those_of_the_policy(tokenizer, pol
 @pytest.mark.parametrize("window", [None, 6])
 def test_rollout_past_the_room_of_its_cache(monkeypatch, window):
     """Greedy, against the plain model without a cache; a sliding window keeps transformers' own layers."""
-    monkeypatch.setattr(kv_cache, "ROOM", 8)
+    monkeypatch.setattr(rollout_room, "ROOM", 8)
     sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MistralConfig(**sizes, num_key_value_heads=1, sliding_window=window)).eval()
@@ -404,12 +400,12 @@ def test_exports_open_in_a_fresh_process_with_plain_transformers(folders, tokeni
     for kind, forward in (("policy", lambda: models["policy"].response_logprobs(**batch)[0]),
                           ("value", lambda: response_values(models["value"], **batch))):  # fmt: skip
         start = forward()
-        fsdp.backward((start**2).mean())
-        fsdp.optimizer_step(models[kind], fsdp.adamw(models[kind], 0.0), 1e-2, start.sum().detach(), 1.0, "")
+        backward((start**2).mean())
+        optimizer_step(models[kind], adamw(models[kind], 0.0), 1e-2, start.sum().detach(), 1.0, "")
         before[kind] = forward().detach()
         assert (before[kind] - start).abs().max() > 1e-3
         extra = dict(score_std=1.5) if kind == "value" else {}
-        fsdp.export(models[kind], tokenizer, str(tmp_path / kind[0]), "fp32", **extra)
+        export(models[kind], tokenizer, str(tmp_path / kind[0]), "fp32", **extra)
     torch.save(batch["input_ids"], tmp_path / "ids.pt")
     subprocess.run([sys.executable, "-c", OPEN, str(tmp_path)], check=True, cwd=tmp_path, timeout=120)
     out = torch.load(tmp_path / "out.pt")
@@ -432,12 +428,12 @@ def test_tied_embeddings_stay_tied(tokenizer, tmp_path):
     model, reference = load_model("policy", name, tokenizer, ARGS, trained=True), AutoModelForCausalLM.from_pretrained(name)
     assert reference.config.tie_word_embeddings
     sequences = sample_sequences(seed=9)
-    optimizer, theirs = fsdp.adamw(model, 0.0), torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer, theirs = adamw(model, 0.0), torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.0)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in reference.parameters())
     for _ in range(2):
         loss = -model.response_logprobs(**collate(sequences, PAD, "cpu"))[0].sum()
-        fsdp.backward(loss)
-        total, norm = fsdp.optimizer_step(model, optimizer, 1e-2, loss, 1.0, "")
+        backward(loss)
+        total, norm = optimizer_step(model, optimizer, 1e-2, loss, 1.0, "")
         plain_loss = 0.0
         for prompt, response in sequences:
             logits = reference(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
@@ -449,7 +445,7 @@ def test_tied_embeddings_stay_tied(tokenizer, tmp_path):
         assert (total, norm) == (pytest.approx(plain_loss.item(), rel=1e-4), pytest.approx(plain_norm, rel=1e-3))
         theirs.step()
         theirs.zero_grad()
-    fsdp.export(model, tokenizer, str(tmp_path / "out"), "fp32")
+    export(model, tokenizer, str(tmp_path / "out"), "fp32")
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert back.lm_head.weight is back.model.embed_tokens.weight
     ids = torch.tensor([[BOS, 7, 8, 9]])
@@ -460,14 +456,14 @@ def test_tied_embeddings_stay_tied(tokenizer, tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(folders, tokenizer):
     """NaN in the loss or in a gradient: SystemExit of one line that says where, weights as they were."""
     model = load_model("policy", folders["policy"], tokenizer, ARGS, trained=True)
-    optimizer, before = fsdp.adamw(model, 0.0), [p.clone() for p in model.parameters()]
+    optimizer, before = adamw(model, 0.0), [p.clone() for p in model.parameters()]
     loss = model.response_logprobs(**collate(sample_sequences(), PAD, "cpu"))[0].sum()
-    fsdp.backward(loss)
+    backward(loss)
     with pytest.raises(SystemExit, match="step 7, data rows .3."):
-        fsdp.optimizer_step(model, optimizer, 1e-2, loss.detach() * math.nan, 1.0, "step 7, data rows [3]")
+        optimizer_step(model, optimizer, 1e-2, loss.detach() * math.nan, 1.0, "step 7, data rows [3]")
     model.lm_head.weight.grad[0, 0] = math.inf
     with pytest.raises(SystemExit, match="gradient norm"):
-        fsdp.optimizer_step(model, optimizer, 1e-2, loss.detach(), 1.0, "")
+        optimizer_step(model, optimizer, 1e-2, loss.detach(), 1.0, "")
     assert all(torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
 
 
@@ -493,7 +489,7 @@ def test_layers_of_a_model_that_lists_their_types_are_exported(tokenizer, tmp_pa
     assert len(config.layer_types) == 3
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "whole")
     model = load_model("value", str(tmp_path / "whole"), tokenizer, ARGS, trained=True, layers=2)
-    fsdp.export(model, tokenizer, str(tmp_path / "out"), "fp32")
+    export(model, tokenizer, str(tmp_path / "out"), "fp32")
     assert AutoModelForTokenClassification.from_pretrained(tmp_path / "out").config.num_hidden_layers == 2
 
 
@@ -568,7 +564,7 @@ def test_a_critic_from_a_reward_model_starts_at_its_standardised_score(folders, 
     values = run_micro_batches(lambda mb: response_values(critic, **mb), sequences, 2, PAD, mask.shape[1] + 1)
     scores = Reward(str(tmp_path), tokenizer, ARGS)([{}] * len(sequences), sequences, [""] * len(sequences))
     torch.testing.assert_close(values.gather(1, mask.sum(1, keepdim=True)).squeeze(1), scores, rtol=0, atol=2e-5)
-    fsdp.export(critic, tokenizer, str(tmp_path / "out"), "fp32")
+    export(critic, tokenizer, str(tmp_path / "out"), "fp32")
     again = load_model("value", str(tmp_path / "out"), tokenizer, ARGS, trained=False)  # not standardised a second time
     torch.testing.assert_close(response_values(again, **collate(sequences, PAD, "cpu")), values, rtol=0, atol=2e-5)
 
@@ -606,7 +602,7 @@ def test_an_exported_policy_stops_where_the_rollout_did(folders, tokenizer, tmp_
     other = copy.deepcopy(tokenizer)
     other.chat_template = other.chat_template.replace("<eos>", "<user>")  # any special token
     model = load_model("policy", folders["policy"], other, ARGS, trained=False)
-    fsdp.export(model, other, str(tmp_path / "out"), "fp32")
+    export(model, other, str(tmp_path / "out"), "fp32")
     stops = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id
     assert sorted([stops] if isinstance(stops, int) else stops) == sorted({EOS, stop_token(other)}) != [EOS]
 
@@ -621,7 +617,7 @@ def test_generation_settings_reach_the_export_but_not_the_rollout(folders, token
     prompts = [[BOS, 7, 8], [BOS, 9]] * 4
     unlike = load_model("policy", folders["policy"], tokenizer, ARGS, trained=False)
     assert rollout(policy, tokenizer, prompts, 12, 1.0, (0, 0))[0] == rollout(unlike, tokenizer, prompts, 12, 1.0, (0, 0))[0]
-    fsdp.export(policy, tokenizer, str(tmp_path / "out"), "fp32")
+    export(policy, tokenizer, str(tmp_path / "out"), "fp32")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.repetition_penalty == 5.0
 
 

@@ -4,15 +4,15 @@ import functools
 import json
 from pathlib import Path
 
+import helpers
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from common import fsdp
+from common import distributed, sharding
 
 VARIANTS = {
     "gvm_td": dict(normalise_values=True, context_pairs=2, context_length=8, source="preference", dataset="pairs.jsonl"),
@@ -33,52 +33,52 @@ def alone(world):
 
     @functools.cache
     def run(script):
-        world.run(script, **ranks.ARGS[script], precision="fp64", run_dir=f"runs/alone-{script}").ok()
+        world.run(script, **helpers.ARGS[script], precision="fp64", run_dir=f"runs/alone-{script}").ok()
         return world.path(f"runs/alone-{script}")
 
     return run
 
 
-CASES = [(script, processes, 1) for script in ranks.SCRIPTS for processes in (0, 4)]
-CASES += [(script, 2, 3) for script in ranks.SCRIPTS if script not in VARIANTS]  # the others' variants are on 2 ranks
+CASES = [(script, processes, 1) for script in helpers.SCRIPTS for processes in (0, 4)]
+CASES += [(script, 2, 3) for script in helpers.SCRIPTS if script not in VARIANTS]  # the others' variants are on 2 ranks
 
 
 @pytest.mark.parametrize(("script", "processes", "micro"), CASES)
 def test_same_training(world, alone, script, processes, micro):
     """Losses, gradient norms, samples and weights after three steps depend on neither ranks nor micro-batches."""
     run_dir = f"runs/{script}-{processes}-{micro}"
-    args = ranks.ARGS[script] | dict(precision="fp64", micro_batch_size=micro, run_dir=run_dir)
+    args = helpers.ARGS[script] | dict(precision="fp64", micro_batch_size=micro, run_dir=run_dir)
     world.run(script, processes, **args).ok()
-    ranks.assert_same(alone(script), world.path(run_dir))
+    helpers.assert_same(alone(script), world.path(run_dir))
 
 
 @pytest.mark.parametrize("script", VARIANTS)
 def test_same_training_of_variants(world, script):
     """The same for normalised values, context pairs, action values, a reward model as critic, mean log-probabilities."""
     if script == "ppo":
-        world.run("reward", **ranks.ARGS["reward"] | dict(run_dir="runs/judge", steps=2)).ok()
-    args = ranks.ARGS[script] | VARIANTS[script] | dict(precision="fp64")
+        world.run("reward", **helpers.ARGS["reward"] | dict(run_dir="runs/judge", steps=2)).ok()
+    args = helpers.ARGS[script] | VARIANTS[script] | dict(precision="fp64")
     for processes, micro in ((0, 8), (2, 1)):
         world.run(script, processes, **args | dict(micro_batch_size=micro, run_dir=f"runs/variant-{script}-{processes}")).ok()
     # normalised values leave the bias no gradient but rounding, which the fold divides by a small deviation
     weights = 1e-9 if script == "gvm_td" else 1e-10
-    ranks.assert_same(*(world.path(f"runs/variant-{script}-{processes}") for processes in (0, 2)), weights=weights)
+    helpers.assert_same(*(world.path(f"runs/variant-{script}-{processes}") for processes in (0, 2)), weights=weights)
 
 
 def test_one_update_takes_its_own_logprobs_for_the_old_ones(world):
     """grpo.py with one update a rollout: as with a scoring pass before it (which a dropout, here of no adapters, calls for)."""
-    args = ranks.ARGS["grpo"] | dict(precision="fp64", epochs=1, mini_batch_size=ranks.ARGS["grpo"]["batch_size"])
+    args = helpers.ARGS["grpo"] | dict(precision="fp64", epochs=1, mini_batch_size=helpers.ARGS["grpo"]["batch_size"])
     world.run("grpo", 2, **args | dict(micro_batch_size=2, run_dir="runs/one-update")).ok()
     world.run("grpo", **args | dict(lora_dropout=1e-9, run_dir="runs/scored")).ok()
-    ranks.assert_same(*(world.path(f"runs/{name}") for name in ("one-update", "scored")), weights=1e-6, norms=1e-6)
-    assert any(row["objective/kl"] > 1e-4 for row in ranks.metrics(world.path("runs/one-update")) if "objective/kl" in row)
+    helpers.assert_same(*(world.path(f"runs/{name}") for name in ("one-update", "scored")), weights=1e-6, norms=1e-6)
+    assert any(row["objective/kl"] > 1e-4 for row in helpers.metrics(world.path("runs/one-update")) if "objective/kl" in row)
 
 
 def test_hybrid_sharding_and_frozen_models(world, alone):
     """--shard-size 2 on 4 ranks trains as one rank; GVM and reference keep every bit, with no gradient and no optimizer."""
-    args = ranks.ARGS["dvpo"] | dict(precision="fp64", shard_size=2, run_dir="runs/hybrid")
-    world.run("dvpo", 4, functools.partial(ranks.watch_frozen, log="frozen"), **args).ok()
-    ranks.assert_same(alone("dvpo"), world.path("runs/hybrid"))
+    args = helpers.ARGS["dvpo"] | dict(precision="fp64", shard_size=2, run_dir="runs/hybrid")
+    world.run("dvpo", 4, functools.partial(helpers.watch_frozen, log="frozen"), **args).ok()
+    helpers.assert_same(alone("dvpo"), world.path("runs/hybrid"))
     for rank in range(4):
         found = json.loads(world.path(f"frozen-{rank}").read_text())
         assert found == {"kinds": ["value", "policy"], "changed": [], "gradients": [], "optimized": []}
@@ -86,29 +86,29 @@ def test_hybrid_sharding_and_frozen_models(world, alone):
 
 def count_exchanges(module, log):
     """At export, writes how often gradients were summed over the replicas, and of how many units."""
-    all_reduce, export, calls = dist.all_reduce, fsdp.export, []
+    all_reduce, export, calls = dist.all_reduce, module.export, []
 
     def counted(tensor, *args, group=None, **kwargs):
         calls.extend([1] * (group is not None and group.size() == 2))
         return all_reduce(tensor, *args, group=group, **kwargs)
 
     def written(model, *args, **kwargs):
-        Path(f"{log}-{fsdp.rank()}").write_text(json.dumps([len(calls), len(fsdp.units(model))]))
+        Path(f"{log}-{distributed.rank()}").write_text(json.dumps([len(calls), len(sharding.units(model))]))
         export(model, *args, **kwargs)
 
-    dist.all_reduce, fsdp.export = counted, written
+    dist.all_reduce, module.export = counted, written
 
 
 @pytest.mark.parametrize("script, trained", [("dvpo", 1), ("ppo", 2), ("dro", 2)])
 def test_replicas_exchange_gradients_once_an_optimizer_step(world, script, trained):
     """2 replicas of 2 shards, three micro-batches a step: the training of one process, one exchange a step and unit."""
-    steps, batch = 2, dict(batch_size=9) | (dict(mini_batch_size=9) if script in ranks.ONLINE else {})
-    args = ranks.ARGS[script] | batch | dict(steps=steps, precision="fp64")
+    steps, batch = 2, dict(batch_size=9) | (dict(mini_batch_size=9) if script in helpers.ONLINE else {})
+    args = helpers.ARGS[script] | batch | dict(steps=steps, precision="fp64")
     alone, split = f"runs/exchange-{script}-1", f"runs/exchange-{script}-4"
     world.run(script, **args | dict(micro_batch_size=9, run_dir=alone)).ok()
     patch = functools.partial(count_exchanges, log=f"exchanges-{script}")
     world.run(script, 4, patch, **args | dict(micro_batch_size=1, shard_size=2, run_dir=split)).ok()
-    ranks.assert_same(world.path(alone), world.path(split))
+    helpers.assert_same(world.path(alone), world.path(split))
     for rank in range(4):
         calls, units = json.loads(world.path(f"exchanges-{script}-{rank}").read_text())
         assert units > 2 and calls == steps * trained * units, (calls, units)
@@ -116,7 +116,7 @@ def test_replicas_exchange_gradients_once_an_optimizer_step(world, script, train
 
 def test_normalised_values_are_folded_into_the_exported_head(world):
     """--normalise-values: the exported head is the trained one, less the last batch's mean and over its deviation."""
-    args = ranks.ARGS["gvm_td"] | dict(normalise_values=True, save_every=3, run_dir="runs/folded")
+    args = helpers.ARGS["gvm_td"] | dict(normalise_values=True, save_every=3, run_dir="runs/folded")
     world.run("gvm_td", **args).ok()
     checkpoint = world.path("runs/folded/checkpoints/step-000003")
     extra = json.loads((checkpoint / "state.json").read_text())
@@ -131,6 +131,6 @@ def test_normalised_values_are_folded_into_the_exported_head(world):
 
 def test_tied_weights_are_exported_once(world, alone):
     """An export holds the same tensors from 2 ranks as from 1."""
-    world.run("sft", 2, **ranks.ARGS["sft"] | dict(precision="fp64", steps=1, run_dir="runs/tied")).ok()
+    world.run("sft", 2, **helpers.ARGS["sft"] | dict(precision="fp64", steps=1, run_dir="runs/tied")).ok()
     names = [set(safe_open(path / "model/model.safetensors", "pt").keys()) for path in (alone("sft"), world.path("runs/tied"))]
     assert names[0] == names[1]

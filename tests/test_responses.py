@@ -9,15 +9,17 @@ import os
 import statistics
 from types import SimpleNamespace
 
+import helpers
 import pytest
-import ranks
 import torch
 
 import evaluate
-from common.data import encode_prompt
-from common.models import load_model, load_tokenizer
+from common import distributed
+from common.models import load_model
 from common.rollout import rollout
-from optional import answers, text_metrics
+from common.tokenization import encode_prompt, load_tokenizer
+from evaluation import responses as answers
+from evaluation import text_metrics
 
 TURNS = [["lunch : the soup ?", "supper : the fish ?"], ["lunch : the waiter ?", "supper : the rice ?"], ["dinner ?"]]
 MT_BENCH = [{"question_id": 81 + i, "category": "writing", "turns": turns} for i, turns in enumerate(TURNS)]
@@ -58,7 +60,7 @@ def run(world, group, monkeypatch):
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory):
-    return ranks.make_t5(tmp_path_factory.mktemp("t5"))
+    return helpers.make_t5(tmp_path_factory.mktemp("t5"))
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
@@ -189,8 +191,8 @@ def test_toxicity(encoders, group, kind):
 
 def test_files_of_one_turn(world, run, capsys):
     """Two models of different tokenizers: every prompt once, in the file's order; AlpacaEval's list; the table."""
-    folder = ranks.make_t5(world.path("runs/other/model"))
-    out = run("runs/ev-files", models=("reviews", folder), reward=("ranks:length_reward",), metrics=())
+    folder = helpers.make_t5(world.path("runs/other/model"))
+    out = run("runs/ev-files", models=("reviews", folder), reward=("helpers:length_reward",), metrics=())
     prompts = list(dict.fromkeys(row["prompt"] for row in lines(world.path("prompts.jsonl"))))
     result = json.loads((out / "responses.json").read_text())
     for name in ("reviews", "other"):
@@ -203,7 +205,7 @@ def test_files_of_one_turn(world, run, capsys):
         assert alpaca == [
             {"instruction": r["prompt"], "output": r["response"], "generator": name, "dataset": "prompts.jsonl"} for r in records
         ]
-        scores = ranks.length_reward(None, [record["response"] for record in records])
+        scores = helpers.length_reward(None, [record["response"] for record in records])
         found = result["models"][name]
         assert found["length_reward"]["mean"] == pytest.approx(statistics.fmean(scores)) and found["length"]["n"] == len(prompts)
         assert found["characters"]["mean"] == pytest.approx(statistics.fmean(len(r["response"]) for r in records))
@@ -216,10 +218,10 @@ def test_files_of_one_turn(world, run, capsys):
 def test_embedded_world_gives_the_figures_of_the_other_scripts(run, world):
     """`python evaluate.py responses`: ppo.py's held-out prompts and the same draws as its evaluation before step 1."""
     out = run("runs/ev-reviews", **evaluate.RESPONSES_REVIEWS | dict(dataset="reviews"))
-    args = ranks.ARGS["ppo"] | dict(dataset="reviews", part="rl", eval_prompts=96, steps=0, max_response_length=32)
+    args = helpers.ARGS["ppo"] | dict(dataset="reviews", part="rl", eval_prompts=96, steps=0, max_response_length=32)
     args |= dict(eval_reward=evaluate.RESPONSES_REVIEWS["reward"], eval_every=1)
     world.run("ppo", **args, run_dir="runs/ev-ppo").ok()
-    expected = ranks.metrics(world.path("runs/ev-ppo"))[0]
+    expected = helpers.metrics(world.path("runs/ev-ppo"))[0]
     found = json.loads((out / "responses.json").read_text())["models"]["reviews"]
     for name in ("reward", "grammatical", "length"):
         assert found[name]["mean"] == pytest.approx(expected[f"eval/{name}"], abs=1e-5), name
@@ -228,7 +230,7 @@ def test_embedded_world_gives_the_figures_of_the_other_scripts(run, world):
 def test_two_turns_are_two_calls(world, run, group):
     """The second turn is asked on top of the model's own answer to the first; one question has one turn alone."""
     out = run("runs/ev-turns", dataset=world.write("mt.jsonl", MT_BENCH), batch_size=2) / "reviews"
-    folder = str(ranks.ROOT / "assets/policy")
+    folder = str(helpers.ROOT / "assets/policy")
     tokenizer, expected = load_tokenizer(folder), []
     args = SimpleNamespace(precision="fp32", shard_size=0, lora_rank=0)
     policy = load_model("policy", folder, tokenizer, args, trained=False)
@@ -263,19 +265,18 @@ def test_batches_do_not_change_greedy_answers(run, t5):
 
 def _main(args, patch=None):
     """`responses` as a rank of a group."""
-    from common import fsdp
 
     if patch:
         patch()
-    fsdp.launch(evaluate.responses, evaluate.Responses(**args))
+    distributed.launch(evaluate.responses, evaluate.Responses(**args))
 
 
 def test_ranks_give_the_same_files(world, run):
     """Two processes, one of which has nothing in the last batch, write what one does, sampled too."""
     data = world.write("mt.jsonl", MT_BENCH)
-    args = dict(dataset=data, batch_size=2, temperature=1.0, precision="fp64", reward=("ranks:length_reward",))
+    args = dict(dataset=data, batch_size=2, temperature=1.0, precision="fp64", reward=("helpers:length_reward",))
     call = functools.partial(_main, SMALL | args | dict(run_dir="runs/ev-ranks-2"))
-    ranks.Job(world.folder, call, 2).wait().ok()
+    helpers.Job(world.folder, call, 2).wait().ok()
     one, two = run("runs/ev-ranks-1", **args), world.path("runs/ev-ranks-2")
     assert (one / "reviews/responses.jsonl").read_bytes() == (two / "reviews/responses.jsonl").read_bytes()
     assert (one / "responses.json").read_bytes() == (two / "responses.json").read_bytes()
@@ -300,7 +301,7 @@ def test_a_kill_loses_the_batch_at_hand(world, run, monkeypatch):
     args = dict(temperature=1.0, models=("reviews",))
     whole = run("runs/ev-whole", **args) / "reviews/responses.jsonl"
     killed = SMALL | dict(dataset="prompts.jsonl", batch_size=7, run_dir="runs/ev-killed") | args
-    job = ranks.Job(world.folder, functools.partial(_main, killed, functools.partial(die, 3)), 0)
+    job = helpers.Job(world.folder, functools.partial(_main, killed, functools.partial(die, 3)), 0)
     assert job.wait().codes == [9]
     file = world.path("runs/ev-killed/reviews/responses.jsonl")
     assert lines(file) == lines(whole)[:14]
@@ -337,7 +338,7 @@ CHANGES = {"temperature": 0.5, "max_response_length": 9, "precision": "fp64", "p
 def test_changed_settings_are_refused(world, run, change):
     """A file made with other settings, prompts or weights is neither served nor lost; --overwrite replaces it."""
     if not world.path("runs/changed").exists():
-        ranks.edit_model(world, "policy", "changed", config=lambda old: old | {"rms_norm_eps": 0.5})
+        helpers.edit_model(world, "policy", "changed", config=lambda old: old | {"rms_norm_eps": 0.5})
     args = dict(names=("x",), run_dir="runs/ev-changed")
     if not world.path("runs/ev-changed/x").exists():
         run(**args)

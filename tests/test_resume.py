@@ -5,13 +5,13 @@ import os
 import random
 import shutil
 
+import helpers
 import pytest
-import ranks
 
 STEPS, EVERY = 8, 2
 ARGS = {
     script: args | dict(steps=STEPS, save_every=EVERY, keep=2, eval_every=3, lr_schedule="linear", warmup_steps=2)
-    for script, args in ranks.ARGS.items()
+    for script, args in helpers.ARGS.items()
 }
 ARGS["gvm_td"] |= dict(normalise_values=True, context_pairs=1, context_length=8)
 ARGS["dvpo"] |= dict(kl_target=0.1, beta=0.2, gvm="runs/context", log_odds=True)  # beta and the pool of answers are restored
@@ -50,21 +50,21 @@ def kill_at(world, script, run_dir, rows, delay):
 
 def assert_identical(run_dir, unbroken):
     """The same bytes of weights, the same rows of metrics and samples, each step written once and in order."""
-    assert ranks.metrics(run_dir) == ranks.metrics(unbroken)
-    training = [row["step"] for row in ranks.metrics(run_dir) if not any(key.startswith("eval/") for key in row)]
+    assert helpers.metrics(run_dir) == helpers.metrics(unbroken)
+    training = [row["step"] for row in helpers.metrics(run_dir) if not any(key.startswith("eval/") for key in row)]
     assert training == list(range(1, STEPS + 1))
     if (unbroken / "samples.jsonl").exists():
-        assert ranks.samples(run_dir) == ranks.samples(unbroken)
-    assert ranks.exported(unbroken) and ranks.exported(run_dir) == ranks.exported(unbroken)
+        assert helpers.samples(run_dir) == helpers.samples(unbroken)
+    assert helpers.exported(unbroken) and helpers.exported(run_dir) == helpers.exported(unbroken)
 
 
-@pytest.mark.parametrize("script", ranks.SCRIPTS)
+@pytest.mark.parametrize("script", helpers.SCRIPTS)
 def test_killed_at_a_random_moment(world, unbroken, script):
     """SIGKILL at any moment, then --resume: bit for bit the run that was never killed; --keep checkpoints remain."""
     seed = int.from_bytes(os.urandom(4), "big")
     print(f"seed of the kill: {seed}")
     rng = random.Random(seed)
-    rows, delay = rng.choice(KILLS) + (script in ranks.ONLINE), rng.uniform(0, 0.03)  # + the evaluation of step 0
+    rows, delay = rng.choice(KILLS) + (script in helpers.ONLINE), rng.uniform(0, 0.03)  # + the evaluation of step 0
     print(f"killed {delay:.3f} s after row {rows}")
     kill_at(world, script, "runs/killed-" + script, rows, delay)
     result = world.run(script, **ARGS[script], run_dir="runs/killed-" + script, resume=True).ok()
@@ -78,7 +78,7 @@ def test_killed_at_a_random_moment(world, unbroken, script):
 def test_killed_in_a_checkpoint(world, unbroken, when):
     """A checkpoint half written, or not yet renamed, is passed over: the one before it is used."""
     run_dir = f"runs/saving-{when}"
-    result = world.run("sft", patch=functools.partial(ranks.die_in_second_save, when=when), **ARGS["sft"], run_dir=run_dir)
+    result = world.run("sft", patch=functools.partial(helpers.die_in_second_save, when=when), **ARGS["sft"], run_dir=run_dir)
     assert result.codes == [-9]
     found = sorted(path.name for path in (world.path(run_dir) / "checkpoints").iterdir())
     assert found == ["part-000004", "step-000002"]
@@ -90,14 +90,14 @@ def test_killed_in_a_checkpoint(world, unbroken, when):
 @pytest.mark.parametrize(("before", "after"), [(2, 0), (0, 2)])
 def test_other_number_of_ranks(world, before, after):
     """A checkpoint of 2 ranks goes on with 1, and the other way: policy, critic and both optimizers as if unbroken."""
-    args = ranks.ARGS["ppo"] | dict(precision="fp64", save_every=1, eval_every=0, kl_target=0.1)
+    args = helpers.ARGS["ppo"] | dict(precision="fp64", save_every=1, eval_every=0, kl_target=0.1)
     whole, moved = world.path("runs/whole"), f"runs/moved-{before}-{after}"
     if not whole.exists():
         world.run("ppo", **args | dict(steps=2, run_dir="runs/whole")).ok()
     world.run("ppo", before, **args | dict(steps=1, run_dir=moved)).ok()
     result = world.run("ppo", after, **args | dict(steps=2, run_dir=moved, resume=True)).ok()
     assert "resuming with other arguments" in result.output and "steps 1 -> 2" in result.output
-    ranks.assert_same(world.path(moved), whole)
+    helpers.assert_same(world.path(moved), whole)
 
 
 def test_nothing_to_resume(world, unbroken):
@@ -106,14 +106,14 @@ def test_nothing_to_resume(world, unbroken):
     assert_identical(world.path("runs/fresh"), unbroken("sft"))
 
 
-@pytest.mark.parametrize("script", ranks.SCRIPTS)
+@pytest.mark.parametrize("script", helpers.SCRIPTS)
 def test_finished_run_resumed(world, unbroken, script):
     """--resume of a run that had ended changes neither its weights nor its metrics."""
     run_dir = f"runs/again-{script}"
     shutil.copytree(unbroken(script), world.path(run_dir))
     world.run(script, **ARGS[script], run_dir=run_dir, resume=True).ok()
-    assert ranks.exported(world.path(run_dir)) == ranks.exported(unbroken(script))
-    assert ranks.metrics(world.path(run_dir)) == ranks.metrics(unbroken(script))
+    assert helpers.exported(world.path(run_dir)) == helpers.exported(unbroken(script))
+    assert helpers.metrics(world.path(run_dir)) == helpers.metrics(unbroken(script))
 
 
 def test_killed_before_the_first_checkpoint(world, unbroken):
@@ -141,23 +141,23 @@ def test_torn_line_is_healed(world, unbroken, name, tail):
     before = (run_dir / name).read_text(encoding="utf-8")
     (run_dir / name).write_text(before + tail, encoding="utf-8")
     world.run("sft", **ARGS["sft"], run_dir="runs/torn", resume=True).ok()
-    rows = ranks.metrics(run_dir), ranks.samples(run_dir)  # every line is JSON again
-    assert rows[0][: len(ranks.metrics(unbroken("sft")))] == ranks.metrics(unbroken("sft"))
+    rows = helpers.metrics(run_dir), helpers.samples(run_dir)  # every line is JSON again
+    assert rows[0][: len(helpers.metrics(unbroken("sft")))] == helpers.metrics(unbroken("sft"))
     lines = before.split("\n")[:-1] + [tail[:-1]] * tail.endswith("\n")
     assert sorted((run_dir / name).read_text(encoding="utf-8").split("\n")[:-1]) == sorted(lines)
 
 
 def test_folder_in_use(world, unbroken):
     """A run folder that holds a run is neither mixed with another nor lost: one line says so; --overwrite replaces it."""
-    kept = ranks.metrics(unbroken("sft"))
+    kept = helpers.metrics(unbroken("sft"))
     args = ARGS["sft"] | dict(run_dir="runs/unbroken-sft")
     for processes in (0, 2):
         line = world.run("sft", processes, **args).error()
         assert "runs/unbroken-sft" in line and all(flag in line for flag in ("--resume", "--overwrite", "--run-dir"))
-    assert ranks.metrics(unbroken("sft")) == kept
+    assert helpers.metrics(unbroken("sft")) == kept
     world.run("sft", **args | dict(run_dir="runs/replaced", steps=2)).ok()
     world.run("sft", **args | dict(run_dir="runs/replaced", steps=1, overwrite=True)).ok()
-    assert [row["step"] for row in ranks.metrics(world.path("runs/replaced"))] == [1, 1]
+    assert [row["step"] for row in helpers.metrics(world.path("runs/replaced"))] == [1, 1]
     assert [path.name for path in (world.path("runs/replaced") / "checkpoints").iterdir()] == ["step-000001"]
 
 
@@ -167,7 +167,7 @@ def test_overwriting_the_folder_of_the_model_one_starts_from(world):
     world.run("sft", **args).ok()
     again = args | dict(model="runs/onto/model", overwrite=True)
     line = world.run("sft", **again | dict(dataset="typo.jsonl")).error()
-    assert "typo.jsonl" in line and len(ranks.metrics(world.path("runs/onto"))) == 2
-    before = ranks.exported(world.path("runs/onto"))
+    assert "typo.jsonl" in line and len(helpers.metrics(world.path("runs/onto"))) == 2
+    before = helpers.exported(world.path("runs/onto"))
     world.run("sft", **again).ok()
-    assert len(ranks.metrics(world.path("runs/onto"))) == 2 and ranks.exported(world.path("runs/onto")) != before
+    assert len(helpers.metrics(world.path("runs/onto"))) == 2 and helpers.exported(world.path("runs/onto")) != before

@@ -5,17 +5,18 @@ import importlib
 import math
 from types import SimpleNamespace
 
+import helpers
 import pytest
-import ranks
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Cache, LlamaForCausalLM
 
 from assets import reviews
-from common import fsdp
+from common import distributed
 from common import rollout as sampler
-from common.models import load_model, load_tokenizer
+from common.models import load_model
 from common.rollout import check_sampler, decode
+from common.tokenization import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("group")
 ARGS = SimpleNamespace(
@@ -200,7 +201,7 @@ def gpt2(tmp_path_factory):
 def test_without_its_cache_no_script_trains(world, script):
     """One line that names the cause, in every script that samples; the folder is free for the next try."""
     patch, name = functools.partial(drop, argument="cache"), f"runs/no-cache-{script}"
-    line = world.run(script, patch=patch, **ranks.ARGS[script], run_dir=name).error()
+    line = world.run(script, patch=patch, **helpers.ARGS[script], run_dir=name).error()
     assert "nats a token off the policy's" in line and "the key-value cache does not reach the model" in line
     assert transformers.__version__ in line and not world.path(name).joinpath("metrics.jsonl").exists()
 
@@ -209,14 +210,14 @@ def test_without_its_cache_no_script_trains(world, script):
 @pytest.mark.parametrize("processes", [0, 2])
 def test_without_positions_or_mask_no_run_trains(world, gpt2, argument, processes):
     patch = functools.partial(drop, argument=argument)
-    args = ranks.ARGS["grpo"] | dict(model=gpt2, run_dir=f"runs/no-{argument}-{processes}")
+    args = helpers.ARGS["grpo"] | dict(model=gpt2, run_dir=f"runs/no-{argument}-{processes}")
     line = world.run("grpo", ranks=processes, patch=patch, **args).error()
     assert "where a prompt is padded on the left" in line
 
 
 @pytest.mark.parametrize("script", ["grpo", "sft"])
 def test_a_resumed_run_is_checked_again(world, script):
-    name, args = f"runs/resumed-{script}", ranks.ARGS[script] | dict(save_every=1)
+    name, args = f"runs/resumed-{script}", helpers.ARGS[script] | dict(save_every=1)
     world.run(script, **args | dict(steps=2), run_dir=name).ok()
     before = world.path(name).joinpath("metrics.jsonl").read_text()
     line = world.run(script, patch=functools.partial(drop, argument="cache"), **args, run_dir=name, resume=True).error()
@@ -233,14 +234,14 @@ def test_evaluate_checks_what_it_samples(world):
     args = kind(**defaults | dict(models=(reviews.folder("policy"),), dataset="scored.jsonl", run_dir="runs/faulty-responses"))
 
     call = functools.partial(with_fault, command.__module__, command.__name__, args)
-    line = ranks.Job(world.folder, call, 0).wait().error()
+    line = helpers.Job(world.folder, call, 0).wait().error()
     assert "the key-value cache does not reach the model" in line
     assert not list(world.path("runs/faulty-responses").rglob("alpaca_eval.json"))
 
 
 def with_fault(module, name, args):
     drop(None, "cache")
-    fsdp.launch(getattr(importlib.import_module(module), name), args)
+    distributed.launch(getattr(importlib.import_module(module), name), args)
 
 
 def leave_adapters_out(module):
@@ -264,7 +265,7 @@ def leave_adapters_out(module):
 @pytest.mark.parametrize("script", ["grpo", "sft"])
 def test_a_sampler_without_the_adapters_is_found_before_they_differ_from_zero(world, script):
     pytest.importorskip("peft", reason="LoRA needs peft: pip install peft")
-    args = ranks.ARGS[script] | dict(lora_rank=4, run_dir=f"runs/no-adapters-{script}")
+    args = helpers.ARGS[script] | dict(lora_rank=4, run_dir=f"runs/no-adapters-{script}")
     line = world.run(script, patch=leave_adapters_out, **args).error()
     assert "leaves out LoRA adapters or keeps older weights" in line
 
@@ -301,12 +302,12 @@ FRESH = {
 
 
 def stale_engine(module, how):
-    module.vllm_engine.start = lambda policy, name, args: (Stale(policy, FRESH[how]), 0.0)
+    module.vllm.start = lambda policy, name, args: (Stale(policy, FRESH[how]), 0.0)
 
 
 @pytest.mark.parametrize("script", ONLINE)
 def test_an_engine_that_keeps_older_weights_ends_the_run(world, script):
-    args = ranks.ARGS[script] | dict(save_every=0)
+    args = helpers.ARGS[script] | dict(save_every=0)
     for how in ("never", "every other"):
         line = world.run(script, patch=functools.partial(stale_engine, how=how), **args, run_dir=f"runs/{how}-{script}").error()
         assert "nats a token" in line, how
@@ -315,7 +316,7 @@ def test_an_engine_that_keeps_older_weights_ends_the_run(world, script):
     own, engine = f"runs/own-{script}", f"runs/engine-{script}"
     world.run(script, **args, run_dir=own).ok()
     world.run(script, patch=functools.partial(stale_engine, how="always"), **args, run_dir=engine).ok()
-    assert ranks.metrics(world.path(own)) == ranks.metrics(world.path(engine))
+    assert helpers.metrics(world.path(own)) == helpers.metrics(world.path(engine))
 
 
 def test_weights_are_what_they_were(monkeypatch):
@@ -372,7 +373,7 @@ def drift_later(module):
 
 @pytest.mark.parametrize("script", [*ONLINE, *OFFLINE])
 def test_later_rollouts_that_drift_are_named(world, script):
-    args = ranks.ARGS[script] | dict(steps=4, eval_every=1, run_dir=f"runs/drift-{script}")
+    args = helpers.ARGS[script] | dict(steps=4, eval_every=1, run_dir=f"runs/drift-{script}")
     output = world.run(script, patch=drift_later, **args).ok().output
     named = [line for line in output.splitlines() if "0.693 nats a token off the policy's" in line]
     assert named and all("rounding in float32" in line for line in named)

@@ -4,9 +4,9 @@ import itertools
 import math
 import random
 
+import helpers
 import numpy as np
 import pytest
-import ranks
 import torch
 
 import rpo
@@ -128,7 +128,7 @@ def test_thin_keeps_a_share_of_every_prompt():
 
 def test_kept_reference_is_used_on_resume_unless_it_is_of_something_else(world):
     """With its key the file's numbers are taken (here moved by 100 nats, which moves the targets); with another they are not."""
-    args = ranks.ARGS["rpo"] | dict(precompute_ref=True, save_every=1, steps=1, tau=1.0, lr_schedule="constant")
+    args = helpers.ARGS["rpo"] | dict(precompute_ref=True, save_every=1, steps=1, tau=1.0, lr_schedule="constant")
     for key, moved in ((None, True), ("of something else", False)):
         run_dir = f"runs/kept-{moved}"
         world.run("rpo", **args, run_dir=run_dir).ok()
@@ -136,7 +136,7 @@ def test_kept_reference_is_used_on_resume_unless_it_is_of_something_else(world):
         found = dict(np.load(cache))
         np.savez(cache, **found | {"train": found["train"] + 100.0} | ({"key": key} if key else {}))
         world.run("rpo", **args | dict(steps=2), run_dir=run_dir, resume=True).ok()
-        first, second = (row["rpo/target"] for row in ranks.metrics(world.path(run_dir)) if "rpo/target" in row)
+        first, second = (row["rpo/target"] for row in helpers.metrics(world.path(run_dir)) if "rpo/target" in row)
         assert (abs(second - first) > 50) == moved
 
 
@@ -148,12 +148,12 @@ def test_responses_of_2000_tokens_in_bf16(world):
         for _ in range(1 if topic == "rice" else 3):
             text = " ".join(rng.choice(["very", "warm", "soup", "and", "."]) for _ in range(2000))
             rows.append({"prompt": f"lunch : the {topic} ?", "response": text, "reward": rng.gauss(0, 1)})
-    args = ranks.ARGS["rpo"] | dict(dataset=world.write("endless.jsonl", rows), eval_dataset="scored.jsonl", eval_split="train")
+    args = helpers.ARGS["rpo"] | dict(dataset=world.write("endless.jsonl", rows), eval_dataset="scored.jsonl", eval_split="train")
     args |= dict(precision="bf16", batch_size=2, micro_batch_size=1, max_response_length=2048, steps=1, eval_prompts=0)
     result = world.run("rpo", **args, run_dir="runs/endless").ok()
     assert "endless.jsonl: dropped 1 of 4 prompts with a single response" in result.output
     sums = np.load(world.path("runs/endless") / "reference.npz")["train"]
-    (row,) = (row for row in ranks.metrics(world.path("runs/endless")) if "rpo/target" in row)
+    (row,) = (row for row in helpers.metrics(world.path("runs/endless")) if "rpo/target" in row)
     assert sums.dtype == np.float64 and len(sums) == 9 and sums.max() < -2000
     assert 1000 < row["rpo/target"] < -sums.min() + 100 and math.isfinite(row["rpo/grad_norm"]) and row["rpo/grad_norm"] > 0
 

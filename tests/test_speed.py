@@ -3,15 +3,15 @@
 import json
 import sys
 
+import helpers
 import pytest
-import ranks
 import torch
 from transformers import AutoModelForCausalLM
 
-from common import data
-from common.models import load_tokenizer
+from common import batches, data, tokenization  # noqa: E402
+from common.tokenization import load_tokenizer  # noqa: E402
 
-sys.path.append(str(ranks.ROOT / "benchmarks"))
+sys.path.append(str(helpers.ROOT / "benchmarks"))
 import speed  # noqa: E402
 
 SHAPE = dict(vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2)
@@ -74,7 +74,7 @@ def test_trl_gets_the_rows_in_the_order_ours_are_drawn(algorithm, tmp_path, path
     read = data.read_rows(str(tmp_path / "rows.jsonl"), kind)
     if kind == "prompts":
         read.sort(key=lambda row: data.prompt_hash(row["prompt"], 1))
-    drawn = [read[i]["prompt"] for step in range(3) for i in data.batch_indices(len(read), a_step, step, 0)]
+    drawn = [read[i]["prompt"] for step in range(3) for i in batches.batch_indices(len(read), a_step, step, 0)]
     assert [row["prompt"] for row in speed.in_drawn_order(rows, algorithm, a_step)] == drawn
     assert drawn != [row["prompt"] for row in rows] and len(set(drawn)) == len(rows)
 
@@ -87,7 +87,7 @@ def test_responses_end_where_their_prompts_say(paths):
     torch.manual_seed(0)
     for kind in (1, 2, 5, LIMIT, 0):
         prompt = f"w9 w60 w{kinds.index(kind)}"
-        ids = torch.tensor([data.encode_prompt(tokenizer, prompt)] * 8)
+        ids = torch.tensor([tokenization.encode_prompt(tokenizer, prompt)] * 8)
         assert ids[0, 0] == tokenizer.bos_token_id and ids.shape == (8, 4)
         out = model.generate(ids, do_sample=True, top_k=0, max_new_tokens=LIMIT + 4, attention_mask=torch.ones_like(ids))[:, 4:]
         ended = (out == tokenizer.eos_token_id).int()

@@ -3,15 +3,16 @@
 import functools
 from types import SimpleNamespace
 
+import helpers
 import pytest
-import ranks
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoModelForTokenClassification
 
 import dro
-from common.data import collate, encode_prompt, tokenize
-from common.models import load_model, load_tokenizer
+from common.batches import collate
+from common.models import load_model
 from common.rollout import rollout
+from common.tokenization import encode_prompt, load_tokenizer, tokenize
 
 pytestmark = pytest.mark.usefixtures("group")
 ARGS = SimpleNamespace(precision="fp32", shard_size=0, gradient_checkpointing=False, micro_batch_size=3, lora_rank=0)
@@ -22,7 +23,7 @@ RESPONSES = ["the soup was warm .", "the waiter was not very sad .", "fine"]
 @pytest.fixture(scope="module", params=[False, True], ids=["own output layer", "tied, scaled"])
 def folder(request, tmp_path_factory):
     """Flan-T5's kind of output layer, and T5's, whose hidden states are scaled before it."""
-    return ranks.make_t5(tmp_path_factory.mktemp("t5"), tied=request.param)
+    return helpers.make_t5(tmp_path_factory.mktemp("t5"), tied=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_prompt_values_are_the_mean_over_the_prompts_tokens(folder, tokenizer, s
 @pytest.fixture(scope="module")
 def alone(world):
     """The run of a script on a T5 in one process, made once; returns its folder."""
-    ranks.make_t5(world.path("runs/t5"))
+    helpers.make_t5(world.path("runs/t5"))
 
     @functools.cache
     def run(script):
@@ -122,15 +123,15 @@ def alone(world):
 
 def args_of(script):
     sizes = dict(max_prompt_length=80, max_response_length=40, precision="fp64", model="runs/t5", steps=2)
-    hot = dict(temperature=5.0) if script in ranks.ONLINE else {}  # this model is so sure that a sample is the greedy answer
-    return ranks.ARGS[script] | sizes | hot | (dict(precompute_ref=False) if script in ("rpo", "dro", "kto", "dpo") else {})
+    hot = dict(temperature=5.0) if script in helpers.ONLINE else {}  # this model is so sure that a sample is the greedy answer
+    return helpers.ARGS[script] | sizes | hot | (dict(precompute_ref=False) if script in ("rpo", "dro", "kto", "dpo") else {})
 
 
 @pytest.mark.parametrize("script", ["sft", "rpo", "dro", "kto", "dpo", "grpo", "remax"])
 def test_same_training_on_two_ranks(world, alone, script):
     """Losses, gradient norms, KL, samples and weights do not depend on ranks or micro-batches; the export opens as it is."""
     world.run(script, 2, **args_of(script) | dict(micro_batch_size=2, run_dir=f"runs/t5-{script}-2")).ok()
-    ranks.assert_same(alone(script), world.path(f"runs/t5-{script}-2"))
+    helpers.assert_same(alone(script), world.path(f"runs/t5-{script}-2"))
     before = AutoModelForSeq2SeqLM.from_pretrained(world.path("runs/t5")).state_dict()
     after, info = AutoModelForSeq2SeqLM.from_pretrained(alone(script) / "model", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -143,7 +144,7 @@ def test_reference_and_policy_agree_in_bf16(world, alone):
     the log-ratio of the first step, from identical models, is 0."""
     alone("sft")
     world.run("rpo", **args_of("rpo") | dict(precision="bf16", steps=1, run_dir="runs/t5-bf16")).ok()
-    (row,) = (row for row in ranks.metrics(world.path("runs/t5-bf16")) if "rpo/log_ratio" in row)
+    (row,) = (row for row in helpers.metrics(world.path("runs/t5-bf16")) if "rpo/log_ratio" in row)
     assert abs(row["rpo/log_ratio"]) < 1e-3  # of sums of hundreds of nats; with the fused kernel it is 0.5
 
 
@@ -152,14 +153,14 @@ def test_shared_encoder_trains_on_two_ranks(world, alone):
     alone("dro")
     for processes in (0, 2):
         world.run("dro", processes, **args_of("dro") | dict(shared_encoder=True, run_dir=f"runs/t5-shared-{processes}")).ok()
-    ranks.assert_same(*(world.path(f"runs/t5-shared-{processes}") for processes in (0, 2)))
+    helpers.assert_same(*(world.path(f"runs/t5-shared-{processes}") for processes in (0, 2)))
 
 
 @pytest.mark.parametrize("script", ["ppo", "gvm_td", "reward"])
 def test_value_and_reward_models_refuse_it(world, alone, script):
     """A bidirectional encoder would see the tokens it is to judge: one line says so."""
     alone("sft")
-    line = world.run(script, **ranks.ARGS[script] | dict(model="runs/t5", max_prompt_length=80, run_dir="runs/t5-no")).error()
+    line = world.run(script, **helpers.ARGS[script] | dict(model="runs/t5", max_prompt_length=80, run_dir="runs/t5-no")).error()
     assert "runs/t5" in line and "encoder-decoder" in line
 
 
@@ -168,8 +169,8 @@ def test_other_encoder_decoders_are_refused(world):
     from transformers import BartConfig, BartForConditionalGeneration
 
     sizes = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16)
-    ranks.make_t5(world.path("runs/bart"))
+    helpers.make_t5(world.path("runs/bart"))
     model = BartForConditionalGeneration(BartConfig(vocab_size=99, encoder_attention_heads=2, decoder_attention_heads=2, **sizes))
     model.save_pretrained(world.path("runs/bart"))
-    line = world.run("sft", **ranks.ARGS["sft"] | dict(model="runs/bart", max_prompt_length=80, run_dir="runs/t5-bart")).error()
+    line = world.run("sft", **helpers.ARGS["sft"] | dict(model="runs/bart", max_prompt_length=80, run_dir="runs/t5-bart")).error()
     assert "T5 family" in line and "bart" in line

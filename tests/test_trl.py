@@ -15,8 +15,9 @@ import dpo  # noqa: E402
 import grpo  # noqa: E402
 import kto  # noqa: E402
 from assets import reviews  # noqa: E402
-from common.data import collate  # noqa: E402
-from common.models import load_tokenizer, response_logprobs  # noqa: E402
+from common.batches import collate  # noqa: E402
+from common.logprobs import response_logprobs  # noqa: E402
+from common.tokenization import load_tokenizer  # noqa: E402
 
 PLAIN = dict(bf16=False, gradient_checkpointing=False, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True)
 LIMIT = 7

@@ -2,11 +2,13 @@
 
 import json
 
+import helpers
 import numpy as np
 import pytest
-import ranks
 
-import evaluate
+from common import distributed
+from common.measures import response_statistics
+from evaluation import values as asked
 
 TINY = "--steps 3 --save-every 0 --eval-every 0".split()
 
@@ -35,8 +37,8 @@ def test_the_table_of_a_gvm_is_the_one_its_run_logged(runs, run, precision):
     logged = json.loads(runs.path(f"runs/{run}/accuracy.json").read_text())
     found = table(runs, f"runs/{run}-judged")
     (mine,) = (found[f"runs/{run}/model"],)
-    assert {key: mine["all"][key] for key in evaluate.STATISTICS} == {key: logged[key] for key in evaluate.STATISTICS}
-    assert mine["all"]["pairs"] == logged["pairs"] > 0 and len({mine["all"][key] for key in evaluate.STATISTICS}) > 1
+    assert {key: mine["all"][key] for key in asked.STATISTICS} == {key: logged[key] for key in asked.STATISTICS}
+    assert mine["all"]["pairs"] == logged["pairs"] > 0 and len({mine["all"][key] for key in asked.STATISTICS}) > 1
     assert found["baseline: the longer one"]["all"]["score"] == logged["baseline_length"]
     assert found["baseline: the better policy"]["all"]["score"] == logged["baseline_policy"]
 
@@ -56,7 +58,7 @@ def test_statistics_and_backup_by_hand():
     """Ragged responses against numpy and against the equation; a response of one token has one value for everything."""
     rng = np.random.default_rng(0)
     pairs = [(rng.normal(size=n).tolist(), rng.normal(size=m).tolist()) for n, m in ((1, 7), (5, 1), (40, 3), (2, 2), (1, 1))]
-    found = evaluate.accuracies(pairs, 0.9, 0.7)
+    found = asked.accuracies(pairs, 0.9, 0.7)
     measures = {"mean": np.mean, "last": lambda x: x[-1]}
     measures |= {f"p{p}": lambda x, p=p: np.percentile(x, p) for p in (1, 5, 10, 90, 95, 99)}
 
@@ -69,22 +71,22 @@ def test_statistics_and_backup_by_hand():
     measures["backup"] = by_hand
     for name, measure in measures.items():
         assert found[name] == pytest.approx(np.mean([measure(a) > measure(b) for a, b in pairs])), name
-        assert evaluate.backup([0.25], 0.9, 0.7) == pytest.approx(0.25)
+        assert asked.backup([0.25], 0.9, 0.7) == pytest.approx(0.25)
     q = rng.normal(size=6).tolist()
-    assert evaluate.backup(q, 0.9, 0.7) == pytest.approx(by_hand(q))
-    assert evaluate.backup(q, 1.0, 1.0) == q[-1] and evaluate.backup(q, 1.0, 0.0) == q[0]
+    assert asked.backup(q, 0.9, 0.7) == pytest.approx(by_hand(q))
+    assert asked.backup(q, 1.0, 1.0) == q[-1] and asked.backup(q, 1.0, 0.0) == q[0]
     tie = [0.5, 1.5]
-    assert set(evaluate.accuracies([(tie, tie)], 1.0, 0.95).values()) == {0.0}  # ties are not wins
+    assert set(asked.accuracies([(tie, tie)], 1.0, 0.95).values()) == {0.0}  # ties are not wins
 
 
 def test_subsets():
     """Per-subset shares, and an average over subsets that does not depend on their sizes; rows without a subset count in all."""
     right = lambda pairs: {"last": float(np.mean(pairs))}  # noqa: E731
-    found = evaluate.by_subset(right, [1, 1, 1, 0, 0], ["chat", "chat", "chat", "code", None])
+    found = asked.by_subset(right, [1, 1, 1, 0, 0], ["chat", "chat", "chat", "code", None])
     assert {name: (row["last"], row["pairs"]) for name, row in found.items()} == {
         "all": (0.6, 5), "chat": (1.0, 3), "code": (0.0, 1), "average": (0.5, 4)
     }  # fmt: skip
-    assert list(evaluate.by_subset(right, [1], [None])) == ["all"]
+    assert list(asked.by_subset(right, [1], [None])) == ["all"]
 
 
 def test_rewardbench_file_and_pictures(runs):
@@ -107,16 +109,16 @@ def test_rewardbench_file_and_pictures(runs):
     assert "reviews: x | 1 |" in output
     kept = [json.loads(line) for line in runs.path("runs/v-bench/values.jsonl").read_text().splitlines()]
     assert len(kept) == 6 and [len(row["rejected_values"]) for row in kept[:3]] == [2, 12, 2]
-    assert evaluate.response_statistics(kept[0]["chosen_values"])["last"] == kept[0]["chosen_values"][-1]
+    assert response_statistics(kept[0]["chosen_values"])["last"] == kept[0]["chosen_values"][-1]
 
 
 def test_ranks_judge_alike(runs):
     """Three processes and micro-batches of one give the table of one process."""
     argv = dict(models=("reviews",), like="runs/v-reward", precision="fp64", draw=0)
-    script = evaluate.Values(**argv)
+    script = asked.Values(**argv)
     assert script.like == "runs/v-reward"
     for n, size in ((0, 8), (3, 1)):
-        result = ranks.Job(runs.folder, Call(argv | dict(run_dir=f"runs/v-ranks-{n}", micro_batch_size=size)), n).wait().ok()
+        result = helpers.Job(runs.folder, Call(argv | dict(run_dir=f"runs/v-ranks-{n}", micro_batch_size=size)), n).wait().ok()
         assert result.output.count("| reviews |") == 1  # rank 0 alone speaks
     a, b = (runs.path(f"runs/v-ranks-{n}/values.jsonl").read_text().splitlines() for n in (0, 3))
     for one, other in zip(map(json.loads, a), map(json.loads, b), strict=True):
@@ -132,9 +134,8 @@ class Call:
         self.args = args
 
     def __call__(self):
-        from common import fsdp
 
-        fsdp.launch(evaluate.values, evaluate.Values(**self.args))
+        distributed.launch(asked.values, asked.Values(**self.args))
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -149,5 +150,5 @@ class Call:
 def test_bad_input(runs, argv, message):
     runs.write("empty.jsonl", [{"prompt": "lunch ?", "chosen": "the soup was great .", "rejected": ""}])
     if not runs.path("runs/v-policy").exists():
-        ranks.edit_model(runs, "policy", "v-policy")
+        helpers.edit_model(runs, "policy", "v-policy")
     assert message in runs.command("evaluate", "values", "--run-dir", "runs/v-bad", *argv).error()

@@ -17,9 +17,12 @@ import dvpo
 import gvm_td
 import ppo
 from assets import reviews
-from common import fsdp
-from common.data import collate
-from common.models import load_model, load_tokenizer, response_values
+from common import distributed
+from common.batches import collate
+from common.models import load_model
+from common.optimizer import adamw, backward, optimizer_step
+from common.tokenization import load_tokenizer
+from common.value_heads import response_values
 
 LIMIT = 3
 TEXTS = [y for n in range(1, LIMIT + 1) for y in product(range(3), repeat=n)]
@@ -103,7 +106,7 @@ def group():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     if mine:
-        fsdp.mesh.cache_clear()
+        distributed.mesh.cache_clear()
         gc.collect()  # FSDP's models go before the group does
         dist.destroy_process_group()
 
@@ -123,11 +126,11 @@ def test_a_transformer_gvm_approaches_the_dynamic_programming_value(group, tmp_p
     expected = table_of(dynamic_programming(world.logits, world.scores))
     words = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["soup", "warm"])]
     batch = collate([([1, 6, 7], [words[t] for t in y]) for y in RESPONSES], tokenizer.pad_token_id, "cpu")
-    optimizer = fsdp.adamw(model, 0.0)
+    optimizer = adamw(model, 0.0)
     for step in range(150):
         loss = weighted_td_loss(response_values(model, **batch), world.scores.float(), weights, 1.0, 0.95)
-        fsdp.backward(loss)
-        fsdp.optimizer_step(model, optimizer, 3e-3 * (1 - step / 150), loss, 1.0, "")
+        backward(loss)
+        optimizer_step(model, optimizer, 3e-3 * (1 - step / 150), loss, 1.0, "")
     error = (response_values(model, **batch).detach() - expected).abs().max().item()
     spread = (expected.max() - expected.min()).item()
     assert spread > 1 and error < 0.1, (spread, error)

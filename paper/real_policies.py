@@ -1,6 +1,6 @@
 """The papers' policies compared on your own model and data: SFT, DPO, ReMax, GRPO, PPO, DVPO; SFT, KTO, DRO, RPO.
 
-    python benchmarks/real_policies.py --model SmolLM2-135M-Instruct --pairs pairs.jsonl.gz --scored scored.jsonl.gz \\
+    python paper/real_policies.py --model SmolLM2-135M-Instruct --pairs pairs.jsonl.gz --scored scored.jsonl.gz \\
         --reward vader:positive --steps 200 --rl-steps 30 --flags "--max-response-length 128 --micro-batch-size 4"
 
 `--pairs` needs prompt, chosen, rejected; `--scored` prompt, response, reward (without it: no KTO, DRO, RPO). Prompts are those of
@@ -13,10 +13,12 @@ Resumes where it was stopped; writes OUT/table-policies.md: mean and standard de
 import argparse
 import os
 import shlex
+import sys
 from pathlib import Path
 
-from jobs import ROOT, Jobs
-from paper_report import answers, markdown, spread, verdict
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from paper.report import answers, markdown, spread, verdict  # noqa: E402
+from tools.jobs import ROOT, Jobs  # noqa: E402
 
 OFFLINE, ONLINE = ("dpo", "kto", "dro", "rpo"), ("remax", "grpo", "ppo", "dvpo")
 NAMES = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "dro": "DRO-V", "rpo": "RPO"}

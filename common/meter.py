@@ -6,8 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from common import fsdp
+from common import distributed
 
 PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "B200": 2250e12}  # dense FLOP/s, data sheets
 
@@ -17,7 +18,7 @@ def mfu(model, tokens: int, seconds: float) -> dict:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     peak = [flops for key, flops in PEAK_BF16.items() if key in name]
     flops = 6 * sum(p.numel() for p in model.parameters()) * tokens / seconds
-    return {"perf/mfu": flops / (peak[0] * fsdp.world())} if peak else {}
+    return {"perf/mfu": flops / (peak[0] * distributed.world())} if peak else {}
 
 
 def peak_memory_gb(restart: bool = False) -> float:
@@ -32,6 +33,14 @@ def peak_memory_gb(restart: bool = False) -> float:
         peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 2**20
         _ = restart and Path("/proc/self/clear_refs").write_text("5")
     return peak
+
+
+def state_bytes(models, optimizers=()) -> int:
+    """Bytes on this rank of weights, optimizer state and gradients (of the trained models: one more copy of the weights)."""
+    tensors = [t for model in models for p in model.parameters() for t in [p] * (2 if p.requires_grad else 1)]
+    tensors += [t for optimizer in optimizers for state in optimizer.state.values() for t in state.values()]
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return sum(t.nbytes for t in local if t.untyped_storage().nbytes())  # parked models have none here
 
 
 class Phases:

@@ -7,9 +7,8 @@ import os
 
 import torch
 
-from common import fsdp
-from common.data import fail
-from optional import lora
+from common import distributed, lora, sharding
+from common.cli import fail
 
 
 def check(args) -> None:
@@ -48,7 +47,7 @@ class Engine:
                 name,
                 load_format="dummy",  # `load` brings the weights
                 skip_tokenizer_init=True,
-                dtype=str(fsdp.dtypes(args.precision)[0]).removeprefix("torch."),
+                dtype=str(distributed.dtypes(args.precision)[0]).removeprefix("torch."),
                 seed=args.seed,
                 max_model_len=args.max_prompt_length + args.max_response_length,
                 max_num_seqs=args.rollout_batch_size or 256,
@@ -80,7 +79,7 @@ class Engine:
 
     def generate(self, policy, prompts, seeds, temperatures, limit: int, stops: list[int]) -> list[tuple[list[int], list[float]]]:
         """As `rollout.decode`: (tokens, their log-probabilities) for each prompt; random numbers by a seed for each."""
-        with fsdp.gathered(policy):
+        with sharding.gathered(policy):
             self.load(policy)
         # our stops alone: without ignore_eos those of the folder's generation config would end a response too
         options = dict(max_tokens=limit, stop_token_ids=stops, ignore_eos=True, detokenize=False, logprobs=0)

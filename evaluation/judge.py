@@ -12,14 +12,58 @@ import random
 import re
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
 from common import data
-from common.data import fail, note, prompt_hash
+from common.cli import fail, note
+from common.data import prompt_hash
 
 Z95 = statistics.NormalDist().inv_cdf(0.975)  # 1.96
+
+
+@dataclass
+class Judge:
+    """Asks a language model which of two files of responses is better, or for scores from 1 to 5."""
+
+    responses: tuple[str, ...]
+    """files of prompt, response (.jsonl, .json, .parquet) or alpaca_eval's instruction, output: two, for scores any number"""
+    judge_model: str
+    """the judge's name at the endpoint"""
+    endpoint: str = "http://localhost:8000/v1"
+    """of any OpenAI-compatible server; its key is read from OPENAI_API_KEY"""
+    mode: Literal["pairwise", "score"] = "pairwise"
+    """pairwise: A, B or neutral, each pair in both orders; score: 1 to 5, each response by itself"""
+    template: str = ""
+    """file with a prompt of your own: {prompt}, and {answer_a} and {answer_b}, or {answer} for scores; default: ours"""
+    run_dir: str = "runs/judge"
+    """judgements.jsonl (the cache), results.jsonl and judge.json go here"""
+    prompts: int = 0
+    """judge this many prompts, drawn by `--seed`; 0: all"""
+    seed: int = 0
+    """of the prompts drawn, their order and which order of a pair is asked first"""
+    temperature: float = 0.0
+    """of the judge"""
+    max_tokens: int = 1024
+    """of a judge's answer, its reasoning included"""
+    extra: str = "{}"
+    """JSON that is added to each request; null takes a field out: {"max_tokens": null, "max_completion_tokens": 4096}"""
+    concurrency: int = 8
+    """questions under way at the same time"""
+    timeout: float = 120.0
+    """seconds for one try, from connecting to the last byte"""
+    tries: int = 6
+    """tries per question, in one run of this command"""
+    backoff: float = 1.0
+    """seconds before the second try at most (random down to half); doubled for each further one"""
+    max_wait: float = 120.0
+    """longest pause between two tries; a server that asks for a longer one (Retry-After) gets no further try"""
+    retry_unparsable: bool = False
+    """ask again where the judge's answer had no verdict or score; in vain at temperature 0, mostly"""
+
 
 RUBRIC = """
 Weigh these together:

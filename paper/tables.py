@@ -1,9 +1,9 @@
 """The tables and pictures of 2502.16944 (DVPO) and 2506.13702 (RPO), as far as they can be made, on the embedded world.
 
-    python benchmarks/paper_tables.py                      # make tables: everything, 3 seeds, about an hour on 2 cores
-    python benchmarks/paper_tables.py --quick              # make tables QUICK=1: one seed, a tenth of the steps, to try it
-    python benchmarks/paper_tables.py --only beta          # one table and what it needs
-    python benchmarks/paper_tables.py --docs docs          # also puts tables and pictures into docs/results.md
+    python paper/tables.py                      # make tables: everything, 3 seeds, about an hour on 2 cores
+    python paper/tables.py --quick              # make tables QUICK=1: one seed, a tenth of the steps, to try it
+    python paper/tables.py --only beta          # one table and what it needs
+    python paper/tables.py --docs docs          # also puts tables and pictures into docs/results.md
 
 Resumes where it was stopped. All runs lie below runs/tables (commands in their job.json), tables there as table-*.md.
 Each table has a column with the paper's figure or claim, on its own models, and one that says whether it holds here: by the
@@ -18,10 +18,11 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import paper_report
-from jobs import ROOT, Jobs
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common.data import hold_out, prompt_hash, read_rows
+from paper import report  # noqa: E402
+from tools.jobs import Jobs  # noqa: E402
 
-sys.path.insert(0, str(ROOT))
 KNOWN, OTHERS = ("critic", "regular", "tourist"), ("grump", "poet")  # authors: what a value model has read, has not
 UNSEEN = ("salad", "coffee", "waiter", "music")  # dishes that no offline row names; the SFT policy knows the words
 SIZES = {"16": (16, 2, 1), "32": (32, 2, 2), "128": (128, 3, 4), "192": (192, 3, 4)}  # hidden size, layers, heads
@@ -75,7 +76,7 @@ def commands(quick: bool) -> dict[str, list[str]]:
         "dvpo_beta_005": ["dvpo.py", *RL, "--gvm", "{home}/gvm_scores/model", "--beta", "0.05", *steps(30)],
         "dvpo_beta_001": ["dvpo.py", *RL, "--gvm", "{home}/gvm_scores/model", "--beta", "0.01", *steps(30)],
         # value models trained on some authors, judged on others
-        "data": ["benchmarks/paper_tables.py", "--write-data"],
+        "data": ["paper/tables.py", "--write-data"],
         "gvm_known": ["gvm_td.py", *VALUE, *known, "--lr", "3e-3", *steps(500)],
         "reward_known": ["reward.py", *VALUE, *known, "--lr", "2e-3", *steps(200)],
         "ppo_known": ["ppo.py", *RL, "--reward", "{home}/reward_known/model", *steps(30)],
@@ -128,7 +129,6 @@ def write_data(out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
     from assets import reviews
-    from common.data import hold_out, prompt_hash, read_rows
 
     def write(name, rows):
         (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -178,7 +178,7 @@ def require_sound(out: Path, seeds: list[int], jobs: Iterable[str]) -> None:
     from assets import reviews
 
     judged = [("sft", out / "sft", 0.0)]
-    judged += [(f"dvpo, seed {seed}", paper_report.home(out, seed, "dvpo"), 1.0) for seed in seeds if "dvpo" in jobs]
+    judged += [(f"dvpo, seed {seed}", report.home(out, seed, "dvpo"), 1.0) for seed in seeds if "dvpo" in jobs]
     for name, folder, rise in judged:
         if (folder / "metrics.jsonl").exists():
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -190,7 +190,7 @@ def require_sound(out: Path, seeds: list[int], jobs: Iterable[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=[*paper_report.TABLES], help="these tables and what they need")
+    parser.add_argument("--only", nargs="+", choices=[*report.TABLES], help="these tables and what they need")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time; timed runs are always alone")
@@ -203,10 +203,10 @@ def main() -> None:
         return write_data(args.run_dir)
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     out = args.out or Path("runs/tables-quick" if args.quick else "runs/tables")
-    seeds, names = args.seeds or ([0] if args.quick else [0, 1, 2]), args.only or list(paper_report.TABLES)
+    seeds, names = args.seeds or ([0] if args.quick else [0, 1, 2]), args.only or list(report.TABLES)
     jobs, timed = commands(args.quick), []
     shared = {"data", "sft"} | {f"sft_{size}" for size in SIZES}
-    needed = dict.fromkeys(job for name in names for job in paper_report.TABLES[name][1])
+    needed = dict.fromkeys(job for name in names for job in report.TABLES[name][1])
     Jobs(out, jobs, [(seed, job) for seed in seeds for job in needed], shared).run(args.workers)
     if "cost" in names:
         for n in range(1 if args.quick else 5):
@@ -216,7 +216,7 @@ def main() -> None:
                 jobs[name] = words
                 timed.append((seeds[0], name))
         Jobs(out, jobs, timed, shared).run(1)
-    paper_report.write(out, seeds, names, args.docs)
+    report.write(out, seeds, names, args.docs)
     if not args.quick:  # else there are too few steps to learn it
         require_sound(out, seeds, needed)
 

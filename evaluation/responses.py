@@ -6,18 +6,88 @@ import hashlib
 import json
 import os
 import time
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
-from transformers import AutoConfig
 
-from common import fsdp
-from common.data import encode_prompt, fail, note, prompt_hash, read_rows, stop_token, tokenize
-from common.models import Reward, load_model, load_tokenizer, resolve
+from common import distributed
+from common.cli import fail, note
+from common.data import prompt_hash, read_rows
+from common.measures import distinct_2
+from common.models import load_model
+from common.pretrained import resolve
+from common.reference import fingerprint
+from common.rewards import Reward
 from common.rollout import rollout
-from optional import text_metrics
-from optional.text_metrics import WITH_REFERENCE, mean
+from common.tokenization import encode_prompt, load_tokenizer, stop_token, tokenize
+from evaluation import text_metrics
+from evaluation.text_metrics import WITH_REFERENCE, mean
+
+
+@dataclass
+class Responses:
+    models: tuple[str, ...] = ("reviews",)
+    """policies to compare, one in memory at a time: folders or hub ids"""
+    names: tuple[str, ...] = ()
+    """a name for each, of its files and in the table; default: `x` of `runs/x/model`, else the last part"""
+    dataset: str = "reviews"
+    """prompts: hub id, or local .jsonl / .json / .parquet (.gz too); MT-bench's `turns` are asked one after another"""
+    split: str = "train"
+    """the hub's split, or the value to keep of a local file's `split` column"""
+    columns: dict[str, str] = field(default_factory=dict)
+    """our column names and yours, e.g. `--columns prompt instruction`"""
+    reference: str = "reference"
+    """column of the reference answers that some metrics compare with; `response`: the answers of an sft data set"""
+    part: Literal["all", "sft", "value", "rl"] = "all"
+    """share of the prompts: 30 % sft, 50 % value, 20 % rl, disjoint (2502.16944)"""
+    split_seed: int = 0
+    """seed of `--part` and `--prompts`; the same in every script"""
+    prompts: int = 0
+    """this many prompts, those that ppo.py holds out with the same `--part` and `--eval-prompts`; 0: all, in their order"""
+    skip_bad_rows: bool = False
+    """drop and count unusable rows instead of stopping at the first"""
+    metrics: tuple[Literal["rouge_l", "bleu", "meteor", "bertscore", "toxicity"], ...] = ()
+    """text metrics beside length and distinct_2; each needs a package of its own"""
+    reward: tuple[str, ...] = ()
+    """reward models (folder or hub id) or `module:function`s to score the responses with"""
+    bertscore_model: str = "roberta-large"
+    """encoder of BERTScore: hub id or folder (1904.09675: roberta-large for English)"""
+    bertscore_layer: int = 0
+    """its layer; 0: the one bert-score's authors tuned for a model of that name"""
+    toxicity_model: str = "unitary/toxic-bert"
+    """text classifier: hub id or folder (Detoxify's `original`)"""
+    toxicity_label: str = "toxic"
+    """its label whose probability is reported"""
+    run_dir: str = "runs/evaluate"
+    """a folder for each model and responses.json go here; finished responses are kept, unfinished ones continued"""
+    overwrite: bool = False
+    """generate anew what is there already"""
+    batch_size: int = 64
+    """prompts generated at once, over all ranks"""
+    micro_batch_size: int = 8
+    """responses a forward pass of reward models, BERTScore and the toxicity classifier"""
+    max_prompt_length: int = 1024
+    """tokens; prompts longer than this for any of the models are dropped for all, and counted"""
+    max_response_length: int = 1024
+    """tokens; responses are cut off there"""
+    temperature: float = 0.0
+    """of sampling; 0: greedy"""
+    seed: int = 0
+    """seed of sampling"""
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    """compute type; auto: bf16 on a GPU, float32 on a CPU"""
+    shard_size: int = 0
+    """ranks a model is sharded over (HSDP: replicas of it across nodes); 0: all"""
+
+
+# The prompts that the online scripts hold out of the embedded world.
+RESPONSES_REVIEWS = dict(
+    part="rl", prompts=96, reference="response", batch_size=96, max_prompt_length=16, max_response_length=32, temperature=1.0,
+    reward=("assets.reviews:reward", "assets.reviews:grammatical"),
+)  # fmt: skip
 
 
 def short_names(models):
@@ -107,24 +177,11 @@ def table(found):
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def distinct_2(texts):
-    """Different pairs of neighbouring words over all pairs, in all texts together: diversity (1510.03055)."""
-    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
-    return len(set(pairs)) / max(1, len(pairs))
-
-
-def fingerprint(name):
-    """The contents of a model: a hash of its local weights and configuration, or the hub's commit."""
-    files, digest = sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("config.json")]), hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as weights:
-            digest.update(hashlib.file_digest(weights, "sha256").digest())
-    return digest.hexdigest() if files else f"{name}@{AutoConfig.from_pretrained(name)._commit_hash}"
 
 
 def responses(args) -> None:
     # --- setup: all that can be wrong without a model
-    names, first = args.names or short_names(args.models), fsdp.rank() == 0
+    names, first = args.names or short_names(args.models), distributed.rank() == 0
     if not args.models or len(names) != len(args.models) or len(set(names)) < len(names) or any("/" in n for n in names):
         fail(f"--models: {len(args.models)} models with the names {', '.join(names)}; give each its own with --names")
     if args.prompts < 0:
@@ -140,7 +197,7 @@ def responses(args) -> None:
     for name, tokenizer in zip(names, tokenizers, strict=True):  # what one of them cannot take is asked of none
         rows = tokenize(rows, tokenizer, (), args.max_prompt_length, 1, f"{args.dataset}, tokens of {name}")
     batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
-    settings = {"max_response_length": args.max_response_length, "precision": str(fsdp.dtypes(args.precision)[0])}
+    settings = {"max_response_length": args.max_response_length, "precision": str(distributed.dtypes(args.precision)[0])}
     settings |= {"temperature": args.temperature}
     settings |= {"seed": args.seed, "batch_size": args.batch_size} if args.temperature else {}
     state = []
@@ -148,7 +205,7 @@ def responses(args) -> None:
         asked = [[encode_prompt(tokenizer, row["prompt"]), row["turns"]] for row in rows]
         made = {"weights": fingerprint(folder), "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest()}
         state.append(kept(Path(args.run_dir, name), made | settings, batches, args.overwrite))
-    state = fsdp.all_gather_object(state)[0]
+    state = distributed.all_gather_object(state)[0]
     rewards = [Reward(name, tokenizers[0], args) for name in args.reward]
     for reward in rewards:
         reward.same = False  # a reward model reads the text by its own template: the same for policies of any tokens

@@ -4,8 +4,8 @@ For each seed: a reward model, a GVM from its scores (the paper's comparison) an
 then PPO with the reward model, DVPO with either GVM, with `--centre` and with `--advantage q`: same policy, prompts, batch and
 epochs. PPO with the true reward and DVPO with a GVM from true scores show what is left when the reward model's errors are gone.
 
-    python benchmarks/reviews.py                   # 5 seeds, about an hour on one core; resumes where it was stopped
-    python benchmarks/reviews.py --seeds 0 1 --out runs/bench   # part of them; the table is over all that are finished
+    python paper/variants.py                   # 5 seeds, about an hour on one core; resumes where it was stopped
+    python paper/variants.py --seeds 0 1 --out runs/bench   # part of them; the table is over all that are finished
 
 Also GVMs from the true scores with other settings. Writes runs/bench/table.md, curves.png, gvm.md, truth.png and truth.json.
 """
@@ -19,6 +19,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from common.data import hold_out, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -222,7 +224,6 @@ def main() -> None:
         train(args.out, seed, args.steps)
     if args.train_only:
         return
-    from common.data import hold_out, read_rows
 
     rows = hold_out(read_rows("reviews", "prompts", part="value"), 0.2, 0)[1]
     last = slug(list(METHODS)[-1])

@@ -2,7 +2,7 @@
 
 import torch
 
-from common.data import fail
+from common.cli import fail
 
 
 def checked(config, kind: str, name: str) -> str:

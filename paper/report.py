@@ -1,4 +1,4 @@
-"""Tables and pictures from the runs of paper_tables.py. Each function takes the folder of all runs and the seeds, and returns
+"""Tables and pictures from the runs of paper/tables.py. Each function takes the folder of all runs and the seeds, and returns
 markdown; `TABLES` says which jobs it reads. A claim holds where its difference has the claimed sign in every seed."""
 
 import json
@@ -98,7 +98,7 @@ def policies(out: Path, seeds: list[int]) -> str:
     return f"{table}\n\n{claims(lines)}\n\nBest in each seed: {', '.join(POLICIES[b].split(',')[0] for b in best)}."
 
 
-STATISTICS = ("mean", "p1", "p5", "p10", "p90", "p95", "p99", "last", "backup", "score")
+COLUMNS = ("mean", "p1", "p5", "p10", "p90", "p95", "p99", "last", "backup", "score")
 
 
 def accuracy(out: Path, seed: int, job: str) -> dict[str, dict]:
@@ -119,12 +119,12 @@ def values(out: Path, seeds: list[int]) -> str:
         "baseline: the better policy": "the better author wins",
     }
     table = [
-        [label, *(spread((f[name]["all"][key] for f in found), 3) if key in found[0][name]["all"] else "" for key in STATISTICS)]
+        [label, *(spread((f[name]["all"][key] for f in found), 3) if key in found[0][name]["all"] else "" for key in COLUMNS)]
         for name, label in names.items()
     ]
     get = lambda name, key: [f[f"{name}"]["all"][key] for f in found]
     minus = lambda a, b: verdict([x - y for x, y in zip(a, b, strict=True)])
-    of_gvm = {key: statistics.fmean(get("gvm_pairs/model", key)) for key in STATISTICS[:-2]}
+    of_gvm = {key: statistics.fmean(get("gvm_pairs/model", key)) for key in COLUMNS[:-2]}
     best = max(of_gvm, key=of_gvm.get)
     mean, score = get("gvm_pairs/model", "mean"), get("reward/model", "score")
     lines = [
@@ -143,7 +143,7 @@ def values(out: Path, seeds: list[int]) -> str:
         ("preferences make a better GVM than scores", "mean 67.85 beside 64.51", minus(mean, get("gvm_true/model", "mean"))),
         ("a GVM judges better than PPO's critic", "68.1 beside 60.6", minus(mean, get("ppo/critic", "mean"))),
     ]
-    return markdown(["share of held-out pairs", *STATISTICS], table) + "\n\n" + claims(lines)
+    return markdown(["share of held-out pairs", *COLUMNS], table) + "\n\n" + claims(lines)
 
 
 def authors(out: Path, seeds: list[int]) -> str:
@@ -196,7 +196,7 @@ def sizes(out: Path, seeds: list[int]) -> str:
     table = [
         [
             f"{parameters(home(out, seeds[0], job)) / 1e6:.2f} M",
-            *(spread((f[key] for f in found[job]), 3) for key in STATISTICS[:-2]),
+            *(spread((f[key] for f in found[job]), 3) for key in COLUMNS[:-2]),
         ]
         for job in jobs
     ]
@@ -206,7 +206,7 @@ def sizes(out: Path, seeds: list[int]) -> str:
     here = "; ".join(f"{jobs[b]} over {jobs[a]}: {minus(b, a)}" for a, b in zip(names, names[1:], strict=False))
     paper = "mean 63.61 (3B), 64.51 (7B), 68.05 (8B), 70.55 (13B)"
     return (
-        markdown(["parameters", *STATISTICS[:-2]], table)
+        markdown(["parameters", *COLUMNS[:-2]], table)
         + "\n\n"
         + claims([("accuracy rises with size", paper, f"hidden {here}")])
     )
@@ -466,7 +466,7 @@ def write(out: Path, seeds: list[int], names: list[str], docs: Path | None) -> N
         commits = sorted({record["commit"].rstrip("+") for record in records})
         dates = sorted({record["date"] for record in records})
         where = (
-            f"`python benchmarks/paper_tables.py --only {name}`; seeds {', '.join(map(str, seeds))}; commit {', '.join(commits)}"
+            f"`python paper/tables.py --only {name}`; seeds {', '.join(map(str, seeds))}; commit {', '.join(commits)}"
         )
         what = "rounds of seed " + str(seeds[0]) if name == "cost" else "seeds"
         found += f"\n\n({where}; {dates[-1]}. Mean ± standard deviation over {what}.)\n"

@@ -1,9 +1,9 @@
 """Memory of a run on N GPUs, by phase, without a GPU and without weights: the script's own `main` with fake tensors.
 
-    python benchmarks/memory.py --algorithm ppo --gpus 8 --model Llama-3-8B --batch-size 64 --mini-batch-size 64 \
+    python tools/plan_memory.py --algorithm ppo --gpus 8 --model Llama-3-8B --batch-size 64 --mini-batch-size 64 \
         --micro-batch-size 1 --max-prompt-length 512 --max-response-length 512 --gradient-checkpointing
-    python benchmarks/memory.py --table                                # `make plan`: beside 2502.16944's figures
-    python benchmarks/memory.py --validate --algorithm dvpo            # one real step on this device beside the plan
+    python tools/plan_memory.py --table                                # `make plan`: beside 2502.16944's figures
+    python tools/plan_memory.py --validate --algorithm dvpo            # one real step on this device beside the plan
 
 Every flag that is not listed by --help is the script's own. Model names (`--model`, `--reward`, `--critic`, `--gvm`) are presets
 or folders with a config.json. docs/memory.md says what is modelled, and how far the plan is from real steps.
@@ -41,10 +41,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import fsdp, models  # noqa: E402
-from common.data import fail, micro_batches  # noqa: E402
-from common.log import parse  # noqa: E402
-from optional import kv_cache, offload  # noqa: E402
+from common import batches, distributed, models, offload, sharding, tokenization
+from common import rollout as rollout_room
+from common.batches import micro_batches
+from common.cli import fail, parse
 
 GB = 2**30
 aten = torch.ops.aten
@@ -278,7 +278,7 @@ def find_config(name: str):
 def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, until: str = "log") -> Measured:
     """One step of the script's `main` on rank 0 of `gpus`: with fake tensors, or really, with random weights, on this device.
     It ends where the phase `until` begins."""
-    begin, device = time.perf_counter(), "cpu" if fake else fsdp.device().type
+    begin, device = time.perf_counter(), "cpu" if fake else distributed.device().type
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         script, args = prepare(algorithm, flags, folder)
         if getattr(args, "rollout_engine", "torch") != "torch":
@@ -337,7 +337,7 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
                 with long_cache(max(map(len, prompts)) + max_new_tokens - 1):
                     heat = temperature[: len(some)] if isinstance(temperature, list) else temperature
                     gather = lambda found: [dict.fromkeys(range(len(some)), ([3], [0.0]))]
-                    with mock.patch.object(fsdp, "all_gather_object", gather):
+                    with mock.patch.object(distributed, "all_gather_object", gather):
                         real_rollout(policy, tokenizer, some, min(2, max_new_tokens), heat, seed, size, compare=False)
                 with mode:
                     sampled = torch.zeros(len(prompts), max_new_tokens, device=device)
@@ -356,7 +356,7 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
             if minis["update"] > 1:
                 raise Enough
             for model in loaded if update else ():  # as a later mini-batch finds them: sharded, the root too
-                fsdp.reshard(model)
+                sharding.reshard(model)
             steps = getattr(args, "epochs", 1) * (args.batch_size // getattr(args, "mini_batch_size", args.batch_size))
             outer, some = (steps, found[:2]) if update else (1, found[:1])
             tracker.steps = outer
@@ -365,9 +365,10 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
                 yield pick
             tracker.weight = outer
 
-        put(models, "_load", load)
-        real_load, real_adamw, real_copy = fsdp.load_full, torch.optim.AdamW, offload.copy
-        put(fsdp, "load_full", load_full)
+        for module in (models, tokenization):
+            put(module, "load_pretrained", load)
+        real_load, real_adamw, real_copy = sharding.load_full, torch.optim.AdamW, offload.copy
+        put(sharding, "load_full", load_full)
         put(offload, "copy", copy)
         run = mock.MagicMock()
         run.return_value.metrics = lambda *_, **__: tracker.phase()  # it may be the first to see that `until` has begun
@@ -380,9 +381,9 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
         if hasattr(script, "note_drift"):
             put(script, "note_drift", lambda *_: None)
         if fake:
-            put(fsdp, "device", lambda: torch.device(device))  # on a machine with a GPU too
-            put(fsdp, "all_gather_object", lambda value: [value] * gpus)
-            for module in (script, models):
+            put(distributed, "device", lambda: torch.device(device))  # on a machine with a GPU too
+            put(distributed, "all_gather_object", lambda value: [value] * gpus)
+            for module in (script, batches):
                 put(module, "micro_batches", functools.partial(some_micro_batches, module))
             dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
         else:
@@ -390,12 +391,12 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
         torch.manual_seed(args.seed)
         try:
             with tracker.watching(), contextlib.suppress(Enough):
-                fsdp.mesh(args.shard_size)
+                distributed.mesh(args.shard_size)
                 script.main(args)
         finally:
             tracker.frame = None
             loaded.clear()
-            fsdp.mesh.cache_clear()
+            distributed.mesh.cache_clear()
             gc.collect()
             dist.destroy_process_group()
     sent = {key: (tracker.sent[key], tracker.calls[key]) for key in tracker.sent}
@@ -421,14 +422,14 @@ def long_cache(length: int):
         if more > 0:
             layer.update(*(x[:, :, :1].expand(-1, -1, more, -1) for x in (layer.keys, layer.values)))
 
-    layers, made = [], kv_cache.roomy
+    layers, made = [], rollout_room.roomy
 
     def roomy(config):
         cache = made(config)
-        layers[:] = [layer for layer in cache.layers if isinstance(layer, kv_cache.RoomyLayer)]
+        layers[:] = [layer for layer in cache.layers if isinstance(layer, rollout_room.RoomyLayer)]
         return cache
 
-    with mock.patch.object(DynamicLayer, "get_mask_sizes", longer_sizes), mock.patch.object(kv_cache, "roomy", roomy):
+    with mock.patch.object(DynamicLayer, "get_mask_sizes", longer_sizes), mock.patch.object(rollout_room, "roomy", roomy):
         yield
 
 
@@ -486,7 +487,7 @@ def show(found: Measured, options: Options) -> None:
 
 
 def validate(options: Options, flags: list[str]) -> None:
-    device = fsdp.device().type
+    device = distributed.device().type
     real = measure(options.algorithm, flags, fake=False)
     planned = measure(options.algorithm, flags)
     print(f"{options.algorithm} on one {device} process, MB; planned in {planned.seconds:.0f} s, real step {real.seconds:.0f} s")

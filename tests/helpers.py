@@ -27,7 +27,7 @@ SCRIPTS = ("sft", "reward", "gvm_td", "dvpo", "ppo", "rpo", "dro", "kto", "dpo",
 ONLINE = ("dvpo", "ppo", "grpo", "remax")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    [*SCRIPTS, "evaluate", "pytest", "ranks", "transformers.models.llama.modeling_llama", "torch.utils.tensorboard"]
+    [*SCRIPTS, "evaluate", "pytest", "helpers", "transformers.models.llama.modeling_llama", "torch.utils.tensorboard"]
     + ["matplotlib.pyplot"]
 )
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,9 +58,9 @@ ARGS = {
     "dro": SMALL | OFFLINE_ARGS | dict(dataset="scored.jsonl", eval_prompts=3, eval_reward=()),
     "kto": SMALL | OFFLINE_ARGS | dict(dataset="labels.jsonl", threshold=None, eval_prompts=3, eval_reward=()),
     "dpo": SMALL | OFFLINE_ARGS | dict(dataset="pairs.jsonl", eval_prompts=3, eval_reward=()),
-    "grpo": SMALL | ONLINE_ARGS | dict(group_size=3, reward="ranks:length_reward"),
-    "remax": SMALL | ONLINE_ARGS | dict(reward="ranks:length_reward"),
-    "ppo": SMALL | ONLINE_ARGS | dict(critic_lr=1e-3, reward="ranks:length_reward"),
+    "grpo": SMALL | ONLINE_ARGS | dict(group_size=3, reward="helpers:length_reward"),
+    "remax": SMALL | ONLINE_ARGS | dict(reward="helpers:length_reward"),
+    "ppo": SMALL | ONLINE_ARGS | dict(critic_lr=1e-3, reward="helpers:length_reward"),
 }
 
 
@@ -162,12 +162,12 @@ def _child(cwd, call, rank, ranks, port, log):
 
 
 def _launch(script, args, patch):
-    from common import fsdp
+    from common import distributed
 
     module = importlib.import_module(script)
     if patch:
         patch(module)
-    fsdp.launch(module.main, module.Args(**{**module.REVIEWS, **args}))
+    distributed.launch(module.main, module.Args(**{**module.REVIEWS, **args}))
 
 
 def _command(script, argv, processes):
@@ -265,12 +265,12 @@ def no_models(module):
 
 def watch_frozen(module, log):
     """At export, writes what became of the frozen models: weights that changed, gradients, parameters an optimizer holds."""
-    from common import fsdp, models
+    from common import distributed, models, sharding
 
-    load_model, adamw, export, frozen, optimized = models.load_model, fsdp.adamw, fsdp.export, [], set()
+    load_model, adamw, export, frozen, optimized = models.load_model, module.adamw, module.export, [], set()
 
     def local(model):
-        fsdp.reshard(model)
+        sharding.reshard(model)
         return {name: p.to_local() for name, p in model.named_parameters()}
 
     def watched_load(kind, *args, trained, **kwargs):
@@ -292,18 +292,18 @@ def watch_frozen(module, log):
             for name, p in model.named_parameters():
                 found["gradients"] += [f"{kind} {name}"] * (p.grad is not None or p.requires_grad)
                 found["optimized"] += [f"{kind} {name}"] * (id(p) in optimized)
-        Path(f"{log}-{fsdp.rank()}").write_text(json.dumps(found))
+        Path(f"{log}-{distributed.rank()}").write_text(json.dumps(found))
         export(*args, **kwargs)
 
     module.load_model = models.load_model = watched_load
-    fsdp.adamw, fsdp.export = watched_adamw, watched_export
+    module.adamw, module.export = watched_adamw, watched_export
 
 
 def die_in_second_save(module, when):
     """SIGKILL in the second checkpoint: `half` written, or whole but before the `rename`."""
-    from common import fsdp
+    from common import checkpoints
 
-    save, rename, count = fsdp.dcp.save, Path.rename, []
+    save, rename, count = checkpoints.dcp.save, Path.rename, []
 
     def dying_save(states, *, checkpoint_id):
         count.append(1)
@@ -319,14 +319,13 @@ def die_in_second_save(module, when):
             os.kill(os.getpid(), signal.SIGKILL)
         return rename(path, target)
 
-    fsdp.dcp.save, Path.rename = dying_save, dying_rename
+    checkpoints.dcp.save, Path.rename = dying_save, dying_rename
 
 
 def not_finite(module, what, at):
     """The `at`-th (0-based) optimizer step gets a loss of inf, or a gradient with a NaN."""
-    from common import fsdp
 
-    optimizer_step, count = fsdp.optimizer_step, []
+    optimizer_step, count = module.optimizer_step, []
 
     def bad_step(model, optimizer, lr, loss, *rest):
         count.append(1)
@@ -337,7 +336,7 @@ def not_finite(module, what, at):
             (grad.to_local() if hasattr(grad, "to_local") else grad).view(-1)[0] = float("nan")
         return optimizer_step(model, optimizer, lr, loss, *rest)
 
-    fsdp.optimizer_step = bad_step
+    module.optimizer_step = bad_step
 
 
 # --- the world -------------------------------------------------------------------------------------------------------

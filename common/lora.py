@@ -5,7 +5,7 @@ import importlib.util
 import torch
 from safetensors.torch import save_file
 
-from common.data import fail
+from common.cli import fail
 
 
 class Dropout(torch.nn.Dropout):

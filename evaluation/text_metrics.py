@@ -10,8 +10,8 @@ from pathlib import Path
 
 import transformers
 
-from common import fsdp
-from common.data import fail
+from common import distributed
+from common.cli import fail
 
 PACKAGES = {"rouge_l": "rouge-score", "bleu": "sacrebleu", "meteor": "nltk", "bertscore": "bert-score"}
 WITH_REFERENCE = tuple(PACKAGES)
@@ -99,7 +99,7 @@ def bertscore(texts, references, args):
     from bert_score import BERTScorer
 
     layer = bertscore_layer(args)
-    options = dict(num_layers=layer, batch_size=args.micro_batch_size, device=str(fsdp.device()), use_fast_tokenizer=True)
+    options = dict(num_layers=layer, batch_size=args.micro_batch_size, device=str(distributed.device()), use_fast_tokenizer=True)
     scorer = BERTScorer(args.bertscore_model, **options)
     if isinstance(scorer._tokenizer, (transformers.RobertaTokenizer, transformers.GPT2Tokenizer)):
         # the space before the first word that bert-score asks `encode` for, which transformers 5 no longer heeds there
@@ -115,7 +115,7 @@ def bertscore(texts, references, args):
 
 def toxicity(texts, references, args):
     """Probability that a classifier gives --toxicity-label; sigmoid or softmax as its configuration says."""
-    where = dict(device=fsdp.device(), model_kwargs=dict(use_safetensors=True), batch_size=args.micro_batch_size)
+    where = dict(device=distributed.device(), model_kwargs=dict(use_safetensors=True), batch_size=args.micro_batch_size)
     classify = transformers.pipeline("text-classification", model=args.toxicity_model, **where)
     _limit(classify.tokenizer)
     found = classify(list(texts), top_k=None, truncation=True)

@@ -1,6 +1,6 @@
 """`make demo`: sft -> gvm_td -> dvpo on the embedded world; a table, a learning curve and a sentence coloured by value.
 
-    python benchmarks/demo.py            # about two minutes on two cores; writes runs/demo/
+    python tools/demo.py            # about two minutes on two cores; writes runs/demo/
 """
 
 import json

@@ -1,7 +1,7 @@
 """Value models on your own model and data: GVM against reward model, PPO's critic and length; with 0, 1 and 3 context pairs; on
 policies of training and on others.
 
-    python benchmarks/real_values.py --model SmolLM2-135M-Instruct --layers 4 --scored scored.jsonl.gz --pairs pairs.jsonl.gz \\
+    python paper/real_values.py --model SmolLM2-135M-Instruct --layers 4 --scored scored.jsonl.gz --pairs pairs.jsonl.gz \\
         --held-out claude-2.1_concise jina-chat --max-characters 300 --steps 100
 
 `--scored` needs prompt, response, reward and policy, `--pairs` prompt, chosen, rejected; both a `split` column (train, test) by
@@ -16,15 +16,14 @@ import random
 import sys
 from pathlib import Path
 
-from jobs import ROOT, Jobs
-from paper_report import STATISTICS, accuracy, markdown, spread, verdict
-
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common.data import read_rows  # noqa: E402
+from paper.report import COLUMNS, accuracy, markdown, spread, verdict  # noqa: E402
+from tools.jobs import Jobs  # noqa: E402
 
 
 def write_data(args) -> None:
     """Rows and pairs of short responses: by known policies to train on, by known and by held-out ones to judge."""
-    from common.data import read_rows
 
     out = args.run_dir
 
@@ -65,7 +64,7 @@ def commands(args) -> tuple[dict[str, list[str]], list[str]]:
     start += ["--batch-size", str(args.batch_size)]
     start += "--seed {seed} --eval-every 0 --save-every 0 --overwrite".split()
     flags = ["--scored", str(args.scored), "--held-out", *args.held_out, "--gap", str(args.gap)]
-    data = ["benchmarks/real_values.py", "--write-data", *flags, "--max-characters", str(args.max_characters)]
+    data = ["paper/real_values.py", "--write-data", *flags, "--max-characters", str(args.max_characters)]
     jobs, judging = {"data": data}, []
     judge = ["evaluate.py", "values", "--draw", "0", "--seed", "{seed}", *lengths]
     for who in ("known", "all") if args.held_out and args.all_policies else ("known",):
@@ -97,15 +96,15 @@ def report(args, seeds: list[int], judging: list[str]) -> str:
         found = [accuracy(args.out, seed, job) for seed in seeds]
         rows, pairs = [], next(iter(found[0].values()))["all"]["pairs"]
         for name in found[0]:
-            shares = {key: [f[name]["all"][key] for f in found if key in f[name]["all"]] for key in STATISTICS}
-            cells = [spread(shares[key], 3) if shares[key] else "" for key in STATISTICS]
+            shares = {key: [f[name]["all"][key] for f in found if key in f[name]["all"]] for key in COLUMNS}
+            cells = [spread(shares[key], 3) if shares[key] else "" for key in COLUMNS]
             label = name.removesuffix("/model").replace("known_", "GVM, context pairs ").replace("all_", "GVM, context pairs ")
             rows.append([label.replace("reward", "scalar reward model"), *cells])
         lines, mean = [], lambda k: [f[f"{job_of}_{k}/model"]["all"]["mean"] for f in found]  # noqa: B023
         job_of = "all" if "all" in job else "known"
         for k in args.context_pairs[1:]:
             lines.append(f"{k} context pairs over none: {verdict([a - b for a, b in zip(mean(k), mean(0), strict=True)])}.")
-        parts.append(f"**{titles[job]}**: {pairs} pairs\n\n{markdown(['', *STATISTICS], rows)}\n\n" + " ".join(lines))
+        parts.append(f"**{titles[job]}**: {pairs} pairs\n\n{markdown(['', *COLUMNS], rows)}\n\n" + " ".join(lines))
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,0 +1,35 @@
+"""The command line; what is said to the user; how a run ends that cannot go on."""
+
+import os
+import time
+
+import tyro
+
+
+def fail(message: str):
+    """Stop with one line, no traceback. Of several ranks rank 0 speaks first; torchrun then ends the others."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # no tidy end: others may wait in a collective
+        time.sleep(10 * (os.environ["RANK"] != "0"))
+        os.write(2, f"error: {message}\n".encode())
+        os._exit(1)
+    raise SystemExit(f"error: {message}")
+
+
+def note(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
+
+
+def parse(cls, reviews: dict, argv=None):
+    """The command line as `cls`. On the embedded world the defaults are `cls`'s with `reviews` on top; a flag wins over both."""
+    args = tyro.cli(cls, args=argv)
+    if args.dataset == "reviews":
+        args = tyro.cli(cls, args=argv, default=cls(**reviews))
+    sizes = "batch_size mini_batch_size micro_batch_size rollout_batch_size max_prompt_length max_response_length keep lora_rank"
+    for name in f"steps epochs lr critic_lr value_lr temperature gamma lora_alpha vllm_cache_gb {sizes}".split():
+        value = getattr(args, name, 1)
+        if value < 0 or (value == 0 and getattr(cls, name) != 0):
+            fail(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+    if getattr(args, "eval_prompts", 0) < 0 or not 0 <= getattr(args, "lora_dropout", 0) < 1:
+        fail("--eval-prompts must not be negative, --lora-dropout in [0, 1)")
+    return args

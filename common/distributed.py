@@ -1,0 +1,70 @@
+"""Processes: torchrun's, or one alone. Plain `python script.py` is world size 1 of the same path.
+
+Ranks hold the same global batch, each computes its share."""
+
+import gc
+import os
+import sys
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from common.cli import fail
+
+rank, world = dist.get_rank, dist.get_world_size
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def launch(main, args) -> None:
+    """Runs `main(args)` among the processes torchrun started, or alone."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **alone)
+    torch.manual_seed(args.seed)
+    try:
+        mesh(args.shard_size)  # a size that does not divide stops here
+        main(args)
+    except Exception:  # the other ranks may wait in a collective: no tidy end, or this one would wait with them
+        if world() == 1:
+            raise
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+    finally:
+        mesh.cache_clear()
+        gc.collect()  # FSDP's models must be gone before the process group, or gloo aborts at exit
+        dist.destroy_process_group()
+
+
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks, in place."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather_object(value) -> list:
+    out = [None] * world()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def dtypes(precision: str) -> tuple[torch.dtype, torch.dtype]:
+    """(compute type, type of the master weights). `auto`: bf16 compute on a GPU, float32 on a CPU."""
+    precision = ("bf16" if torch.cuda.is_available() else "fp32") if precision == "auto" else precision
+    compute = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]  # fp64: for tests of equality
+    return compute, max(compute, torch.float32, key=lambda t: t.itemsize)
+
+
+@cache
+def mesh(shard_size: int):
+    """One dimension (shard over all ranks), or replicate x shard for `shard_size` ranks a replica (HSDP)."""
+    size = shard_size or world()
+    if world() % size:
+        fail(f"--shard-size {size} does not divide the {world()} processes")
+    one = int(size == world())
+    return init_device_mesh(device().type, (world() // size, size)[one:], mesh_dim_names=("replicate", "shard")[one:])

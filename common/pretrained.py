@@ -1,0 +1,24 @@
+"""Opening what others made: a model's name to a folder or hub id, and one part of it through transformers."""
+
+from pathlib import Path
+
+from assets import reviews
+from common.cli import fail
+
+
+def resolve(name: str, embedded: str = "policy") -> str:
+    """A model name to a folder or hub id: `reviews` becomes the embedded model of that kind."""
+    if name == "reviews":
+        return reviews.folder(embedded)
+    if not name:
+        fail("--reward: give a reward model (folder or hub id) or module:function")
+    if (name.count("/") > 1 or name.startswith((".", "/")) or Path(name).is_dir()) and not Path(name, "config.json").is_file():
+        fail(f"{name}: no model folder there (no config.json)")
+    return name
+
+
+def load_pretrained(what: str, auto, name: str, **kwargs):
+    try:
+        return auto.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        fail(f"{name}: no {what} in such a folder or hub id ({str(error).splitlines()[0]})")

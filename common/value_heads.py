@@ -1,0 +1,22 @@
+"""What value and reward models say of a response: V(s_1), Q(s_t, a_t), a score; and the head that says it."""
+
+import torch
+
+from common.batches import response_positions
+
+
+def head(model):
+    """The linear layer of a value or reward model, under either of transformers' names."""
+    return model.score if hasattr(model, "score") else model.classifier
+
+
+def response_values(model, input_ids, prompt_lengths, response_mask):
+    """[B, T + 1]: V(s_1) at the last prompt token, then Q(s_t, a_t) at each response token; zero where masked."""
+    values = model(input_ids=input_ids, use_cache=False).logits.squeeze(-1)
+    values = values.gather(1, response_positions(prompt_lengths, response_mask, input_ids.shape[1]))
+    return values.masked_fill(~torch.cat([response_mask[:, :1], response_mask], 1), 0.0)
+
+
+def sequence_scores(model, input_ids, prompt_lengths, response_mask):
+    """[B, 1] scores. transformers reads the score at the last token that is not padding (with pad = eos: the one before)."""
+    return model(input_ids=input_ids, use_cache=False).logits
