@@ -24,6 +24,7 @@ test-newest:
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 bench: $(VENV)/installed
 	$(RUN) paper/variants.py

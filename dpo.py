@@ -35,107 +35,120 @@ from common.pretrained import resolve
 from common.reference import load_reference, reference_logprobs
 from common.rewards import Reward
 from common.rollout import check_sampler, rollout
-from common.tokenization import check_same_tokenizer, load_tokenizer, tokenize
+from common.tokenization import load_tokenizer, require_same_tokenizer, tokenize
 
 
 @dataclass
 class Args:
     model: str = "reviews"
-    """policy to start from, usually an SFT model: folder or hub id"""
+    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded one."""
     ref_model: str = ""
-    """reference; default: `--model` as it starts"""
+    """Reference policy: a hub id or folder. By default it is `--model` as it starts."""
     dataset: str = "reviews"
-    """prompt, chosen, rejected: hub id, or local .jsonl / .json / .parquet (.gz too)"""
+    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns that
+    docs/data.md lists for this script. `reviews` is the embedded world."""
     split: str = "train"
-    """the hub's split, or the value to keep of a local file's `split` column"""
+    """Split of a hub data set; of a local file, the value that its column `split` must have."""
     eval_dataset: str = ""
-    """held-out data; default: `--eval-fraction` of the prompts of `--dataset`"""
+    """Held-out data. By default `--eval-fraction` of the prompts of `--dataset` are held out."""
     eval_split: str = "test"
-    """split of --eval-dataset"""
+    """Split of `--eval-dataset`."""
     eval_fraction: float = 0.05
-    """share of the prompts held out where there is no --eval-dataset"""
+    """Share of the prompts that is held out where no `--eval-dataset` is given."""
     columns: dict[str, str] = field(default_factory=dict)
-    """our column names and yours, e.g. `--columns prompt question`"""
+    """Our column names and yours, in pairs: `--columns prompt question response answer`."""
     part: Literal["all", "sft", "value", "rl"] = "all"
-    """share of the prompts: 30 % sft, 50 % value, 20 % rl, disjoint (2502.16944)"""
+    """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
-    """seed of `--part` and of the held-out prompts; the same in every script"""
+    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an experiment."""
     skip_bad_rows: bool = False
-    """drop and count unusable rows instead of stopping at the first"""
+    """Drop and count unusable rows instead of stopping at the first."""
     run_dir: str = "runs/dpo"
-    """metrics, samples, checkpoints and the exported model go here"""
+    """Folder of the run: arguments, metrics, samples, checkpoints, the exported model."""
     seed: int = 0
-    """seed of the data order"""
+    """Seed of all that is random in a run, except the split of the data (`--split-seed`)."""
     epochs: int = 1
-    """passes over the data"""
+    """Passes over the data; in the online scripts, over each rollout."""
     steps: int = 0
-    """optimizer steps; 0: what `--epochs` gives"""
+    """Optimizer steps. 0: as many as `--epochs` gives."""
     batch_size: int = 64
-    """pairs an optimizer step, over all ranks (2305.18290: 64)"""
+    """Responses (in preference data: pairs) per step, over all ranks."""
     micro_batch_size: int = 2
-    """pairs a forward pass, a rank; changes memory and speed, not the result"""
+    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not the
+    result."""
     max_prompt_length: int = 1024
-    """tokens; longer prompts are dropped and counted"""
+    """Longest prompt, in tokens; longer ones are dropped and counted."""
     max_response_length: int = 1024
-    """tokens; longer responses are cut"""
+    """Longest response, in tokens; a longer one is cut there."""
     beta: float = 0.1
-    """of the log-ratios inside the sigmoid (2305.18290: 0.1)"""
+    """Factor of the log-ratios inside the sigmoid (2402.01306, 2305.18290: 0.1)."""
     label_smoothing: float = 0.0
-    """assumed share of pairs labelled the wrong way round (conservative DPO)"""
+    """Assumed share of pairs that are labelled the wrong way round (conservative DPO)."""
     length_normalise: bool = False
-    """mean instead of summed log-probabilities, for a comparison with rpo.py's; the paper's equations have sums"""
+    """Use the mean log-probability per token in place of the sum, everywhere. The papers' equations have sums;
+    RPO's released code has means."""
     precompute_ref: bool = True
-    """free the reference once the data are scored: one model less in memory, but no `eval/kl`"""
+    """Free the reference once the data are scored: one model less in memory, but no `eval/kl`."""
     lr: float = 1e-6
-    """peak learning rate (2305.18290: 1e-6)"""
+    """Peak learning rate (2402.03300, 2305.18290: 1e-6)."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """after the warm-up; linear: down to 0 at the end"""
+    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a cosine."""
     warmup_steps: int = 150
-    """optimizer steps of linear warm-up (2305.18290: 150)"""
+    """Steps over which the learning rate rises linearly to its peak."""
     max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
+    """Norm that gradients are clipped to."""
     temperature: float = 1.0
-    """of the samples"""
+    """Temperature of sampling; the online scripts take every log-probability at this temperature too."""
     eval_every: int = 100
-    """optimizer steps between evaluations (also after the last); 0: only after the last"""
+    """Optimizer steps between evaluations. 0: evaluate only at the end."""
     eval_prompts: int = 16
-    """held-out prompts to sample answers to"""
+    """Number of held-out prompts that evaluations sample responses to."""
     eval_reward: tuple[str, ...] = ()
-    """what to report of those: reward models or `module:function`s"""
+    """Reward models (hub ids or folders) or `module:function`s to report in evaluations; never trained on."""
     save_every: int = 200
-    """optimizer steps between checkpoints for --resume; 0: none"""
+    """Steps between checkpoints for `--resume`. 0: none."""
     keep: int = 2
-    """checkpoints kept"""
+    """Number of checkpoints that are kept."""
     resume: bool = False
-    """go on from the newest checkpoint of --run-dir; from the start where there is none"""
+    """Go on from the newest checkpoint of `--run-dir`, or from the start where there is none."""
     overwrite: bool = False
-    """replace an earlier run in --run-dir"""
+    """Replace an earlier run in `--run-dir`."""
     wandb: bool = False
-    """also log to Weights & Biases (offline without WANDB_API_KEY)"""
+    """Log to Weights & Biases as well (offline without WANDB_API_KEY)."""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
-    """compute type; auto: bf16 on a GPU, float32 on a CPU; master weights are float32"""
+    """Type that computes; auto is bf16 on a GPU and float32 on a CPU. Master weights are float32."""
     lora_rank: int = 0
-    """rank of LoRA adapters on every linear layer, through peft; 0: all weights are trained"""
+    """Rank of LoRA adapters on every linear layer, through peft. 0: all weights are trained."""
     lora_alpha: float = 32.0
-    """their scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)"""
+    """LoRA's scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)."""
     lora_dropout: float = 0.0
-    """of their input, in the update alone"""
+    """Dropout on the input of LoRA's adapters, during the update alone."""
     lora_merge: bool = True
-    """export the merged model; --no-lora-merge: the adapters alone, for peft"""
+    """Export the merged model. `--no-lora-merge` exports the adapters alone, for peft."""
     gradient_checkpointing: bool = False
-    """recompute activations in backward: less memory, a third more time"""
+    """Recompute activations in the backward pass: less memory, a third more time."""
     shard_size: int = 0
-    """ranks a model is sharded over (HSDP: replicas of it across nodes); 0: all"""
+    """Number of ranks that a model is sharded over (HSDP: replicas of it across nodes). 0: all."""
 
 
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
 REVIEWS = dict(
-    eval_fraction=0.2, part="value", steps=400, batch_size=32, micro_batch_size=32, max_prompt_length=16, max_response_length=32,
-    beta=0.5, lr=1e-4, warmup_steps=20, eval_every=100, eval_prompts=96, save_every=100, precompute_ref=False,
+    eval_fraction=0.2,
+    part="value",
+    steps=400,
+    batch_size=32,
+    micro_batch_size=32,
+    max_prompt_length=16,
+    max_response_length=32,
+    beta=0.5,
+    lr=1e-4,
+    warmup_steps=20,
+    eval_every=100,
+    eval_prompts=96,
+    save_every=100,
+    precompute_ref=False,
     eval_reward=("assets.reviews:reward", "assets.reviews:grammatical"),
-)  # fmt: skip
-
-
+)
 
 
 def dpo_loss(chosen_log_ratios, rejected_log_ratios, beta, label_smoothing=0.0):
@@ -145,22 +158,18 @@ def dpo_loss(chosen_log_ratios, rejected_log_ratios, beta, label_smoothing=0.0):
     return -((1 - label_smoothing) * F.logsigmoid(margin) + label_smoothing * F.logsigmoid(-margin)).sum()
 
 
-
-
-
-
-
-
 def main(args: Args) -> None:
     # --- setup
     if not (args.beta > 0 and 0 <= args.label_smoothing < 0.5):
-        fail(f"--beta {args.beta}, --label-smoothing {args.label_smoothing}: beta must be above 0, the smoothing in [0, 0.5)")
+        fail(
+            f"--beta {args.beta}, --label-smoothing {args.label_smoothing}: beta must be above 0, the smoothing in [0, 0.5)"
+        )
     run = Run(args)
     device, rank, world = distributed.device(), distributed.rank(), distributed.world()
     name = resolve(args.model)
     tokenizer = load_tokenizer(name)
     ref_name = resolve(args.ref_model or args.model)
-    check_same_tokenizer(tokenizer, ref_name, "--ref-model")
+    require_same_tokenizer(tokenizer, ref_name, "--ref-model")
     pad = tokenizer.pad_token_id
 
     # --- data
@@ -177,11 +186,15 @@ def main(args: Args) -> None:
         counts = f"{len(rows)} rows to learn from, {len(held_out)} held out"
         fail(f"{args.dataset}: {counts}; change --eval-fraction or give --eval-dataset")
     rows, held_out = (
-        tokenize(part, tokenizer, ("chosen", "rejected"), args.max_prompt_length, args.max_response_length, dataset)
+        tokenize(
+            part, tokenizer, ("chosen", "rejected"), args.max_prompt_length, args.max_response_length, dataset
+        )
         for part, dataset in ((rows, args.dataset), (held_out, args.eval_dataset or args.dataset))
     )
     chosen, rejected, eval_chosen, eval_rejected = (
-        [(row["prompt_ids"], row[f"{side}_ids"]) for row in part] for part in (rows, held_out) for side in ("chosen", "rejected")
+        [(row["prompt_ids"], row[f"{side}_ids"]) for row in part]
+        for part in (rows, held_out)
+        for side in ("chosen", "rejected")
     )
     eval_rows = list({str(row["prompt"]): row for row in held_out}.values())[: args.eval_prompts]
     lengths = [len(p) + len(a) + len(p) + len(b) for (p, a), (_, b) in zip(chosen, rejected, strict=True)]
@@ -197,7 +210,9 @@ def main(args: Args) -> None:
     eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
     parts = dict(chosen=chosen, rejected=rejected, eval_chosen=eval_chosen, eval_rejected=eval_rejected)
     sums = reference_logprobs(ref_name, tokenizer, args, **parts)
-    ref_logprobs = {name: total / scale(part) for (name, part), total in zip(parts.items(), sums, strict=True)}
+    ref_logprobs = {
+        name: total / scale(part) for (name, part), total in zip(parts.items(), sums, strict=True)
+    }
     policy = load_model("policy", name, tokenizer, args, trained=True)
     optimizer = adamw(policy, args.lr)
     reference = None if args.precompute_ref else load_reference(policy, ref_name, tokenizer, args)
@@ -205,7 +220,13 @@ def main(args: Args) -> None:
     trained, optimizers = {"policy": (policy, optimizer)}, [optimizer]
     state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
-    check_sampler(policy, tokenizer, [row["prompt_ids"] for row in eval_rows], args.max_response_length, args.temperature)
+    check_sampler(
+        policy,
+        tokenizer,
+        [row["prompt_ids"] for row in eval_rows],
+        args.max_response_length,
+        args.temperature,
+    )
     run.start(start, steps)
 
     def score(model, sequences, temperature=1.0):
@@ -213,7 +234,8 @@ def main(args: Args) -> None:
 
     def evaluate(step):
         h_chosen, h_rejected = (
-            score(policy, parts[side]) / scale(parts[side]) - ref_logprobs[side] for side in ("eval_chosen", "eval_rejected")
+            score(policy, parts[side]) / scale(parts[side]) - ref_logprobs[side]
+            for side in ("eval_chosen", "eval_rejected")
         )
         out = {"eval/pair_accuracy": (h_chosen > h_rejected).double().mean()}
         prompts = [row["prompt_ids"] for row in eval_rows]
@@ -222,15 +244,24 @@ def main(args: Args) -> None:
         sampled = list(zip(prompts, responses, strict=True))
         scores = {r.label: r(eval_rows, sampled, texts) for r in eval_rewards}
         out |= {f"eval/{key}": value.mean() for key, value in scores.items()}
-        out |= {"eval/length": sum(map(len, responses)) / max(1, len(responses)), "eval/distinct_2": distinct_2(texts)}
+        out |= {
+            "eval/length": sum(map(len, responses)) / max(1, len(responses)),
+            "eval/distinct_2": distinct_2(texts),
+        }
         if reference is not None:
-            scores["kl"] = score(policy, sampled, args.temperature) - score(reference, sampled, args.temperature)
+            scores["kl"] = score(policy, sampled, args.temperature) - score(
+                reference, sampled, args.temperature
+            )
             out["eval/kl"] = scores["kl"].mean()
         run.metrics(step, out, show=tuple(out))
-        run.samples(step, [
-            {"prompt": row["prompt"], "response": text, "length": len(responses[i])} | {k: v[i].item() for k, v in scores.items()}
-            for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
-        ])  # fmt: skip
+        run.samples(
+            step,
+            [
+                {"prompt": row["prompt"], "response": text, "length": len(responses[i])}
+                | {k: v[i].item() for k, v in scores.items()}
+                for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
+            ],
+        )
 
     if start == 0 and args.eval_every:
         evaluate(0)
@@ -241,16 +272,23 @@ def main(args: Args) -> None:
         stats = torch.zeros(3, device=device, dtype=torch.float64)
         picks = micro_batches(batch, lengths, args.micro_batch_size, rank, world)
         for pick in accumulated(picks, policy):
-            at = pick or [0]  # a rank with nothing left: one dummy sequence, both sides of a pair that counts nothing
+            at = pick or [
+                0
+            ]  # a rank with nothing left: one dummy sequence, both sides of a pair that counts nothing
             both = [chosen[i] for i in at] + [rejected[i] for i in at]
             mb = collate(both if pick else [], pad, device)
             mb_logprobs = policy.response_logprobs(**mb)[0].sum(1)
             mb_logprobs = (mb_logprobs if pick else mb_logprobs.expand(2)) / scale(both)
             h_chosen, h_rejected = mb_logprobs.split(len(at))
-            h_chosen, h_rejected = h_chosen - ref_logprobs["chosen"][at], h_rejected - ref_logprobs["rejected"][at]
+            h_chosen, h_rejected = (
+                h_chosen - ref_logprobs["chosen"][at],
+                h_rejected - ref_logprobs["rejected"][at],
+            )
             mb_loss = dpo_loss(h_chosen, h_rejected, args.beta, args.label_smoothing) * bool(pick)
             backward(mb_loss / len(batch))
-            stats += torch.stack([mb_loss, *(h.sum() * bool(pick) for h in (h_chosen, h_rejected))]).detach() / len(batch)
+            stats += torch.stack(
+                [mb_loss, *(h.sum() * bool(pick) for h in (h_chosen, h_rejected))]
+            ).detach() / len(batch)
         lr = learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
         where = f"step {step}, data rows {[rows[i]['row'] for i in batch]}"
         total, norm = optimizer_step(policy, optimizer, lr, stats[0], args.max_grad_norm, where)
@@ -258,12 +296,22 @@ def main(args: Args) -> None:
         # --- log
         distributed.all_reduce(stats)
         done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
-        run.metrics(done, {
-            "dpo/loss": total, "dpo/log_ratio_chosen": stats[1], "dpo/log_ratio_rejected": stats[2],
-            "dpo/grad_norm": norm, "dpo/lr": lr, "time/step_s": seconds,
-            "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": state_bytes(models, optimizers) / 2**30,
-            "memory/peak_gb": peak_memory_gb(), **mfu(policy, tokens, seconds),
-        }, show=("dpo/loss", "dpo/log_ratio_chosen", "dpo/log_ratio_rejected"))  # fmt: skip
+        run.metrics(
+            done,
+            {
+                "dpo/loss": total,
+                "dpo/log_ratio_chosen": stats[1],
+                "dpo/log_ratio_rejected": stats[2],
+                "dpo/grad_norm": norm,
+                "dpo/lr": lr,
+                "time/step_s": seconds,
+                "perf/update_tokens_per_s": tokens / seconds,
+                "memory/state_gb": state_bytes(models, optimizers) / 2**30,
+                "memory/peak_gb": peak_memory_gb(),
+                **mfu(policy, tokens, seconds),
+            },
+            show=("dpo/loss", "dpo/log_ratio_chosen", "dpo/log_ratio_rejected"),
+        )
         if args.eval_every and done % args.eval_every == 0 and done < steps:
             evaluate(done)
 

@@ -43,115 +43,131 @@ from common.reference import load_reference, reference_logprobs
 from common.rewards import Reward
 from common.rollout import check_sampler, rollout
 from common.t5 import only_prompts
-from common.tokenization import check_same_tokenizer, load_tokenizer, tokenize
+from common.tokenization import load_tokenizer, require_same_tokenizer, tokenize
 
 
 @dataclass
 class Args:
     model: str = "reviews"
-    """policy to start from, usually an SFT model: folder or hub id"""
+    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded one."""
     ref_model: str = ""
-    """reference; default: `--model` as it starts"""
+    """Reference policy: a hub id or folder. By default it is `--model` as it starts."""
     dataset: str = "reviews"
-    """prompt, response, reward: hub id, or local .jsonl / .json / .parquet (.gz too); several responses a prompt"""
+    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns that
+    docs/data.md lists for this script. `reviews` is the embedded world."""
     split: str = "train"
-    """the hub's split, or the value to keep of a local file's `split` column"""
+    """Split of a hub data set; of a local file, the value that its column `split` must have."""
     eval_dataset: str = ""
-    """held-out data; default: `--eval-fraction` of the prompts of `--dataset`"""
+    """Held-out data. By default `--eval-fraction` of the prompts of `--dataset` are held out."""
     eval_split: str = "test"
-    """split of --eval-dataset"""
+    """Split of `--eval-dataset`."""
     eval_fraction: float = 0.05
-    """share of the prompts held out where there is no --eval-dataset"""
+    """Share of the prompts that is held out where no `--eval-dataset` is given."""
     columns: dict[str, str] = field(default_factory=dict)
-    """our column names and yours, e.g. `--columns reward score`"""
+    """Our column names and yours, in pairs: `--columns prompt question response answer`."""
     part: Literal["all", "sft", "value", "rl"] = "all"
-    """share of the prompts: 30 % sft, 50 % value, 20 % rl, disjoint (2502.16944)"""
+    """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
-    """seed of `--part` and of the held-out prompts; the same in every script"""
+    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an experiment."""
     skip_bad_rows: bool = False
-    """drop and count unusable rows instead of stopping at the first"""
+    """Drop and count unusable rows instead of stopping at the first."""
     run_dir: str = "runs/dro"
-    """metrics, samples, checkpoints and the exported model go here"""
+    """Folder of the run: arguments, metrics, samples, checkpoints, the exported model."""
     seed: int = 0
-    """seed of the data order, and of --keep-responses and --reward-noise"""
+    """Seed of all that is random in a run, except the split of the data (`--split-seed`)."""
     epochs: int = 1
-    """passes over the data"""
+    """Passes over the data; in the online scripts, over each rollout."""
     steps: int = 0
-    """optimizer steps; 0: what `--epochs` gives"""
+    """Optimizer steps. 0: as many as `--epochs` gives."""
     batch_size: int = 32
-    """responses an optimizer step, over all ranks"""
+    """Responses (in preference data: pairs) per optimizer step, over all ranks."""
     micro_batch_size: int = 4
-    """responses a forward pass, a rank; changes memory and speed, not the result"""
+    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not the
+    result."""
     max_prompt_length: int = 1024
-    """tokens; longer prompts are dropped and counted"""
+    """Longest prompt, in tokens; longer ones are dropped and counted."""
     max_response_length: int = 1024
-    """tokens; longer responses are cut"""
+    """Longest response, in tokens; a longer one is cut there."""
     tau: float = 1.0
-    """temperature of the optimum, in standard deviations of the reward (2405.19107, 2506.13702: 1)"""
+    """Temperature of the optimum, in standard deviations of the reward (2405.19107, 2506.13702: 1)."""
     shared_encoder: bool = False
-    """V as a linear layer on the policy's own hidden states (2405.19107's ablation: worse)"""
+    """Make V a linear layer on the policy's own hidden states (worse, by 2405.19107's ablation)."""
     length_normalise: bool = False
-    """mean instead of summed log-probabilities, everywhere (RPO's released code); the papers' equations have sums"""
+    """Use the mean log-probability per token in place of the sum, everywhere. The papers' equations have sums;
+    RPO's released code has means."""
     keep_responses: float = 1.0
-    """share of the responses kept of each prompt, at random (ablation)"""
+    """Share of the responses of each prompt that is kept, at random (an ablation)."""
     reward_noise: float = 0.0
-    """standard deviation of Gaussian noise on the standardised rewards of the training responses (ablation)"""
+    """Standard deviation of Gaussian noise on the standardised rewards of the training responses (an
+    ablation)."""
     precompute_ref: bool = True
-    """free the reference once the data are scored: one model less in memory, but no `eval/kl`"""
+    """Free the reference once the data are scored: one model less in memory, but no `eval/kl`."""
     lr: float = 1e-4
-    """peak learning rate (2405.19107, 2506.13702: 1e-4 for T5 of 0.1 to 3 B parameters; docs/rpo.md on decoders of 7 B)"""
+    """Peak learning rate (2405.19107, 2506.13702: 1e-4 for T5 of 0.1 to 3 B parameters; docs/rpo.md on
+    decoders of 7 B)."""
     value_lr: float = 1e-4
-    """peak learning rate of V"""
+    """Peak learning rate of V."""
     rescale_lr: bool = True
-    """the policy's learning rate is lr / tau: 2405.19107 scales its gradient so"""
+    """Divide the policy's learning rate by tau, as 2405.19107 scales its gradient."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """after the warm-up; linear: down to 0 at the end"""
+    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a cosine."""
     warmup_steps: int = 150
-    """optimizer steps of linear warm-up (2405.19107, 2506.13702: 150)"""
+    """Steps over which the learning rate rises linearly to its peak."""
     max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
+    """Norm that gradients are clipped to."""
     temperature: float = 1.0
-    """of the samples"""
+    """Temperature of sampling; the online scripts take every log-probability at this temperature too."""
     eval_every: int = 100
-    """optimizer steps between evaluations (also after the last); 0: only after the last"""
+    """Optimizer steps between evaluations. 0: evaluate only at the end."""
     eval_prompts: int = 16
-    """held-out prompts to sample answers to"""
+    """Number of held-out prompts that evaluations sample responses to."""
     eval_reward: tuple[str, ...] = ()
-    """what to report of those: reward models or `module:function`s"""
+    """Reward models (hub ids or folders) or `module:function`s to report in evaluations; never trained on."""
     save_every: int = 200
-    """optimizer steps between checkpoints for --resume; 0: none"""
+    """Steps between checkpoints for `--resume`. 0: none."""
     keep: int = 2
-    """checkpoints kept"""
+    """Number of checkpoints that are kept."""
     resume: bool = False
-    """go on from the newest checkpoint of --run-dir; from the start where there is none"""
+    """Go on from the newest checkpoint of `--run-dir`, or from the start where there is none."""
     overwrite: bool = False
-    """replace an earlier run in --run-dir"""
+    """Replace an earlier run in `--run-dir`."""
     wandb: bool = False
-    """also log to Weights & Biases (offline without WANDB_API_KEY)"""
+    """Log to Weights & Biases as well (offline without WANDB_API_KEY)."""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
-    """compute type; auto: bf16 on a GPU, float32 on a CPU; master weights are float32"""
+    """Type that computes; auto is bf16 on a GPU and float32 on a CPU. Master weights are float32."""
     lora_rank: int = 0
-    """rank of LoRA adapters on every linear layer, through peft; 0: all weights are trained"""
+    """Rank of LoRA adapters on every linear layer, through peft. 0: all weights are trained."""
     lora_alpha: float = 32.0
-    """their scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)"""
+    """LoRA's scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)."""
     lora_dropout: float = 0.0
-    """of their input, in the update alone"""
+    """Dropout on the input of LoRA's adapters, during the update alone."""
     lora_merge: bool = True
-    """export the merged model; --no-lora-merge: the adapters alone, for peft"""
+    """Export the merged model. `--no-lora-merge` exports the adapters alone, for peft."""
     gradient_checkpointing: bool = False
-    """recompute activations in backward: less memory, a third more time"""
+    """Recompute activations in the backward pass: less memory, a third more time."""
     shard_size: int = 0
-    """ranks a model is sharded over (HSDP: replicas of it across nodes); 0: all"""
+    """Number of ranks that a model is sharded over (HSDP: replicas of it across nodes). 0: all."""
 
 
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
 REVIEWS = dict(
-    eval_fraction=0.2, part="value", steps=400, batch_size=64, micro_batch_size=64, max_prompt_length=16, max_response_length=32,
-    tau=0.3, lr=3e-5, value_lr=3e-3, warmup_steps=20, eval_every=100, eval_prompts=96, save_every=100, precompute_ref=False,
+    eval_fraction=0.2,
+    part="value",
+    steps=400,
+    batch_size=64,
+    micro_batch_size=64,
+    max_prompt_length=16,
+    max_response_length=32,
+    tau=0.3,
+    lr=3e-5,
+    value_lr=3e-3,
+    warmup_steps=20,
+    eval_every=100,
+    eval_prompts=96,
+    save_every=100,
+    precompute_ref=False,
     eval_reward=("assets.reviews:reward", "assets.reviews:grammatical"),
-)  # fmt: skip
-
-
+)
 
 
 def prompt_values(model, input_ids, prompt_lengths, response_mask):
@@ -170,10 +186,6 @@ def dro_losses(logprobs, ref_logprobs, rewards, values, tau):
     return policy, 0.5 * ((rewards - values - tau * log_ratio.detach()) ** 2).sum()
 
 
-
-
-
-
 def thin(rows, share, seed):
     """`share` of the responses of each prompt, at random, at least one; in the order they had."""
     groups = {}
@@ -184,21 +196,19 @@ def thin(rows, share, seed):
     return [row for i, row in enumerate(rows) if i in kept]
 
 
-
-
-
-
 def main(args: Args) -> None:
     # --- setup
     if not (args.tau > 0 and 0 < args.keep_responses <= 1 and args.reward_noise >= 0):
-        given = f"--tau {args.tau}, --keep-responses {args.keep_responses}, --reward-noise {args.reward_noise}"
+        given = (
+            f"--tau {args.tau}, --keep-responses {args.keep_responses}, --reward-noise {args.reward_noise}"
+        )
         fail(f"{given}: tau must be above 0, the share in (0, 1], the noise not negative")
     run = Run(args)
     device, rank, world = distributed.device(), distributed.rank(), distributed.world()
     name = resolve(args.model)
     tokenizer = load_tokenizer(name)
     ref_name = resolve(args.ref_model or args.model)
-    check_same_tokenizer(tokenizer, ref_name, "--ref-model")
+    require_same_tokenizer(tokenizer, ref_name, "--ref-model")
     pad = tokenizer.pad_token_id
 
     # --- data
@@ -230,11 +240,15 @@ def main(args: Args) -> None:
         torch.tensor([order.setdefault(json.dumps(row["prompt"]), len(order)) for row in part], device=device)
         for part, order in ((rows, {}), (held_out, {}))
     )
-    sequences, eval_sequences = ([(row["prompt_ids"], row["response_ids"]) for row in part] for part in (rows, held_out))
+    sequences, eval_sequences = (
+        [(row["prompt_ids"], row["response_ids"]) for row in part] for part in (rows, held_out)
+    )
     eval_rows = list({str(row["prompt"]): row for row in held_out}.values())[: args.eval_prompts]
     lengths = [len(p) + len(r) for p, r in sequences]
     steps = args.steps or args.epochs * max(1, len(rows) // args.batch_size)
-    note(f"{len(rows)} responses to {len(set(groups.tolist()))} prompts to learn from, {len(held_out)} held out, {steps} steps")
+    note(
+        f"{len(rows)} responses to {len(set(groups.tolist()))} prompts to learn from, {len(held_out)} held out, {steps} steps"
+    )
 
     def scale(sequences):
         """What a summed log-probability is divided by, [N]."""
@@ -248,17 +262,32 @@ def main(args: Args) -> None:
     policy = load_model("policy", name, tokenizer, args, trained=True)
     optimizer = adamw(policy, args.lr)
     if args.shared_encoder:
-        value = torch.nn.Linear(policy.config.hidden_size, 1, device=device, dtype=distributed.dtypes(args.precision)[1])
-        value.weight.data.zero_(), value.bias.data.zero_(), fully_shard(value, mesh=distributed.mesh(args.shard_size))
+        value = torch.nn.Linear(
+            policy.config.hidden_size, 1, device=device, dtype=distributed.dtypes(args.precision)[1]
+        )
+        (
+            value.weight.data.zero_(),
+            value.bias.data.zero_(),
+            fully_shard(value, mesh=distributed.mesh(args.shard_size)),
+        )
     else:
         value = load_model("prompt value", name, tokenizer, args, trained=True)
     value_optimizer = adamw(value, args.value_lr)
     reference = None if args.precompute_ref else load_reference(policy, ref_name, tokenizer, args)
     models = [policy, value] + [reference] * (reference is not None)
-    trained, optimizers = {"policy": (policy, optimizer), "value": (value, value_optimizer)}, [optimizer, value_optimizer]
+    trained, optimizers = (
+        {"policy": (policy, optimizer), "value": (value, value_optimizer)},
+        [optimizer, value_optimizer],
+    )
     state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
-    check_sampler(policy, tokenizer, [row["prompt_ids"] for row in eval_rows], args.max_response_length, args.temperature)
+    check_sampler(
+        policy,
+        tokenizer,
+        [row["prompt_ids"] for row in eval_rows],
+        args.max_response_length,
+        args.temperature,
+    )
     run.start(start, steps)
 
     def score(model, sequences, temperature=1.0):
@@ -273,15 +302,24 @@ def main(args: Args) -> None:
         sampled = list(zip(prompts, responses, strict=True))
         scores = {r.label: r(eval_rows, sampled, texts) for r in eval_rewards}
         out |= {f"eval/{key}": value.mean() for key, value in scores.items()}
-        out |= {"eval/length": sum(map(len, responses)) / max(1, len(responses)), "eval/distinct_2": distinct_2(texts)}
+        out |= {
+            "eval/length": sum(map(len, responses)) / max(1, len(responses)),
+            "eval/distinct_2": distinct_2(texts),
+        }
         if reference is not None:
-            scores["kl"] = score(policy, sampled, args.temperature) - score(reference, sampled, args.temperature)
+            scores["kl"] = score(policy, sampled, args.temperature) - score(
+                reference, sampled, args.temperature
+            )
             out["eval/kl"] = scores["kl"].mean()
         run.metrics(step, out, show=tuple(out))
-        run.samples(step, [
-            {"prompt": row["prompt"], "response": text, "length": len(responses[i])} | {k: v[i].item() for k, v in scores.items()}
-            for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
-        ])  # fmt: skip
+        run.samples(
+            step,
+            [
+                {"prompt": row["prompt"], "response": text, "length": len(responses[i])}
+                | {k: v[i].item() for k, v in scores.items()}
+                for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
+            ],
+        )
 
     if start == 0 and args.eval_every:
         evaluate(0)
@@ -292,7 +330,10 @@ def main(args: Args) -> None:
         stats = torch.zeros(3, device=device, dtype=torch.float64)
         picks = micro_batches(batch, lengths, args.micro_batch_size, rank, world)
         for pick in accumulated(picks, policy, value):
-            mb, at = collate([sequences[i] for i in pick], pad, device), torch.tensor(pick or [0], device=device)
+            mb, at = (
+                collate([sequences[i] for i in pick], pad, device),
+                torch.tensor(pick or [0], device=device),
+            )
             if args.shared_encoder:
                 mb_logprobs, _, mb_values = policy.response_logprobs(**mb, prompt_head=value)
             else:
@@ -300,9 +341,13 @@ def main(args: Args) -> None:
             mb_logprobs = mb_logprobs.sum(1) / scale([sequences[i] for i in at])
             mb_losses = dro_losses(mb_logprobs, ref_logprobs[at], rewards[at], mb_values, args.tau)
             backward(sum(mb_losses) * bool(pick) / len(batch))
-            found = torch.stack([mb_losses[0], (mb_logprobs - ref_logprobs[at]).sum(), mb_values.double().sum()])
+            found = torch.stack(
+                [mb_losses[0], (mb_logprobs - ref_logprobs[at]).sum(), mb_values.double().sum()]
+            )
             stats += found.detach() * bool(pick) / len(batch)
-        lr = learning_rate(step, steps, args.lr / (args.tau if args.rescale_lr else 1), args.warmup_steps, args.lr_schedule)
+        lr = learning_rate(
+            step, steps, args.lr / (args.tau if args.rescale_lr else 1), args.warmup_steps, args.lr_schedule
+        )
         value_lr = learning_rate(step, steps, args.value_lr, args.warmup_steps, args.lr_schedule)
         where = f"step {step}, data rows {[rows[i]['row'] for i in batch]}"
         total, norm = optimizer_step(policy, optimizer, lr, stats[0], args.max_grad_norm, where)
@@ -311,12 +356,23 @@ def main(args: Args) -> None:
         # --- log
         distributed.all_reduce(stats)
         done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
-        run.metrics(done, {
-            "dro/loss": total, "dro/log_ratio": stats[1], "dro/value": stats[2],
-            "dro/grad_norm": norm, "dro/value_grad_norm": value_norm, "dro/lr": lr, "time/step_s": seconds,
-            "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": state_bytes(models, optimizers) / 2**30,
-            "memory/peak_gb": peak_memory_gb(), **mfu(policy, tokens, seconds),
-        }, show=("dro/loss", "dro/log_ratio"))  # fmt: skip
+        run.metrics(
+            done,
+            {
+                "dro/loss": total,
+                "dro/log_ratio": stats[1],
+                "dro/value": stats[2],
+                "dro/grad_norm": norm,
+                "dro/value_grad_norm": value_norm,
+                "dro/lr": lr,
+                "time/step_s": seconds,
+                "perf/update_tokens_per_s": tokens / seconds,
+                "memory/state_gb": state_bytes(models, optimizers) / 2**30,
+                "memory/peak_gb": peak_memory_gb(),
+                **mfu(policy, tokens, seconds),
+            },
+            show=("dro/loss", "dro/log_ratio"),
+        )
         if args.eval_every and done % args.eval_every == 0 and done < steps:
             evaluate(done)
 

@@ -30,11 +30,18 @@ from typing import Literal
 import torch
 
 from common import distributed, offload, vllm
-from common.batches import batch_indices, collate, micro_batches, run_micro_batches
+from common.batches import (
+    batch_indices,
+    collate,
+    micro_batches,
+    permutation,
+    response_mask,
+    run_micro_batches,
+)
 from common.checkpoints import export, load_checkpoint, save_checkpoint
 from common.cli import fail, parse
 from common.context import add_context
-from common.data import prompt_hash, read_rows
+from common.data import hold_out_prompts, read_rows
 from common.log import Run
 from common.meter import Phases, state_bytes
 from common.models import load_model
@@ -43,126 +50,144 @@ from common.pretrained import resolve
 from common.reference import load_reference
 from common.rewards import Reward
 from common.rollout import check_sampler, note_drift, rollout
-from common.tokenization import check_same_tokenizer, load_tokenizer, stop_token, tokenize
+from common.tokenization import load_tokenizer, require_same_tokenizer, stop_token, tokenize
 from common.value_heads import response_values
 
 
 @dataclass
 class Args:
     model: str = "reviews"
-    """policy to start from, usually an SFT model: folder or hub id"""
+    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded one."""
     ref_model: str = ""
-    """reference of the KL penalty; default: `--model` as it starts"""
+    """Reference policy: a hub id or folder. By default it is `--model` as it starts."""
     gvm: str = "reviews"
-    """Global Value Model from gvm_td.py: folder or hub id, with the policy's tokenizer; frozen"""
+    """Global Value Model from gvm_td.py, frozen: a hub id or folder with the policy's tokenizer. `reviews` is
+    the embedded one."""
     dataset: str = "reviews"
-    """prompts: hub id, or local .jsonl / .json / .parquet (.gz too) with a column `prompt`"""
+    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns that
+    docs/data.md lists for this script. `reviews` is the embedded world."""
     split: str = "train"
-    """the hub's split, or the value to keep of a local file's `split` column"""
+    """Split of a hub data set; of a local file, the value that its column `split` must have."""
     columns: dict[str, str] = field(default_factory=dict)
-    """our column names and yours, e.g. `--columns prompt question`"""
+    """Our column names and yours, in pairs: `--columns prompt question response answer`."""
     part: Literal["all", "sft", "value", "rl"] = "all"
-    """share of the prompts: 30 % sft, 50 % value, 20 % rl, disjoint (2502.16944)"""
+    """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
-    """seed of `--part`; the same in every script"""
+    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an experiment."""
     skip_bad_rows: bool = False
-    """drop and count unusable rows instead of stopping at the first"""
+    """Drop and count unusable rows instead of stopping at the first."""
     run_dir: str = "runs/dvpo"
-    """metrics, samples, checkpoints and the exported model go here"""
+    """Folder of the run: arguments, metrics, samples, checkpoints, the exported model."""
     seed: int = 0
-    """seed of data order and sampling"""
+    """Seed of all that is random in a run, except the split of the data (`--split-seed`)."""
     steps: int = 1000
-    """RL steps: one rollout of `batch-size` and `epochs` passes over it"""
+    """RL steps, each one rollout of `--batch-size` responses and `--epochs` passes over it."""
     batch_size: int = 8
-    """responses a step, over all ranks (2502.16944: 8)"""
+    """Responses per RL step, over all ranks (2502.16944: 8)."""
     mini_batch_size: int = 2
-    """responses an optimizer step, over all ranks (2502.16944: 2)"""
+    """Responses per optimizer step, over all ranks (2502.16944: 2)."""
     micro_batch_size: int = 2
-    """responses a forward pass, a rank; changes memory and speed, not the result"""
+    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not the
+    result."""
     rollout_batch_size: int = 0
-    """prompts generated at once, a rank; 0: all of the step's"""
+    """Prompts that one rank answers at once. 0: all of the step's."""
     rollout_engine: Literal["torch", "vllm"] = "torch"
-    """torch: our own loop; vllm: vLLM in each process, the policy's weights copied into it before each rollout"""
+    """Who samples. torch: our own loop; vllm: vLLM in each process, with the policy's weights copied into it
+    before each rollout."""
     vllm_cache_gb: float = 4.0
-    """GiB of keys and values that vLLM reserves on each GPU, beside its copy of the weights"""
+    """GiB of keys and values that vLLM reserves on each GPU, in addition to its copy of the weights."""
     importance_cap: float = 2.0
-    """with vllm: min(policy / sampler, cap) weights each token's advantage; 0: no such weight"""
+    """With vLLM, each token's advantage is weighted by min(policy / sampler, cap). 0: no such weight."""
     epochs: int = 4
-    """passes over each rollout (2502.16944: 4)"""
+    """Passes over each rollout (2502.16944: 4)."""
     max_prompt_length: int = 1024
-    """tokens; longer prompts are dropped and counted"""
+    """Longest prompt, in tokens; longer ones are dropped and counted."""
     max_response_length: int = 1024
-    """tokens; responses are cut off there (2502.16944: 1024)"""
+    """Longest response, in tokens; a longer one is cut there."""
     temperature: float = 1.0
-    """of sampling, and of every log-probability"""
+    """Temperature of sampling; the online scripts take every log-probability at this temperature too."""
     lr: float = 2e-6
-    """peak learning rate of the policy (2502.16944: 2e-6)"""
+    """Peak learning rate (2502.16944: 2e-6)."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """after the warm-up"""
+    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a cosine."""
     warmup_steps: int = 10
-    """RL steps of linear warm-up"""
+    """Steps over which the learning rate rises linearly to its peak."""
     max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
+    """Norm that gradients are clipped to."""
     beta: float = 0.05
-    """KL coefficient (2502.16944 v3: 0.05)"""
+    """Coefficient of the KL penalty (2502.16944 v3: 0.05). In remax.py, 0 loads no reference."""
     kl_target: float = 0.0
-    """mean KL a token, in nats, that an adaptive beta aims at (2502.16944 v1: 0.1, from beta 0.2); 0: beta is fixed"""
+    """Mean KL per token, in nats, that an adaptive beta aims at (2502.16944 v1: 0.1, from beta 0.2). 0: beta
+    is fixed."""
     advantage: Literal["gae", "q"] = "gae"
-    """gae: 2502.16944 v3, advantage over the state's value; q: v1, whitened action values (docs/dvpo.md: less stable)"""
+    """gae: advantage over the state's value (2502.16944 v3); q: whitened action values (v1; less stable, see
+    docs/dvpo.md)."""
     centre: bool = False
-    """subtract the batch's mean from GAE advantages, as PPO does; a frozen GVM is better without (docs/dvpo.md)"""
+    """Subtract the batch's mean from GAE advantages, as PPO does. With a frozen GVM it is better not to
+    (docs/dvpo.md)."""
     log_odds: bool = False
-    """for a GVM trained on +1 / -1: use atanh(V), half the log-odds of being the chosen answer, which does not level off"""
+    """For a GVM trained on +1 and -1: use atanh(V), half the log-odds of being the chosen answer, which does
+    not level off."""
     gamma: float = 1.0
-    """discount; a GVM must have been trained with the same"""
+    """Discount. A GVM and the script that uses it must have the same."""
     lam: float = 0.95
-    """lambda of GAE"""
+    """Lambda of the returns (gvm_td.py) or of GAE: 0 is one step (2502.16944, equation 1), 1 is Monte Carlo;
+    the authors' released trainer uses 0.95."""
     clip: float = 0.2
-    """of the probability ratio (2502.16944: 0.2)"""
+    """Clip range of the probability ratio around 1 (2502.16944: 0.2)."""
     missing_eos_penalty: float = 0.0
-    """subtracted from the reward of a response cut off by the length limit"""
+    """What is subtracted from the reward of a response that the length limit cut off."""
     eval_every: int = 50
-    """steps between evaluations on held-out prompts (also before the first and after the last); 0: none"""
+    """RL steps between evaluations on held-out prompts, the first before training. 0: none."""
     eval_prompts: int = 64
-    """prompts held out of training for evaluation"""
+    """Number of prompts that are held out of training for evaluations."""
     eval_reward: tuple[str, ...] = ()
-    """what to report there: reward models or `module:function`s; never trained on"""
+    """Reward models (hub ids or folders) or `module:function`s to report in evaluations; never trained on."""
     save_every: int = 50
-    """steps between checkpoints for --resume; 0: none"""
+    """Steps between checkpoints for `--resume`. 0: none."""
     keep: int = 2
-    """checkpoints kept"""
+    """Number of checkpoints that are kept."""
     resume: bool = False
-    """go on from the newest checkpoint of --run-dir; from the start where there is none"""
+    """Go on from the newest checkpoint of `--run-dir`, or from the start where there is none."""
     overwrite: bool = False
-    """replace an earlier run in --run-dir"""
+    """Replace an earlier run in `--run-dir`."""
     wandb: bool = False
-    """also log to Weights & Biases (offline without WANDB_API_KEY)"""
+    """Log to Weights & Biases as well (offline without WANDB_API_KEY)."""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
-    """compute type; auto: bf16 on a GPU, float32 on a CPU; master weights are float32"""
+    """Type that computes; auto is bf16 on a GPU and float32 on a CPU. Master weights are float32."""
     lora_rank: int = 0
-    """rank of LoRA adapters on every linear layer, through peft; 0: all weights are trained"""
+    """Rank of LoRA adapters on every linear layer, through peft. 0: all weights are trained."""
     lora_alpha: float = 32.0
-    """their scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)"""
+    """LoRA's scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)."""
     lora_dropout: float = 0.0
-    """of their input, in the update alone"""
+    """Dropout on the input of LoRA's adapters, during the update alone."""
     lora_merge: bool = True
-    """export the merged model; --no-lora-merge: the adapters alone, for peft"""
+    """Export the merged model. `--no-lora-merge` exports the adapters alone, for peft."""
     gradient_checkpointing: bool = False
-    """recompute activations in backward: less memory, a third more time"""
+    """Recompute activations in the backward pass: less memory, a third more time."""
     offload_frozen: bool = False
-    """keep frozen models in the host's memory but for the passes that read them"""
+    """Keep frozen models in the host's memory except during the passes that read them."""
     shard_size: int = 0
-    """ranks a model is sharded over (HSDP: replicas of it across nodes); 0: all"""
+    """Number of ranks that a model is sharded over (HSDP: replicas of it across nodes). 0: all."""
 
 
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
 REVIEWS = dict(
-    part="rl", steps=40, batch_size=256, mini_batch_size=64, micro_batch_size=64, max_prompt_length=16,
-    max_response_length=32, beta=0.1, lr=3e-4, warmup_steps=0, eval_every=10, eval_prompts=96, save_every=20,
+    part="rl",
+    steps=40,
+    batch_size=256,
+    mini_batch_size=64,
+    micro_batch_size=64,
+    max_prompt_length=16,
+    max_response_length=32,
+    beta=0.1,
+    lr=3e-4,
+    warmup_steps=0,
+    eval_every=10,
+    eval_prompts=96,
+    save_every=20,
     eval_reward=("assets.reviews:reward", "assets.reviews:grammatical"),
-)  # fmt: skip
-
-
+)
 
 
 def token_rewards(kl, score, mask, beta):
@@ -238,23 +263,28 @@ def main(args: Args) -> None:
     name = resolve(args.model)
     tokenizer = load_tokenizer(name)
     ref_name = resolve(args.ref_model or args.model)
-    check_same_tokenizer(tokenizer, ref_name, "--ref-model")
+    require_same_tokenizer(tokenizer, ref_name, "--ref-model")
     pad, limit = tokenizer.pad_token_id, args.max_response_length
     stops = {stop_token(tokenizer), tokenizer.eos_token_id}
     gvm_name = resolve(args.gvm, "value")
-    check_same_tokenizer(tokenizer, gvm_name, "--gvm")
+    require_same_tokenizer(tokenizer, gvm_name, "--gvm")
 
     # --- data
     rows = read_rows(
-        args.dataset, "prompts", split=args.split, columns=args.columns, part=args.part, split_seed=args.split_seed,
+        args.dataset,
+        "prompts",
+        split=args.split,
+        columns=args.columns,
+        part=args.part,
+        split_seed=args.split_seed,
         skip_bad_rows=args.skip_bad_rows,
-    )  # fmt: skip
+    )
     rows = tokenize(rows, tokenizer, (), args.max_prompt_length, limit, args.dataset)
-    rows.sort(key=lambda row: prompt_hash(row["prompt"], args.split_seed + 1))
-    eval_rows = rows[: args.eval_prompts]
-    rows = rows[len(eval_rows) :]
+    rows, eval_rows = hold_out_prompts(rows, args.eval_prompts, args.split_seed)
     if not rows:
-        fail(f"{args.dataset}: all {len(eval_rows)} prompts are held out for evaluation; lower --eval-prompts")
+        fail(
+            f"{args.dataset}: all {len(eval_rows)} prompts are held out for evaluation; lower --eval-prompts"
+        )
 
     # --- models
     eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
@@ -264,11 +294,14 @@ def main(args: Args) -> None:
     gvm = load_model("value", gvm_name, tokenizer, args, trained=False)
     if getattr(gvm.config, "gamma", args.gamma) != args.gamma:
         fail(f"--gamma {args.gamma}, but {args.gvm} was trained with {gvm.config.gamma}")
-    context_pairs, context_length = (getattr(gvm.config, key, 0) for key in ("context_pairs", "context_length"))
+    context_pairs, context_length = (
+        getattr(gvm.config, key, 0) for key in ("context_pairs", "context_length")
+    )
     reference = load_reference(policy, ref_name, tokenizer, args)
     models, optimizers = [policy, gvm, reference], [optimizer]
     trained = {"policy": (policy, optimizer)}
-    offload.park(args.offload_frozen, [*models, *(r.model for r in eval_rewards)])
+    if args.offload_frozen:
+        offload.park([*models, *(r.model for r in eval_rewards)])
     state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start, beta = state.get("step", 0), state.get("beta", args.beta)
     pool = state.get("pool", [])  # the policy's earlier answers, for a GVM with context
@@ -277,27 +310,37 @@ def main(args: Args) -> None:
 
     def score(model, sequences):
         """Log-probabilities [N, T] of the responses under a policy, on every rank."""
-        forward = lambda mb: model.response_logprobs(**mb, temperature=args.temperature)[0]  # noqa: E731
+        forward = lambda mb: model.response_logprobs(**mb, temperature=args.temperature)[0]
         width = max(len(r) for _, r in sequences)
         return run_micro_batches(forward, sequences, args.micro_batch_size, pad, width, model=model)
 
     def evaluate(step):
         """The policy on the held-out prompts, sampled with the same random numbers each time."""
         prompts = [row["prompt_ids"] for row in eval_rows]
-        responses, _ = rollout(policy, tokenizer, prompts, limit, args.temperature, (0, 0), args.rollout_batch_size)
+        responses, _ = rollout(
+            policy, tokenizer, prompts, limit, args.temperature, (0, 0), args.rollout_batch_size
+        )
         sequences = list(zip(prompts, responses, strict=True))
-        mask = collate(sequences, pad, device)["response_mask"]
+        mask = response_mask(responses, device)
         kl, _ = kl_estimates(score(policy, sequences), score(reference, sequences), mask)
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         scores = {f"eval/{r.label}": r(eval_rows, sequences, texts) for r in eval_rewards}
         out = {key: value.mean() for key, value in scores.items()}
         out |= {"eval/kl": kl.sum(1).mean(), "eval/length": mask.sum(1).float().mean()}
         run.metrics(step, out, show=tuple(out))
-        run.samples(step, [
-            {"prompt": row["prompt"], "response": text, "kl": kl[i].sum().item(), "length": len(responses[i])}
-            | {key.split("/")[1]: value[i].item() for key, value in scores.items()}
-            for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
-        ])  # fmt: skip
+        run.samples(
+            step,
+            [
+                {
+                    "prompt": row["prompt"],
+                    "response": text,
+                    "kl": kl[i].sum().item(),
+                    "length": len(responses[i]),
+                }
+                | {key.split("/")[1]: value[i].item() for key, value in scores.items()}
+                for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
+            ],
+        )
 
     if start == 0 and args.eval_every and eval_rows:
         evaluate(0)
@@ -312,7 +355,7 @@ def main(args: Args) -> None:
         )
         sequences = list(zip(prompts, responses, strict=True))
         lengths = [len(p) + len(r) for p, r in sequences]
-        mask = collate(sequences, pad, device)["response_mask"]
+        mask = response_mask(responses, device)
         truncated = torch.tensor([r[-1] not in stops for r in responses], device=device)
         phases.end("rollout")
 
@@ -320,11 +363,18 @@ def main(args: Args) -> None:
         logprobs, ref_logprobs = score(policy, sequences), score(reference, sequences)
         kl, k3 = kl_estimates(logprobs, ref_logprobs, mask)
         answers = [{"prompt_ids": p, "response_ids": r} for p, r in sequences]
-        contexts = add_context(answers, context_pairs, pool or answers, tokenizer, context_length, args.seed + step)
+        contexts = add_context(
+            answers, context_pairs, pool or answers, tokenizer, context_length, args.seed + step
+        )
         pool = answers if context_pairs else []
         read = [(row["prompt_ids"], row["response_ids"]) for row in contexts]
         values = run_micro_batches(
-            lambda mb: response_values(gvm, **mb), read, args.micro_batch_size, pad, mask.shape[1] + 1, model=gvm
+            lambda mb: response_values(gvm, **mb),
+            read,
+            args.micro_batch_size,
+            pad,
+            mask.shape[1] + 1,
+            model=gvm,
         )
         if args.log_odds:
             values = torch.atanh(values.clamp(-0.99, 0.99))
@@ -347,7 +397,7 @@ def main(args: Args) -> None:
         totals, norms = torch.zeros(5, device=device), []
         lr = learning_rate(step, args.steps, args.lr, args.warmup_steps, args.lr_schedule)
         for epoch in range(args.epochs):
-            order = batch_indices(args.batch_size, args.batch_size, step * args.epochs + epoch, args.seed + 1)
+            order = permutation(args.batch_size, step * args.epochs + epoch, args.seed + 1)
             for first in range(0, args.batch_size, args.mini_batch_size):
                 mini_batch = order[first : first + args.mini_batch_size]
                 tokens = mask[mini_batch].sum()  # over all ranks and micro-batches
@@ -372,16 +422,26 @@ def main(args: Args) -> None:
         done, response_tokens, means = step + 1, int(mask.sum()), torch.tensor(norms).mean(0).tolist()
         note_drift(policy, sampled, logprobs, mask, done)
         metrics = {
-            "objective/score": scores.mean(), "objective/kl": kl.sum(1).mean(), "objective/kl_k3": k3.sum(1).mean(),
-            "objective/beta": beta, "objective/entropy": entropy / count,
+            "objective/score": scores.mean(),
+            "objective/kl": kl.sum(1).mean(),
+            "objective/kl_k3": k3.sum(1).mean(),
+            "objective/beta": beta,
+            "objective/entropy": entropy / count,
             "rollout/mismatch": kl_estimates(sampled, logprobs, mask)[1].sum() / response_tokens,
-            "rollout/length": mask.sum(1).float().mean(), "rollout/truncated": truncated.float().mean(),
-            "policy/loss": means[0], "policy/grad_norm": means[1], "policy/clip_fraction": clipped / count,
-            "policy/approx_kl": approx_kl / count, "policy/ratio": ratio / count, "policy/lr": lr,
-            "gvm/value": values[:, 1:][mask].mean(), "gvm/value_std": values[:, 1:][mask].std(), "gvm/start": values[:, 0].mean(),
+            "rollout/length": mask.sum(1).float().mean(),
+            "rollout/truncated": truncated.float().mean(),
+            "policy/loss": means[0],
+            "policy/grad_norm": means[1],
+            "policy/clip_fraction": clipped / count,
+            "policy/approx_kl": approx_kl / count,
+            "policy/ratio": ratio / count,
+            "policy/lr": lr,
+            "gvm/value": values[:, 1:][mask].mean(),
+            "gvm/value_std": values[:, 1:][mask].std(),
+            "gvm/start": values[:, 0].mean(),
             "memory/state_gb": state_bytes(models, optimizers) / 2**30,
             **phases.metrics(policy, response_tokens, args.epochs * sum(lengths)),
-        }  # fmt: skip
+        }
         run.metrics(done, metrics, show=("objective/score", "objective/kl", "rollout/length"))
         if args.kl_target:
             beta = next_beta(beta, float(kl[mask].mean()), args.kl_target, args.batch_size)

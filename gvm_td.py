@@ -51,107 +51,121 @@ from common.value_heads import response_values
 @dataclass
 class Args:
     model: str = "reviews"
-    """backbone, usually the SFT policy: folder or hub id; its tokenizer must be the one of the policy to be trained"""
+    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded one."""
     dataset: str = "reviews"
-    """hub id, or local .jsonl / .json / .parquet (.gz too)"""
+    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns that
+    docs/data.md lists for this script. `reviews` is the embedded world."""
     source: Literal["preference", "scores"] = "preference"
-    """what the data set holds: prompt, chosen, rejected (returns +1 / -1), or prompt, response, reward"""
+    """What the data set holds. preference: prompt, chosen, rejected (returns +1 and -1); scores: prompt,
+    response, reward."""
     reward: str = ""
-    """reward model or `module:function` whose scores of the responses replace the data set's own returns"""
+    """Reward model (hub id or folder) or `module:function` that scores responses; in gvm_td.py its scores
+    replace the data set's returns."""
     split: str = "train"
-    """the hub's split, or the value to keep of a local file's `split` column"""
+    """Split of a hub data set; of a local file, the value that its column `split` must have."""
     eval_dataset: str = ""
-    """held-out data; default: `--eval-fraction` of the prompts of `--dataset`"""
+    """Held-out data. By default `--eval-fraction` of the prompts of `--dataset` are held out."""
     eval_split: str = "test"
-    """split of --eval-dataset"""
+    """Split of `--eval-dataset`."""
     eval_source: Literal["", "preference", "scores"] = ""
-    """what the held-out data holds; default: as `--source`. From scores, all pairs of a prompt at least --eval-gap apart"""
+    """What the held-out data holds; by default the same as `--source`. From scores, all pairs of a prompt at
+    least `--eval-gap` apart are made."""
     eval_gap: float = 0.0
-    """smallest difference of scores that makes a held-out pair"""
+    """Smallest difference of scores that makes a held-out pair."""
     eval_fraction: float = 0.05
-    """share of the prompts held out where there is no --eval-dataset"""
+    """Share of the prompts that is held out where no `--eval-dataset` is given."""
     columns: dict[str, str] = field(default_factory=dict)
-    """our column names and yours, e.g. `--columns reward score policy model`"""
+    """Our column names and yours, in pairs: `--columns prompt question response answer`."""
     part: Literal["all", "sft", "value", "rl"] = "all"
-    """share of the prompts: 30 % sft, 50 % value, 20 % rl, disjoint (2502.16944)"""
+    """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
-    """seed of `--part` and of the held-out prompts; the same in every script"""
+    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an experiment."""
     skip_bad_rows: bool = False
-    """drop and count unusable rows instead of stopping at the first"""
+    """Drop and count unusable rows instead of stopping at the first."""
     max_characters: int = 0
-    """drop (and count) rows with a longer response; 0: no limit"""
+    """Drop and count rows with a response longer than this many characters. 0: no limit."""
     layers: int = 0
-    """keep only the backbone's first N layers; 0: all"""
+    """Keep only the first N layers of the backbone. 0: all."""
     context_pairs: int = 0
-    """question-answer pairs by the same policy put before each prompt (2502.16944 v1, section 3.2)"""
+    """Question-answer pairs by the same policy that are put before each prompt (2502.16944 v1, section 3.2)."""
     context_length: int = 256
-    """tokens a context pair is cut at"""
+    """Length, in tokens, that a context pair is cut at."""
     run_dir: str = "runs/gvm_td"
-    """metrics, accuracy table, pictures, checkpoints and the exported model go here"""
+    """Folder of the run: arguments, metrics, samples, checkpoints, the exported model."""
     seed: int = 0
-    """seed of the data order"""
+    """Seed of all that is random in a run, except the split of the data (`--split-seed`)."""
     epochs: int = 1
-    """passes over the data"""
+    """Passes over the data; in the online scripts, over each rollout."""
     steps: int = 0
-    """optimizer steps; 0: what `--epochs` gives"""
+    """Optimizer steps. 0: as many as `--epochs` gives."""
     batch_size: int = 32
-    """responses an optimizer step, over all ranks (2502.16944: 32)"""
+    """Responses (in preference data: pairs) per optimizer step, over all ranks."""
     micro_batch_size: int = 4
-    """responses a forward pass, a rank; changes memory and speed, not the result"""
+    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not the
+    result."""
     max_prompt_length: int = 512
-    """tokens; longer prompts are dropped and counted (2502.16944: 1024 for prompt and response together)"""
+    """Longest prompt, in tokens; longer ones are dropped and counted."""
     max_response_length: int = 512
-    """tokens; longer responses are cut"""
+    """Longest response, in tokens; a longer one is cut there."""
     lr: float = 2e-6
-    """peak learning rate (2502.16944: 2e-6)"""
+    """Peak learning rate (2502.16944: 2e-6)."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """after the warm-up"""
+    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a cosine."""
     warmup_steps: int = 10
-    """optimizer steps of linear warm-up"""
+    """Steps over which the learning rate rises linearly to its peak."""
     max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
+    """Norm that gradients are clipped to."""
     gamma: float = 1.0
-    """discount"""
+    """Discount. A GVM and the script that uses it must have the same."""
     lam: float = 0.95
-    """lambda of the returns: 0 is the paper's equation 1, 1 Monte Carlo; the authors' released trainer uses 0.95"""
+    """Lambda of the returns (gvm_td.py) or of GAE: 0 is one step (2502.16944, equation 1), 1 is Monte Carlo;
+    the authors' released trainer uses 0.95."""
     normalise_values: bool = False
-    """batch-normalise the predictions before the loss (2502.16944 v1, equation 2); folded into the exported head"""
+    """Batch-normalise the predictions before the loss (2502.16944 v1, equation 2); this is folded into the
+    exported head."""
     eval_every: int = 100
-    """optimizer steps between evaluations (also after the last); 0: only after the last"""
+    """Optimizer steps between evaluations. 0: evaluate only at the end."""
     save_every: int = 200
-    """optimizer steps between checkpoints for --resume; 0: none"""
+    """Steps between checkpoints for `--resume`. 0: none."""
     keep: int = 2
-    """checkpoints kept"""
+    """Number of checkpoints that are kept."""
     resume: bool = False
-    """go on from the newest checkpoint of --run-dir; from the start where there is none"""
+    """Go on from the newest checkpoint of `--run-dir`, or from the start where there is none."""
     overwrite: bool = False
-    """replace an earlier run in --run-dir"""
+    """Replace an earlier run in `--run-dir`."""
     wandb: bool = False
-    """also log to Weights & Biases (offline without WANDB_API_KEY)"""
+    """Log to Weights & Biases as well (offline without WANDB_API_KEY)."""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
-    """compute type; auto: bf16 on a GPU, float32 on a CPU; master weights are float32"""
+    """Type that computes; auto is bf16 on a GPU and float32 on a CPU. Master weights are float32."""
     lora_rank: int = 0
-    """rank of LoRA adapters on every linear layer, through peft; 0: all weights are trained"""
+    """Rank of LoRA adapters on every linear layer, through peft. 0: all weights are trained."""
     lora_alpha: float = 32.0
-    """their scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)"""
+    """LoRA's scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)."""
     lora_dropout: float = 0.0
-    """of their input, in the update alone"""
+    """Dropout on the input of LoRA's adapters, during the update alone."""
     lora_merge: bool = True
-    """export the merged model; --no-lora-merge: the adapters alone, for peft"""
+    """Export the merged model. `--no-lora-merge` exports the adapters alone, for peft."""
     gradient_checkpointing: bool = False
-    """recompute activations in backward: less memory, a third more time"""
+    """Recompute activations in the backward pass: less memory, a third more time."""
     shard_size: int = 0
-    """ranks a model is sharded over (HSDP: replicas of it across nodes); 0: all"""
+    """Number of ranks that a model is sharded over (HSDP: replicas of it across nodes). 0: all."""
 
 
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
 REVIEWS = dict(
-    source="scores", eval_source="preference", eval_fraction=0.2, part="value", steps=500, batch_size=64, micro_batch_size=64,
-    max_prompt_length=16, max_response_length=32, lr=3e-3, eval_every=250, save_every=100,
-)  # fmt: skip
-
-
-
+    source="scores",
+    eval_source="preference",
+    eval_fraction=0.2,
+    part="value",
+    steps=500,
+    batch_size=64,
+    micro_batch_size=64,
+    max_prompt_length=16,
+    max_response_length=32,
+    lr=3e-3,
+    eval_every=250,
+    save_every=100,
+)
 
 
 def td_targets(values, scores, mask, gamma, lam):
@@ -188,12 +202,6 @@ def normalise(values, mask, eps=1e-5):
     return torch.where(valid, (values - mean) / std, 0.0), mean.detach(), std.detach()
 
 
-
-
-
-
-
-
 def main(args: Args) -> None:
     # --- setup
     run = Run(args)
@@ -212,11 +220,15 @@ def main(args: Args) -> None:
             kept = [row for row in rows if all(len(row[text]) <= args.max_characters for text in texts)]
             dropped = f"{len(rows) - len(kept)} of {len(rows)} rows: response over --max-characters {args.max_characters}"
             note(f"{dataset}: dropped {dropped}")
-            rows = kept or fail(f"{dataset}: no usable row: every response is over --max-characters {args.max_characters}")
+            rows = kept or fail(
+                f"{dataset}: no usable row: every response is over --max-characters {args.max_characters}"
+            )
         return rows
 
     def with_tokens(rows, dataset):
-        return tokenize(rows, tokenizer, ("response",), args.max_prompt_length, args.max_response_length, dataset)
+        return tokenize(
+            rows, tokenizer, ("response",), args.max_prompt_length, args.max_response_length, dataset
+        )
 
     eval_source = args.eval_source or args.source
     rows = read(args.dataset, args.split, args.source, args.part)
@@ -225,36 +237,55 @@ def main(args: Args) -> None:
     else:
         rows, held_out = hold_out(rows, args.eval_fraction, args.split_seed)
         if eval_source != args.source:
-            held_out = hold_out(read(args.dataset, args.split, eval_source, args.part), args.eval_fraction, args.split_seed)[1]
+            held_out = hold_out(
+                read(args.dataset, args.split, eval_source, args.part), args.eval_fraction, args.split_seed
+            )[1]
     if args.source == "preference":
         signs = (("chosen", 1.0), ("rejected", -1.0))
-        rows = [{**row, "response": row[s], "reward": v, "policy": row.get(f"{s}_policy")} for row in rows for s, v in signs]
-    rows = with_tokens(rows or fail(f"{args.dataset}: every prompt is held out; lower --eval-fraction"), args.dataset)
+        rows = [
+            {**row, "response": row[s], "reward": v, "policy": row.get(f"{s}_policy")}
+            for row in rows
+            for s, v in signs
+        ]
+    rows = with_tokens(
+        rows or fail(f"{args.dataset}: every prompt is held out; lower --eval-fraction"), args.dataset
+    )
     eval_name = args.eval_dataset or args.dataset
     no_pairs = f"{eval_name}: no held-out pair to evaluate on; raise --eval-fraction, lower --eval-gap or give --eval-dataset"
     if not held_out:
         fail(no_pairs)
     if eval_source == "preference":
-        held_out = [{**row, "response": row[s], "policy": row.get(f"{s}_policy"), "pair": i, "reward": sign}
-                    for i, row in enumerate(held_out) for s, sign in (("chosen", 1e9), ("rejected", -1e9))]  # fmt: skip
+        held_out = [
+            {**row, "response": row[s], "policy": row.get(f"{s}_policy"), "pair": i, "reward": sign}
+            for i, row in enumerate(held_out)
+            for s, sign in (("chosen", 1e9), ("rejected", -1e9))
+        ]
     held_out = with_tokens(held_out, eval_name)
     if args.reward:
         judge = Reward(args.reward, tokenizer, args)
         for part in (rows, held_out) if eval_source == "scores" else (rows,):
-            found = judge(part, [(row["prompt_ids"], row["response_ids"]) for row in part], [row["response"] for row in part])
+            found = judge(
+                part,
+                [(row["prompt_ids"], row["response_ids"]) for row in part],
+                [row["response"] for row in part],
+            )
             for row, score in zip(part, found.tolist(), strict=True):
                 row["reward"] = score
         del judge
         gc.collect()  # sharded modules are in reference cycles
     pairs = make_pairs(held_out, args.eval_gap)
-    eval_rows = [row for pair in random.Random(0).sample(pairs, min(len(pairs), 2000)) for row in pair] or fail(no_pairs)
+    eval_rows = [
+        row for pair in random.Random(0).sample(pairs, min(len(pairs), 2000)) for row in pair
+    ] or fail(no_pairs)
     pairs = list(zip(eval_rows[::2], eval_rows[1::2], strict=True))
     scores = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
     given = args.source == "preference" and not args.reward  # +1 / -1 are returns as they are
     score_mean, score_std = (0.0, 1.0) if given else (scores.mean().item(), scores.std().item())
     if not score_std > 0:
         fail(f"{args.dataset}: all rewards are {scores[0].item()}; there is nothing to learn")
-    scores = ((scores - score_mean) / score_std).to(device, torch.float64 if args.precision == "fp64" else torch.float32)
+    scores = ((scores - score_mean) / score_std).to(
+        device, torch.float64 if args.precision == "fp64" else torch.float32
+    )
     averages = {row.get("policy"): [] for row in rows}
     for row in rows:
         averages[row.get("policy")].append(row["reward"])
@@ -296,15 +327,24 @@ def main(args: Args) -> None:
         clock = time.perf_counter()
         batch = batch_indices(len(rows), args.batch_size, step, args.seed)
         count = sum(len(sequences[i][1]) + 1 for i in batch)  # over all ranks and micro-batches
-        loss, where = torch.zeros((), device=device), f"step {step}, data rows {[rows[i]['row'] for i in batch]}"
-        if args.normalise_values:  # statistics of the whole batch first, then dloss/dvalue, then each micro-batch backward
+        loss, where = (
+            torch.zeros((), device=device),
+            f"step {step}, data rows {[rows[i]['row'] for i in batch]}",
+        )
+        if (
+            args.normalise_values
+        ):  # statistics of the whole batch first, then dloss/dvalue, then each micro-batch backward
             whole = collate([sequences[i] for i in batch], pad, device)["response_mask"]
             values = predict([sequences[i] for i in batch]).requires_grad_()
             normal, mean, std = normalise(values, whole)
             value_mean, value_std = mean.item(), std.item()
-            (slope,) = torch.autograd.grad(td_loss(normal, scores[batch], whole, args.gamma, args.lam), values)
+            (slope,) = torch.autograd.grad(
+                td_loss(normal, scores[batch], whole, args.gamma, args.lam), values
+            )
             normal_loss = td_loss(normal.detach(), scores[batch], whole, args.gamma, args.lam) / count / world
-        picks = micro_batches(range(len(batch)), [lengths[i] for i in batch], args.micro_batch_size, rank, world)
+        picks = micro_batches(
+            range(len(batch)), [lengths[i] for i in batch], args.micro_batch_size, rank, world
+        )
         for pick in accumulated(picks, model):
             mb = collate([sequences[batch[i]] for i in pick], pad, device)
             values, mask = response_values(model, **mb), mb["response_mask"]
@@ -321,11 +361,20 @@ def main(args: Args) -> None:
 
         # --- log
         done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
-        run.metrics(done, {
-            "value/loss": total, "value/grad_norm": norm, "value/lr": lr, "time/step_s": seconds,
-            "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": state_bytes([model], [optimizer]) / 2**30,
-            "memory/peak_gb": peak_memory_gb(), **mfu(model, tokens, seconds),
-        }, show=("value/loss",))  # fmt: skip
+        run.metrics(
+            done,
+            {
+                "value/loss": total,
+                "value/grad_norm": norm,
+                "value/lr": lr,
+                "time/step_s": seconds,
+                "perf/update_tokens_per_s": tokens / seconds,
+                "memory/state_gb": state_bytes([model], [optimizer]) / 2**30,
+                "memory/peak_gb": peak_memory_gb(),
+                **mfu(model, tokens, seconds),
+            },
+            show=("value/loss",),
+        )
         if args.eval_every and done % args.eval_every == 0 and done < steps:
             evaluate(done)
 
@@ -336,13 +385,24 @@ def main(args: Args) -> None:
     accuracy, values = evaluate(steps)
     baselines = {
         "length": np.mean([len(c["response"]) > len(r["response"]) for c, r in pairs]),
-        "policy": np.mean([averages.get(c.get("policy"), 0) > averages.get(r.get("policy"), 0) for c, r in pairs]),
+        "policy": np.mean(
+            [averages.get(c.get("policy"), 0) > averages.get(r.get("policy"), 0) for c, r in pairs]
+        ),
     }
     if rank == 0:
-        table = {**accuracy, **{f"baseline_{key}": float(value) for key, value in baselines.items()}, "pairs": len(pairs)}
+        table = {
+            **accuracy,
+            **{f"baseline_{key}": float(value) for key, value in baselines.items()},
+            "pairs": len(pairs),
+        }
         policies = {policy: value for policy, value in averages.items() if policy is not None}
-        Path(args.run_dir, "accuracy.json").write_text(json.dumps({**table, "policy_averages": policies}, indent=1))
-        note("accuracy on held-out pairs: " + ", ".join(f"{key} {value:.3f}" for key, value in table.items() if key != "pairs"))
+        Path(args.run_dir, "accuracy.json").write_text(
+            json.dumps({**table, "policy_averages": policies}, indent=1)
+        )
+        note(
+            "accuracy on held-out pairs: "
+            + ", ".join(f"{key} {value:.3f}" for key, value in table.items() if key != "pairs")
+        )
         shown = []
         for i, row in enumerate(eval_rows[:4]):  # two pairs
             title = f"{('chosen', 'rejected')[i % 2]}: {json.dumps(row['prompt'], ensure_ascii=False)[:80]}"
@@ -354,9 +414,16 @@ def main(args: Args) -> None:
         head.weight.data.div_(value_std)
         head.bias.data.sub_(value_mean).div_(value_std)
     export(
-        model, tokenizer, f"{args.run_dir}/model", args.precision, gamma=args.gamma, return_mean=score_mean, return_std=score_std,
-        context_pairs=k, context_length=args.context_length,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        f"{args.run_dir}/model",
+        args.precision,
+        gamma=args.gamma,
+        return_mean=score_mean,
+        return_std=score_std,
+        context_pairs=k,
+        context_length=args.context_length,
+    )
     run.close()
 
 

@@ -44,112 +44,126 @@ from common.pretrained import resolve
 from common.reference import load_reference, reference_logprobs
 from common.rewards import Reward
 from common.rollout import check_sampler, rollout
-from common.tokenization import check_same_tokenizer, load_tokenizer, tokenize
+from common.tokenization import load_tokenizer, require_same_tokenizer, tokenize
 
 
 @dataclass
 class Args:
     model: str = "reviews"
-    """policy to start from, usually an SFT model: folder or hub id"""
+    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded one."""
     ref_model: str = ""
-    """reference; default: `--model` as it starts"""
+    """Reference policy: a hub id or folder. By default it is `--model` as it starts."""
     dataset: str = "reviews"
-    """prompt, response, label (true: desirable): hub id, or local .jsonl / .json / .parquet (.gz too)"""
+    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns that
+    docs/data.md lists for this script. `reviews` is the embedded world."""
     split: str = "train"
-    """the hub's split, or the value to keep of a local file's `split` column"""
+    """Split of a hub data set; of a local file, the value that its column `split` must have."""
     threshold: float | None = None
-    """for data with `reward` and no label: desirable is what has more than this"""
+    """For data with `reward` and no `label`: a response with more than this is desirable."""
     eval_dataset: str = ""
-    """held-out data; default: `--eval-fraction` of the prompts of `--dataset`"""
+    """Held-out data. By default `--eval-fraction` of the prompts of `--dataset` are held out."""
     eval_split: str = "test"
-    """split of --eval-dataset"""
+    """Split of `--eval-dataset`."""
     eval_fraction: float = 0.05
-    """share of the prompts held out where there is no --eval-dataset"""
+    """Share of the prompts that is held out where no `--eval-dataset` is given."""
     columns: dict[str, str] = field(default_factory=dict)
-    """our column names and yours, e.g. `--columns reward score`"""
+    """Our column names and yours, in pairs: `--columns prompt question response answer`."""
     part: Literal["all", "sft", "value", "rl"] = "all"
-    """share of the prompts: 30 % sft, 50 % value, 20 % rl, disjoint (2502.16944)"""
+    """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
-    """seed of `--part` and of the held-out prompts; the same in every script"""
+    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an experiment."""
     skip_bad_rows: bool = False
-    """drop and count unusable rows instead of stopping at the first"""
+    """Drop and count unusable rows instead of stopping at the first."""
     run_dir: str = "runs/kto"
-    """metrics, samples, checkpoints and the exported model go here"""
+    """Folder of the run: arguments, metrics, samples, checkpoints, the exported model."""
     seed: int = 0
-    """seed of the data order and of the mismatched pairs"""
+    """Seed of all that is random in a run, except the split of the data (`--split-seed`)."""
     epochs: int = 1
-    """passes over the data"""
+    """Passes over the data; in the online scripts, over each rollout."""
     steps: int = 0
-    """optimizer steps; 0: what `--epochs` gives"""
+    """Optimizer steps. 0: as many as `--epochs` gives."""
     batch_size: int = 32
-    """responses an optimizer step, over all ranks"""
+    """Responses (in preference data: pairs) per optimizer step, over all ranks."""
     micro_batch_size: int = 4
-    """responses a forward pass, a rank; changes memory and speed, not the result"""
+    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not the
+    result."""
     max_prompt_length: int = 1024
-    """tokens; longer prompts are dropped and counted"""
+    """Longest prompt, in tokens; longer ones are dropped and counted."""
     max_response_length: int = 1024
-    """tokens; longer responses are cut"""
+    """Longest response, in tokens; a longer one is cut there."""
     beta: float = 0.1
-    """of the log-ratio inside the sigmoid (2402.01306: 0.1)"""
+    """Factor of the log-ratios inside the sigmoid (2402.01306, 2305.18290: 0.1)."""
     desirable_weight: float = 1.0
-    """lambda_D; (lambda_D * desirable) / (lambda_U * undesirable) should be 1 to 3/2 (2402.01306 section 4.2)"""
+    """lambda_D; (lambda_D * desirable) / (lambda_U * undesirable) should be 1 to 3/2 (2402.01306, section
+    4.2)."""
     undesirable_weight: float = 1.0
-    """lambda_U"""
+    """lambda_U, the weight of undesirable responses."""
     length_normalise: bool = False
-    """mean instead of summed log-probabilities, for a comparison with rpo.py's; the paper's equations have sums"""
+    """Use the mean log-probability per token in place of the sum, everywhere. The papers' equations have sums;
+    RPO's released code has means."""
     precompute_ref: bool = True
-    """free the reference once the data are scored: one model less in memory, but no `eval/kl`"""
+    """Free the reference once the data are scored: one model less in memory, but no `eval/kl`."""
     lr: float = 5e-6
-    """peak learning rate (2402.01306: 5e-6 with AdamW)"""
+    """Peak learning rate (2402.01306: 5e-6 with AdamW)."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """after the warm-up; linear: down to 0 at the end"""
+    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a cosine."""
     warmup_steps: int = 150
-    """optimizer steps of linear warm-up"""
+    """Steps over which the learning rate rises linearly to its peak."""
     max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
+    """Norm that gradients are clipped to."""
     temperature: float = 1.0
-    """of the samples"""
+    """Temperature of sampling; the online scripts take every log-probability at this temperature too."""
     eval_every: int = 100
-    """optimizer steps between evaluations (also after the last); 0: only after the last"""
+    """Optimizer steps between evaluations. 0: evaluate only at the end."""
     eval_prompts: int = 16
-    """held-out prompts to sample answers to"""
+    """Number of held-out prompts that evaluations sample responses to."""
     eval_reward: tuple[str, ...] = ()
-    """what to report of those: reward models or `module:function`s"""
+    """Reward models (hub ids or folders) or `module:function`s to report in evaluations; never trained on."""
     save_every: int = 200
-    """optimizer steps between checkpoints for --resume; 0: none"""
+    """Steps between checkpoints for `--resume`. 0: none."""
     keep: int = 2
-    """checkpoints kept"""
+    """Number of checkpoints that are kept."""
     resume: bool = False
-    """go on from the newest checkpoint of --run-dir; from the start where there is none"""
+    """Go on from the newest checkpoint of `--run-dir`, or from the start where there is none."""
     overwrite: bool = False
-    """replace an earlier run in --run-dir"""
+    """Replace an earlier run in `--run-dir`."""
     wandb: bool = False
-    """also log to Weights & Biases (offline without WANDB_API_KEY)"""
+    """Log to Weights & Biases as well (offline without WANDB_API_KEY)."""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
-    """compute type; auto: bf16 on a GPU, float32 on a CPU; master weights are float32"""
+    """Type that computes; auto is bf16 on a GPU and float32 on a CPU. Master weights are float32."""
     lora_rank: int = 0
-    """rank of LoRA adapters on every linear layer, through peft; 0: all weights are trained"""
+    """Rank of LoRA adapters on every linear layer, through peft. 0: all weights are trained."""
     lora_alpha: float = 32.0
-    """their scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)"""
+    """LoRA's scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)."""
     lora_dropout: float = 0.0
-    """of their input, in the update alone"""
+    """Dropout on the input of LoRA's adapters, during the update alone."""
     lora_merge: bool = True
-    """export the merged model; --no-lora-merge: the adapters alone, for peft"""
+    """Export the merged model. `--no-lora-merge` exports the adapters alone, for peft."""
     gradient_checkpointing: bool = False
-    """recompute activations in backward: less memory, a third more time"""
+    """Recompute activations in the backward pass: less memory, a third more time."""
     shard_size: int = 0
-    """ranks a model is sharded over (HSDP: replicas of it across nodes); 0: all"""
+    """Number of ranks that a model is sharded over (HSDP: replicas of it across nodes). 0: all."""
 
 
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
 REVIEWS = dict(
-    eval_fraction=0.2, part="value", steps=400, batch_size=64, micro_batch_size=64, max_prompt_length=16, max_response_length=32,
-    threshold=0.0, desirable_weight=2.1, lr=3e-4, warmup_steps=20, eval_every=100, eval_prompts=96, save_every=100,
+    eval_fraction=0.2,
+    part="value",
+    steps=400,
+    batch_size=64,
+    micro_batch_size=64,
+    max_prompt_length=16,
+    max_response_length=32,
+    threshold=0.0,
+    desirable_weight=2.1,
+    lr=3e-4,
+    warmup_steps=20,
+    eval_every=100,
+    eval_prompts=96,
+    save_every=100,
     precompute_ref=False,
     eval_reward=("assets.reviews:reward", "assets.reviews:grammatical"),
-)  # fmt: skip
-
-
+)
 
 
 def mismatched(prompts, seed):
@@ -174,16 +188,6 @@ def kto_loss(log_ratios, labels, reference_point, beta, desirable_weight, undesi
     return (weight * (1 - torch.sigmoid(sign * beta * (log_ratios - reference_point)))).sum()
 
 
-
-
-
-
-
-
-
-
-
-
 def main(args: Args) -> None:
     # --- setup
     weights = args.desirable_weight, args.undesirable_weight
@@ -195,14 +199,19 @@ def main(args: Args) -> None:
     name = resolve(args.model)
     tokenizer = load_tokenizer(name)
     ref_name = resolve(args.ref_model or args.model)
-    check_same_tokenizer(tokenizer, ref_name, "--ref-model")
+    require_same_tokenizer(tokenizer, ref_name, "--ref-model")
     pad = tokenizer.pad_token_id
 
     # --- data
     def read(dataset, split, part):
         reader = dict(columns=args.columns, split_seed=args.split_seed, skip_bad_rows=args.skip_bad_rows)
-        rows = read_rows(dataset, "labelled" if args.threshold is None else "scored", split=split, part=part, **reader)
-        return [row | {"label": row["label"] if args.threshold is None else row["reward"] > args.threshold} for row in rows]
+        rows = read_rows(
+            dataset, "labelled" if args.threshold is None else "scored", split=split, part=part, **reader
+        )
+        return [
+            row | {"label": row["label"] if args.threshold is None else row["reward"] > args.threshold}
+            for row in rows
+        ]
 
     rows = read(args.dataset, args.split, args.part)
     if args.eval_dataset:
@@ -219,22 +228,34 @@ def main(args: Args) -> None:
     labels = torch.tensor([row["label"] for row in rows], device=device)
     good, bad = int(labels.sum()), int((~labels).sum())
     if not good or not bad:
-        fail(f"{args.dataset}: {good} desirable and {bad} undesirable responses; KTO needs both (see --threshold)")
+        fail(
+            f"{args.dataset}: {good} desirable and {bad} undesirable responses; KTO needs both (see --threshold)"
+        )
     balance = args.desirable_weight * good / (args.undesirable_weight * bad or 1)
     if not 1 <= balance <= 1.5:
-        note(f"weights: (lambda_D * {good}) / (lambda_U * {bad}) is {balance:.2f}; 2402.01306 advises 1 to 1.5")
+        note(
+            f"weights: (lambda_D * {good}) / (lambda_U * {bad}) is {balance:.2f}; 2402.01306 advises 1 to 1.5"
+        )
     eval_labels = torch.tensor([row["label"] for row in held_out], device=device)
-    better = "label" if args.threshold is None else "reward"  # what orders the pairs of responses to one held-out prompt
+    better = (
+        "label" if args.threshold is None else "reward"
+    )  # what orders the pairs of responses to one held-out prompt
     eval_rewards_given = torch.tensor([row[better] for row in held_out], dtype=torch.float64, device=device)
     order = {}
-    eval_groups = torch.tensor([order.setdefault(json.dumps(row["prompt"]), len(order)) for row in held_out], device=device)
-    sequences, eval_sequences = ([(row["prompt_ids"], row["response_ids"]) for row in part] for part in (rows, held_out))
+    eval_groups = torch.tensor(
+        [order.setdefault(json.dumps(row["prompt"]), len(order)) for row in held_out], device=device
+    )
+    sequences, eval_sequences = (
+        [(row["prompt_ids"], row["response_ids"]) for row in part] for part in (rows, held_out)
+    )
     others = mismatched([row["prompt_ids"] for row in rows], args.seed)
     mismatches = [(p, rows[j]["response_ids"]) for (p, _), j in zip(sequences, others, strict=True)]
     eval_rows = list({str(row["prompt"]): row for row in held_out}.values())[: args.eval_prompts]
     lengths = [len(p) + len(r) for p, r in sequences]
     steps = args.steps or args.epochs * max(1, len(rows) // args.batch_size)
-    note(f"{good} desirable and {bad} undesirable responses to learn from, {len(held_out)} held out, {steps} steps")
+    note(
+        f"{good} desirable and {bad} undesirable responses to learn from, {len(held_out)} held out, {steps} steps"
+    )
 
     def scale(sequences):
         """What a summed log-probability is divided by, [N]."""
@@ -255,7 +276,13 @@ def main(args: Args) -> None:
     trained, optimizers = {"policy": (policy, optimizer)}, [optimizer]
     state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
-    check_sampler(policy, tokenizer, [row["prompt_ids"] for row in eval_rows], args.max_response_length, args.temperature)
+    check_sampler(
+        policy,
+        tokenizer,
+        [row["prompt_ids"] for row in eval_rows],
+        args.max_response_length,
+        args.temperature,
+    )
     run.start(start, steps)
 
     def score(model, sequences, temperature=1.0):
@@ -271,15 +298,24 @@ def main(args: Args) -> None:
         sampled = list(zip(prompts, responses, strict=True))
         scores = {r.label: r(eval_rows, sampled, texts) for r in eval_rewards}
         out |= {f"eval/{key}": value.mean() for key, value in scores.items()}
-        out |= {"eval/length": sum(map(len, responses)) / max(1, len(responses)), "eval/distinct_2": distinct_2(texts)}
+        out |= {
+            "eval/length": sum(map(len, responses)) / max(1, len(responses)),
+            "eval/distinct_2": distinct_2(texts),
+        }
         if reference is not None:
-            scores["kl"] = score(policy, sampled, args.temperature) - score(reference, sampled, args.temperature)
+            scores["kl"] = score(policy, sampled, args.temperature) - score(
+                reference, sampled, args.temperature
+            )
             out["eval/kl"] = scores["kl"].mean()
         run.metrics(step, out, show=tuple(out))
-        run.samples(step, [
-            {"prompt": row["prompt"], "response": text, "length": len(responses[i])} | {k: v[i].item() for k, v in scores.items()}
-            for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
-        ])  # fmt: skip
+        run.samples(
+            step,
+            [
+                {"prompt": row["prompt"], "response": text, "length": len(responses[i])}
+                | {k: v[i].item() for k, v in scores.items()}
+                for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
+            ],
+        )
 
     if start == 0 and args.eval_every:
         evaluate(0)
@@ -293,8 +329,14 @@ def main(args: Args) -> None:
         stats = torch.zeros(3, device=device, dtype=torch.float64)
         picks = micro_batches(batch, lengths, args.micro_batch_size, rank, world)
         for pick in accumulated(picks, policy):
-            mb, at = collate([sequences[i] for i in pick], pad, device), torch.tensor(pick or [0], device=device)
-            mb_log_ratios = policy.response_logprobs(**mb)[0].sum(1) / scale([sequences[i] for i in at]) - ref_logprobs[at]
+            mb, at = (
+                collate([sequences[i] for i in pick], pad, device),
+                torch.tensor(pick or [0], device=device),
+            )
+            mb_log_ratios = (
+                policy.response_logprobs(**mb)[0].sum(1) / scale([sequences[i] for i in at])
+                - ref_logprobs[at]
+            )
             mb_loss = kto_loss(mb_log_ratios, labels[at], reference_point, args.beta, *weights) * bool(pick)
             backward(mb_loss / len(batch))
             both = [(mb_log_ratios * (labels[at] == label)).sum() * bool(pick) for label in (True, False)]
@@ -306,14 +348,25 @@ def main(args: Args) -> None:
         # --- log
         done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
         (_, desirable, undesirable), count = distributed.all_reduce(stats).tolist(), int(labels[batch].sum())
-        run.metrics(done, {
-            "kto/loss": total, "kto/reference_point": reference_point, "kto/grad_norm": norm, "kto/lr": lr,
-            "kto/log_ratio_desirable": desirable / count if count else math.nan,
-            "kto/log_ratio_undesirable": undesirable / (len(batch) - count) if count < len(batch) else math.nan,
-            "time/step_s": seconds,
-            "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": state_bytes(models, optimizers) / 2**30,
-            "memory/peak_gb": peak_memory_gb(), **mfu(policy, tokens, seconds),
-        }, show=("kto/loss", "kto/log_ratio_desirable", "kto/log_ratio_undesirable"))  # fmt: skip
+        run.metrics(
+            done,
+            {
+                "kto/loss": total,
+                "kto/reference_point": reference_point,
+                "kto/grad_norm": norm,
+                "kto/lr": lr,
+                "kto/log_ratio_desirable": desirable / count if count else math.nan,
+                "kto/log_ratio_undesirable": undesirable / (len(batch) - count)
+                if count < len(batch)
+                else math.nan,
+                "time/step_s": seconds,
+                "perf/update_tokens_per_s": tokens / seconds,
+                "memory/state_gb": state_bytes(models, optimizers) / 2**30,
+                "memory/peak_gb": peak_memory_gb(),
+                **mfu(policy, tokens, seconds),
+            },
+            show=("kto/loss", "kto/log_ratio_desirable", "kto/log_ratio_undesirable"),
+        )
         if args.eval_every and done % args.eval_every == 0 and done < steps:
             evaluate(done)
 

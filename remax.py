@@ -26,10 +26,17 @@ from typing import Literal
 import torch
 
 from common import distributed, offload, vllm
-from common.batches import batch_indices, collate, micro_batches, run_micro_batches
+from common.batches import (
+    batch_indices,
+    collate,
+    micro_batches,
+    permutation,
+    response_mask,
+    run_micro_batches,
+)
 from common.checkpoints import export, load_checkpoint, save_checkpoint
 from common.cli import fail, parse
-from common.data import prompt_hash, read_rows
+from common.data import hold_out_prompts, read_rows
 from common.log import Run
 from common.meter import Phases, state_bytes
 from common.models import load_model
@@ -38,118 +45,131 @@ from common.pretrained import resolve
 from common.reference import load_reference
 from common.rewards import Reward
 from common.rollout import check_sampler, note_drift, rollout
-from common.tokenization import check_same_tokenizer, load_tokenizer, stop_token, tokenize
+from common.tokenization import load_tokenizer, require_same_tokenizer, stop_token, tokenize
 
 
 @dataclass
 class Args:
     model: str = "reviews"
-    """policy to start from, usually an SFT model: folder or hub id"""
+    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded one."""
     ref_model: str = ""
-    """reference of the KL penalty; default: `--model` as it starts"""
+    """Reference policy: a hub id or folder. By default it is `--model` as it starts."""
     reward: str = ""
-    """reward model (folder or hub id), or `module:function`"""
+    """Reward model (hub id or folder) or `module:function` that scores responses; in gvm_td.py its scores
+    replace the data set's returns."""
     dataset: str = "reviews"
-    """prompts: hub id, or local .jsonl / .json / .parquet (.gz too) with a column `prompt`"""
+    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns that
+    docs/data.md lists for this script. `reviews` is the embedded world."""
     split: str = "train"
-    """the hub's split, or the value to keep of a local file's `split` column"""
+    """Split of a hub data set; of a local file, the value that its column `split` must have."""
     columns: dict[str, str] = field(default_factory=dict)
-    """our column names and yours, e.g. `--columns prompt question`"""
+    """Our column names and yours, in pairs: `--columns prompt question response answer`."""
     part: Literal["all", "sft", "value", "rl"] = "all"
-    """share of the prompts: 30 % sft, 50 % value, 20 % rl, disjoint (2502.16944)"""
+    """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
-    """seed of `--part`; the same in every script"""
+    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an experiment."""
     skip_bad_rows: bool = False
-    """drop and count unusable rows instead of stopping at the first"""
+    """Drop and count unusable rows instead of stopping at the first."""
     run_dir: str = "runs/remax"
-    """metrics, samples, checkpoints and the exported model go here"""
+    """Folder of the run: arguments, metrics, samples, checkpoints, the exported model."""
     seed: int = 0
-    """seed of data order and sampling"""
+    """Seed of all that is random in a run, except the split of the data (`--split-seed`)."""
     steps: int = 1000
-    """RL steps: one rollout of `batch-size` and `epochs` passes over it"""
+    """RL steps, each one rollout of `--batch-size` responses and `--epochs` passes over it."""
     batch_size: int = 64
-    """sampled responses a step, over all ranks, each with its greedy one"""
+    """Responses (in preference data: pairs) per step, over all ranks."""
     mini_batch_size: int = 64
-    """responses an optimizer step, over all ranks"""
+    """Responses per optimizer step, over all ranks."""
     micro_batch_size: int = 2
-    """responses a forward pass, a rank; changes memory and speed, not the result"""
+    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not the
+    result."""
     rollout_batch_size: int = 0
-    """prompts generated at once, a rank; 0: all of the step's"""
+    """Prompts that one rank answers at once. 0: all of the step's."""
     rollout_engine: Literal["torch", "vllm"] = "torch"
-    """torch: our own loop; vllm: vLLM in each process, the policy's weights copied into it before each rollout"""
+    """Who samples. torch: our own loop; vllm: vLLM in each process, with the policy's weights copied into it
+    before each rollout."""
     vllm_cache_gb: float = 4.0
-    """GiB of keys and values that vLLM reserves on each GPU, beside its copy of the weights"""
+    """GiB of keys and values that vLLM reserves on each GPU, in addition to its copy of the weights."""
     importance_cap: float = 2.0
-    """with vllm: min(policy / sampler, cap) weights each token's advantage; 0: no such weight"""
+    """With vLLM, each token's advantage is weighted by min(policy / sampler, cap). 0: no such weight."""
     epochs: int = 1
-    """passes over each rollout (2310.10505: 1)"""
+    """Passes over the data; in the online scripts, over each rollout."""
     max_prompt_length: int = 1024
-    """tokens; longer prompts are dropped and counted"""
+    """Longest prompt, in tokens; longer ones are dropped and counted."""
     max_response_length: int = 1024
-    """tokens; responses are cut off there (2402.03300: 1024)"""
+    """Longest response, in tokens; a longer one is cut there."""
     temperature: float = 1.0
-    """of sampling, and of every log-probability"""
+    """Temperature of sampling; the online scripts take every log-probability at this temperature too."""
     lr: float = 1e-6
-    """peak learning rate (2402.03300: 1e-6)"""
+    """Peak learning rate (2402.03300, 2305.18290: 1e-6)."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """after the warm-up"""
+    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a cosine."""
     warmup_steps: int = 10
-    """RL steps of linear warm-up"""
+    """Steps over which the learning rate rises linearly to its peak."""
     max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
+    """Norm that gradients are clipped to."""
     beta: float = 0.05
-    """KL coefficient; 0: no reference is loaded"""
+    """Coefficient of the KL penalty (2502.16944 v3: 0.05). In remax.py, 0 loads no reference."""
     aggregation: Literal["grpo", "dr_grpo", "dapo"] = "dr_grpo"
-    """mean over tokens: grpo, of each response, then of those; dapo, of all at once; dr_grpo, over a constant"""
+    """How token losses are averaged. grpo: over each response, then over responses; dapo: over all tokens at
+    once; dr_grpo: over a constant."""
     clip: float = 0.2
-    """of the probability ratio, below 1"""
+    """Clip range of the probability ratio below 1."""
     clip_high: float = 0.2
-    """above 1 (DAPO: 0.28)"""
+    """Clip range of the probability ratio above 1 (DAPO: 0.28)."""
     missing_eos_penalty: float = 0.0
-    """subtracted from the reward of a response cut off by the length limit"""
+    """What is subtracted from the reward of a response that the length limit cut off."""
     eval_every: int = 50
-    """steps between evaluations on held-out prompts (also before the first and after the last); 0: none"""
+    """RL steps between evaluations on held-out prompts, the first before training. 0: none."""
     eval_prompts: int = 64
-    """prompts held out of training for evaluation"""
+    """Number of prompts that are held out of training for evaluations."""
     eval_reward: tuple[str, ...] = ()
-    """what to report there: reward models or `module:function`s; never trained on"""
+    """Reward models (hub ids or folders) or `module:function`s to report in evaluations; never trained on."""
     save_every: int = 50
-    """steps between checkpoints for --resume; 0: none"""
+    """Steps between checkpoints for `--resume`. 0: none."""
     keep: int = 2
-    """checkpoints kept"""
+    """Number of checkpoints that are kept."""
     resume: bool = False
-    """go on from the newest checkpoint of --run-dir; from the start where there is none"""
+    """Go on from the newest checkpoint of `--run-dir`, or from the start where there is none."""
     overwrite: bool = False
-    """replace an earlier run in --run-dir"""
+    """Replace an earlier run in `--run-dir`."""
     wandb: bool = False
-    """also log to Weights & Biases (offline without WANDB_API_KEY)"""
+    """Log to Weights & Biases as well (offline without WANDB_API_KEY)."""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
-    """compute type; auto: bf16 on a GPU, float32 on a CPU; master weights are float32"""
+    """Type that computes; auto is bf16 on a GPU and float32 on a CPU. Master weights are float32."""
     lora_rank: int = 0
-    """rank of LoRA adapters on every linear layer, through peft; 0: all weights are trained"""
+    """Rank of LoRA adapters on every linear layer, through peft. 0: all weights are trained."""
     lora_alpha: float = 32.0
-    """their scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)"""
+    """LoRA's scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)."""
     lora_dropout: float = 0.0
-    """of their input, in the update alone"""
+    """Dropout on the input of LoRA's adapters, during the update alone."""
     lora_merge: bool = True
-    """export the merged model; --no-lora-merge: the adapters alone, for peft"""
+    """Export the merged model. `--no-lora-merge` exports the adapters alone, for peft."""
     gradient_checkpointing: bool = False
-    """recompute activations in backward: less memory, a third more time"""
+    """Recompute activations in the backward pass: less memory, a third more time."""
     offload_frozen: bool = False
-    """keep frozen models in the host's memory but for the passes that read them"""
+    """Keep frozen models in the host's memory except during the passes that read them."""
     shard_size: int = 0
-    """ranks a model is sharded over (HSDP: replicas of it across nodes); 0: all"""
+    """Number of ranks that a model is sharded over (HSDP: replicas of it across nodes). 0: all."""
 
 
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
 REVIEWS = dict(
-    part="rl", steps=40, batch_size=256, mini_batch_size=256, micro_batch_size=64, max_prompt_length=16,
-    max_response_length=32, lr=3e-3, warmup_steps=0, eval_every=10, eval_prompts=96, save_every=20,
+    part="rl",
+    steps=40,
+    batch_size=256,
+    mini_batch_size=256,
+    micro_batch_size=64,
+    max_prompt_length=16,
+    max_response_length=32,
+    lr=3e-3,
+    warmup_steps=0,
+    eval_every=10,
+    eval_prompts=96,
+    save_every=20,
     reward="assets.reviews:reward",
     eval_reward=("assets.reviews:reward", "assets.reviews:grammatical"),
-)  # fmt: skip
-
-
+)
 
 
 def remax_advantages(rewards, greedy_rewards, kl, mask, beta):
@@ -162,7 +182,11 @@ def remax_advantages(rewards, greedy_rewards, kl, mask, beta):
 def token_weights(mask, aggregation, max_length):
     """Weights [N, T] of the tokens of a mini-batch in its loss, mask [N, T]: `grpo` 1 / (N * length), `dapo` 1 / all tokens,
     `dr_grpo` 1 / (N * max_length). Of the whole mini-batch, so neither ranks nor micro-batches change them."""
-    whole = {"grpo": len(mask) * mask.sum(1, keepdim=True), "dapo": mask.sum(), "dr_grpo": len(mask) * max_length}[aggregation]
+    whole = {
+        "grpo": len(mask) * mask.sum(1, keepdim=True),
+        "dapo": mask.sum(),
+        "dr_grpo": len(mask) * max_length,
+    }[aggregation]
     return mask / whole
 
 
@@ -204,21 +228,26 @@ def main(args: Args) -> None:
     name = resolve(args.model)
     tokenizer = load_tokenizer(name)
     ref_name = resolve(args.ref_model or args.model)
-    check_same_tokenizer(tokenizer, ref_name, "--ref-model")
+    require_same_tokenizer(tokenizer, ref_name, "--ref-model")
     pad, limit = tokenizer.pad_token_id, args.max_response_length
     stops = {stop_token(tokenizer), tokenizer.eos_token_id}
 
     # --- data
     rows = read_rows(
-        args.dataset, "prompts", split=args.split, columns=args.columns, part=args.part, split_seed=args.split_seed,
+        args.dataset,
+        "prompts",
+        split=args.split,
+        columns=args.columns,
+        part=args.part,
+        split_seed=args.split_seed,
         skip_bad_rows=args.skip_bad_rows,
-    )  # fmt: skip
+    )
     rows = tokenize(rows, tokenizer, (), args.max_prompt_length, limit, args.dataset)
-    rows.sort(key=lambda row: prompt_hash(row["prompt"], args.split_seed + 1))
-    eval_rows = rows[: args.eval_prompts]
-    rows = rows[len(eval_rows) :]
+    rows, eval_rows = hold_out_prompts(rows, args.eval_prompts, args.split_seed)
     if not rows:
-        fail(f"{args.dataset}: all {len(eval_rows)} prompts are held out for evaluation; lower --eval-prompts")
+        fail(
+            f"{args.dataset}: all {len(eval_rows)} prompts are held out for evaluation; lower --eval-prompts"
+        )
 
     # --- models
     reward = Reward(args.reward, tokenizer, args)
@@ -228,7 +257,8 @@ def main(args: Args) -> None:
     optimizer = adamw(policy, args.lr)
     reference = load_reference(policy, ref_name, tokenizer, args) if args.beta else None
     models = [model for model in (policy, reference, reward.model) if model is not None]
-    offload.park(args.offload_frozen, [*models, *(r.model for r in eval_rewards)])
+    if args.offload_frozen:
+        offload.park([*models, *(r.model for r in eval_rewards)])
     state = load_checkpoint(args.run_dir, {"policy": (policy, optimizer)}) if args.resume else {}
     start = state.get("step", 0)
     check_sampler(policy, tokenizer, [row["prompt_ids"] for row in rows], limit, args.temperature)
@@ -236,16 +266,18 @@ def main(args: Args) -> None:
 
     def score(model, sequences):
         """Log-probabilities [N, T] of the responses under a policy, on every rank."""
-        forward = lambda mb: model.response_logprobs(**mb, temperature=args.temperature)[0]  # noqa: E731
+        forward = lambda mb: model.response_logprobs(**mb, temperature=args.temperature)[0]
         width = max(len(r) for _, r in sequences)
         return run_micro_batches(forward, sequences, args.micro_batch_size, pad, width, model=model)
 
     def evaluate(step):
         """The policy on the held-out prompts, sampled with the same random numbers each time."""
         prompts = [row["prompt_ids"] for row in eval_rows]
-        responses, _ = rollout(policy, tokenizer, prompts, limit, args.temperature, (0, 0), args.rollout_batch_size)
+        responses, _ = rollout(
+            policy, tokenizer, prompts, limit, args.temperature, (0, 0), args.rollout_batch_size
+        )
         sequences = list(zip(prompts, responses, strict=True))
-        mask = collate(sequences, pad, device)["response_mask"]
+        mask = response_mask([r for _, r in sequences], device)
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         scores = {f"eval/{r.label}": r(eval_rows, sequences, texts) for r in eval_rewards}
         out = {key: value.mean() for key, value in scores.items()}
@@ -255,11 +287,14 @@ def main(args: Args) -> None:
             scores["eval/kl"] = kl.sum(1)
             out["eval/kl"] = kl.sum(1).mean()
         run.metrics(step, out, show=tuple(out))
-        run.samples(step, [
-            {"prompt": row["prompt"], "response": text, "length": len(responses[i])}
-            | {key.split("/")[1]: value[i].item() for key, value in scores.items()}
-            for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
-        ])  # fmt: skip
+        run.samples(
+            step,
+            [
+                {"prompt": row["prompt"], "response": text, "length": len(responses[i])}
+                | {key.split("/")[1]: value[i].item() for key, value in scores.items()}
+                for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
+            ],
+        )
 
     if start == 0 and args.eval_every and eval_rows:
         evaluate(0)
@@ -273,9 +308,11 @@ def main(args: Args) -> None:
         responses, sampled = rollout(
             policy, tokenizer, prompts * 2, limit, heat, seed, args.rollout_batch_size, compare=False
         )
-        sequences, greedy = (list(zip(prompts, r, strict=True)) for r in (responses[: len(batch)], responses[len(batch) :]))
+        sequences, greedy = (
+            list(zip(prompts, r, strict=True)) for r in (responses[: len(batch)], responses[len(batch) :])
+        )
         lengths = [len(p) + len(r) for p, r in sequences]
-        mask = collate(sequences, pad, device)["response_mask"]
+        mask = response_mask([r for _, r in sequences], device)
         sampled = sampled[: len(batch), : mask.shape[1]]
         truncated = torch.tensor([r[-1] not in stops for r in responses], device=device).split(len(batch))
         phases.end("rollout")
@@ -288,28 +325,38 @@ def main(args: Args) -> None:
         scores, greedy_scores = reward(batch * 2, sequences + greedy, texts).split(len(batch))
 
         # --- advantage
-        final, baseline = (s - args.missing_eos_penalty * t for s, t in zip((scores, greedy_scores), truncated, strict=True))
-        advantages = remax_advantages(final, baseline, kl, mask, args.beta) * importance_weights(logprobs, sampled, mask, cap)
+        final, baseline = (
+            s - args.missing_eos_penalty * t for s, t in zip((scores, greedy_scores), truncated, strict=True)
+        )
+        advantages = remax_advantages(final, baseline, kl, mask, args.beta) * importance_weights(
+            logprobs, sampled, mask, cap
+        )
         phases.end("scoring")
 
         # --- update
         totals, norms = torch.zeros(5, device=device), []
         lr = learning_rate(step, args.steps, args.lr, args.warmup_steps, args.lr_schedule)
         for epoch in range(args.epochs):
-            order = batch_indices(args.batch_size, args.batch_size, step * args.epochs + epoch, args.seed + 1)
+            order = permutation(args.batch_size, step * args.epochs + epoch, args.seed + 1)
             for first in range(0, args.batch_size, args.mini_batch_size):
                 mini_batch = order[first : first + args.mini_batch_size]
                 weights = torch.zeros_like(logprobs)
-                weights[mini_batch] = token_weights(mask[mini_batch], args.aggregation, limit)  # over all ranks and micro-batches
+                weights[mini_batch] = token_weights(
+                    mask[mini_batch], args.aggregation, limit
+                )  # over all ranks and micro-batches
                 loss = torch.zeros((), device=device)
                 picks = micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world)
                 for pick in accumulated(picks, policy):
                     mb = collate([sequences[i] for i in pick], pad, device)
                     mb_mask, at = mb["response_mask"], torch.tensor(pick or [0], device=device)
-                    mb_old, mb_weights, mb_advantages = (x[at, : mb_mask.shape[1]] for x in (logprobs, weights, advantages))
+                    mb_old, mb_weights, mb_advantages = (
+                        x[at, : mb_mask.shape[1]] for x in (logprobs, weights, advantages)
+                    )
                     mb_logprobs, mb_entropy = policy.response_logprobs(**mb, temperature=args.temperature)
                     clips = args.clip, args.clip_high
-                    mb_loss, stats = surrogate_loss(mb_logprobs, mb_old, mb_advantages, mb_weights, mb_mask, *clips)
+                    mb_loss, stats = surrogate_loss(
+                        mb_logprobs, mb_old, mb_advantages, mb_weights, mb_mask, *clips
+                    )
                     backward(mb_loss)
                     loss += mb_loss.detach()
                     totals += torch.cat([stats, mb_entropy.detach().sum()[None], mb_mask.sum()[None]])
@@ -322,15 +369,23 @@ def main(args: Args) -> None:
         done, response_tokens, means = step + 1, int(mask.sum()), torch.tensor(norms).mean(0).tolist()
         note_drift(policy, sampled, logprobs, mask, done)
         metrics = {
-            "objective/score": scores.mean(), "objective/kl": kl.sum(1).mean(), "objective/kl_k3": k3.sum(1).mean(),
-            "objective/entropy": entropy / count, "objective/greedy_score": greedy_scores.mean(),
+            "objective/score": scores.mean(),
+            "objective/kl": kl.sum(1).mean(),
+            "objective/kl_k3": k3.sum(1).mean(),
+            "objective/entropy": entropy / count,
+            "objective/greedy_score": greedy_scores.mean(),
             "rollout/mismatch": kl_estimates(sampled, logprobs, mask)[1].sum() / response_tokens,
-            "rollout/length": mask.sum(1).float().mean(), "rollout/truncated": truncated[0].float().mean(),
-            "policy/loss": means[0], "policy/grad_norm": means[1], "policy/clip_fraction": clipped / count,
-            "policy/approx_kl": approx_kl / count, "policy/ratio": ratio / count, "policy/lr": lr,
+            "rollout/length": mask.sum(1).float().mean(),
+            "rollout/truncated": truncated[0].float().mean(),
+            "policy/loss": means[0],
+            "policy/grad_norm": means[1],
+            "policy/clip_fraction": clipped / count,
+            "policy/approx_kl": approx_kl / count,
+            "policy/ratio": ratio / count,
+            "policy/lr": lr,
             "memory/state_gb": state_bytes(models, [optimizer]) / 2**30,
             **phases.metrics(policy, response_tokens, args.epochs * sum(lengths)),
-        }  # fmt: skip
+        }
         run.metrics(done, metrics, show=("objective/score", "objective/kl", "rollout/length"))
         if args.eval_every and eval_rows and done % args.eval_every == 0 and done < args.steps:
             evaluate(done)

@@ -43,86 +43,94 @@ from common.value_heads import sequence_scores
 @dataclass
 class Args:
     model: str = "reviews"
-    """backbone, usually the SFT policy: folder or hub id"""
+    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded one."""
     dataset: str = "reviews"
-    """prompt, chosen, rejected: hub id, or local .jsonl / .json / .parquet (.gz too)"""
+    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns that
+    docs/data.md lists for this script. `reviews` is the embedded world."""
     split: str = "train"
-    """the hub's split, or the value to keep of a local file's `split` column"""
+    """Split of a hub data set; of a local file, the value that its column `split` must have."""
     eval_dataset: str = ""
-    """held-out pairs; default: `--eval-fraction` of the prompts of `--dataset`"""
+    """Held-out data. By default `--eval-fraction` of the prompts of `--dataset` are held out."""
     eval_split: str = "test"
-    """split of --eval-dataset"""
+    """Split of `--eval-dataset`."""
     eval_fraction: float = 0.05
-    """share of the prompts held out where there is no --eval-dataset"""
+    """Share of the prompts that is held out where no `--eval-dataset` is given."""
     columns: dict[str, str] = field(default_factory=dict)
-    """our column names and yours, e.g. `--columns chosen better rejected worse`"""
+    """Our column names and yours, in pairs: `--columns prompt question response answer`."""
     part: Literal["all", "sft", "value", "rl"] = "all"
-    """share of the prompts: 30 % sft, 50 % value, 20 % rl, disjoint (2502.16944)"""
+    """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
-    """seed of `--part` and of the held-out prompts; the same in every script"""
+    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an experiment."""
     skip_bad_rows: bool = False
-    """drop and count unusable rows instead of stopping at the first"""
+    """Drop and count unusable rows instead of stopping at the first."""
     layers: int = 0
-    """keep only the backbone's first N layers; 0: all"""
+    """Keep only the first N layers of the backbone. 0: all."""
     run_dir: str = "runs/reward"
-    """metrics, checkpoints and the exported model go here"""
+    """Folder of the run: arguments, metrics, samples, checkpoints, the exported model."""
     seed: int = 0
-    """seed of the data order"""
+    """Seed of all that is random in a run, except the split of the data (`--split-seed`)."""
     epochs: int = 2
-    """passes over the data (2502.16944: 2)"""
+    """Passes over the data (2502.16944: 2)."""
     steps: int = 0
-    """optimizer steps; 0: what `--epochs` gives"""
+    """Optimizer steps. 0: as many as `--epochs` gives."""
     batch_size: int = 32
-    """pairs an optimizer step, over all ranks"""
+    """Responses (in preference data: pairs) per optimizer step, over all ranks."""
     micro_batch_size: int = 4
-    """pairs a forward pass, a rank; changes memory and speed, not the result"""
+    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not the
+    result."""
     max_prompt_length: int = 512
-    """tokens; longer prompts are dropped and counted"""
+    """Longest prompt, in tokens; longer ones are dropped and counted."""
     max_response_length: int = 512
-    """tokens; longer responses are cut"""
+    """Longest response, in tokens; a longer one is cut there."""
     lr: float = 2e-5
-    """peak learning rate (2502.16944: 2e-5)"""
+    """Peak learning rate (2502.16944: 2e-5)."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """after the warm-up (2502.16944: linear)"""
+    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a cosine."""
     warmup_steps: int = 10
-    """optimizer steps of linear warm-up"""
+    """Steps over which the learning rate rises linearly to its peak."""
     max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
+    """Norm that gradients are clipped to."""
     eval_every: int = 100
-    """optimizer steps between evaluations (also after the last); 0: only after the last"""
+    """Optimizer steps between evaluations. 0: evaluate only at the end."""
     save_every: int = 200
-    """optimizer steps between checkpoints for --resume; 0: none"""
+    """Steps between checkpoints for `--resume`. 0: none."""
     keep: int = 2
-    """checkpoints kept"""
+    """Number of checkpoints that are kept."""
     resume: bool = False
-    """go on from the newest checkpoint of --run-dir; from the start where there is none"""
+    """Go on from the newest checkpoint of `--run-dir`, or from the start where there is none."""
     overwrite: bool = False
-    """replace an earlier run in --run-dir"""
+    """Replace an earlier run in `--run-dir`."""
     wandb: bool = False
-    """also log to Weights & Biases (offline without WANDB_API_KEY)"""
+    """Log to Weights & Biases as well (offline without WANDB_API_KEY)."""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
-    """compute type; auto: bf16 on a GPU, float32 on a CPU; master weights are float32"""
+    """Type that computes; auto is bf16 on a GPU and float32 on a CPU. Master weights are float32."""
     lora_rank: int = 0
-    """rank of LoRA adapters on every linear layer, through peft; 0: all weights are trained"""
+    """Rank of LoRA adapters on every linear layer, through peft. 0: all weights are trained."""
     lora_alpha: float = 32.0
-    """their scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)"""
+    """LoRA's scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)."""
     lora_dropout: float = 0.0
-    """of their input, in the update alone"""
+    """Dropout on the input of LoRA's adapters, during the update alone."""
     lora_merge: bool = True
-    """export the merged model; --no-lora-merge: the adapters alone, for peft"""
+    """Export the merged model. `--no-lora-merge` exports the adapters alone, for peft."""
     gradient_checkpointing: bool = False
-    """recompute activations in backward: less memory, a third more time"""
+    """Recompute activations in the backward pass: less memory, a third more time."""
     shard_size: int = 0
-    """ranks a model is sharded over (HSDP: replicas of it across nodes); 0: all"""
+    """Number of ranks that a model is sharded over (HSDP: replicas of it across nodes). 0: all."""
 
 
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
 REVIEWS = dict(
-    eval_fraction=0.2, part="value", steps=200, batch_size=64, micro_batch_size=64, max_prompt_length=16,
-    max_response_length=32, lr=2e-3, eval_every=100, save_every=100,
-)  # fmt: skip
-
-
+    eval_fraction=0.2,
+    part="value",
+    steps=200,
+    batch_size=64,
+    micro_batch_size=64,
+    max_prompt_length=16,
+    max_response_length=32,
+    lr=2e-3,
+    eval_every=100,
+    save_every=100,
+)
 
 
 def bradley_terry_loss(chosen, rejected):
@@ -152,7 +160,9 @@ def main(args: Args) -> None:
         counts = f"{len(rows)} pairs to learn from, {len(held_out)} held out"
         fail(f"{args.dataset}: {counts}; change --eval-fraction or give --eval-dataset")
     rows, held_out = (
-        tokenize(part, tokenizer, ("chosen", "rejected"), args.max_prompt_length, args.max_response_length, dataset)
+        tokenize(
+            part, tokenizer, ("chosen", "rejected"), args.max_prompt_length, args.max_response_length, dataset
+        )
         for part, dataset in ((rows, args.dataset), (held_out, args.eval_dataset or args.dataset))
     )
 
@@ -174,21 +184,28 @@ def main(args: Args) -> None:
 
     def predict(sequences):
         """Scores [N] of all sequences, on every rank."""
-        return run_micro_batches(lambda mb: sequence_scores(model, **mb), sequences, 2 * args.micro_batch_size, pad, 1)[:, 0]
+        return run_micro_batches(
+            lambda mb: sequence_scores(model, **mb), sequences, 2 * args.micro_batch_size, pad, 1
+        )[:, 0]
 
     def evaluate(step):
         scores = predict(eval_sequences)
         chosen, rejected = scores[::2], scores[1::2]
         metrics = {
-            "eval/accuracy": (chosen > rejected).float().mean(), "eval/loss": bradley_terry_loss(chosen, rejected) / len(chosen),
+            "eval/accuracy": (chosen > rejected).float().mean(),
+            "eval/loss": bradley_terry_loss(chosen, rejected) / len(chosen),
             "eval/margin": (chosen - rejected).mean(),
             "baseline/length": np.mean([len(row["chosen"]) > len(row["rejected"]) for row in held_out]),
-        }  # fmt: skip
+        }
         run.metrics(step, metrics, show=("eval/accuracy", "eval/loss"))
-        run.samples(step, [
-            {key: row[key] for key in ("prompt", "chosen", "rejected")} | {"chosen_score": c, "rejected_score": r}
-            for row, c, r in zip(held_out[:4], chosen.tolist(), rejected.tolist(), strict=False)
-        ])  # fmt: skip
+        run.samples(
+            step,
+            [
+                {key: row[key] for key in ("prompt", "chosen", "rejected")}
+                | {"chosen_score": c, "rejected_score": r}
+                for row, c, r in zip(held_out[:4], chosen.tolist(), rejected.tolist(), strict=False)
+            ],
+        )
         return metrics
 
     for step in range(start, steps):
@@ -196,7 +213,9 @@ def main(args: Args) -> None:
         clock = time.perf_counter()
         batch = batch_indices(len(rows), args.batch_size, step, args.seed)
         loss, right = torch.zeros(2, device=device)
-        picks = micro_batches(range(len(batch)), [lengths[i] for i in batch], args.micro_batch_size, rank, world)
+        picks = micro_batches(
+            range(len(batch)), [lengths[i] for i in batch], args.micro_batch_size, rank, world
+        )
         for pick in accumulated(picks, model):
             mb = collate([sequences[2 * batch[i] + side] for i in pick for side in (0, 1)], pad, device)
             scores = sequence_scores(model, **mb)[:, 0]
@@ -212,12 +231,21 @@ def main(args: Args) -> None:
         # --- log
         done, seconds = step + 1, time.perf_counter() - clock
         tokens = sum(sum(map(len, sequences[2 * i + side])) for i in batch for side in (0, 1))
-        run.metrics(done, {
-            "reward/loss": total, "reward/accuracy": distributed.all_reduce(right).item() / len(batch), "reward/grad_norm": norm,
-            "reward/lr": lr, "time/step_s": seconds, "perf/update_tokens_per_s": tokens / seconds,
-            "memory/state_gb": state_bytes([model], [optimizer]) / 2**30, "memory/peak_gb": peak_memory_gb(),
-            **mfu(model, tokens, seconds),
-        }, show=("reward/loss", "reward/accuracy"))  # fmt: skip
+        run.metrics(
+            done,
+            {
+                "reward/loss": total,
+                "reward/accuracy": distributed.all_reduce(right).item() / len(batch),
+                "reward/grad_norm": norm,
+                "reward/lr": lr,
+                "time/step_s": seconds,
+                "perf/update_tokens_per_s": tokens / seconds,
+                "memory/state_gb": state_bytes([model], [optimizer]) / 2**30,
+                "memory/peak_gb": peak_memory_gb(),
+                **mfu(model, tokens, seconds),
+            },
+            show=("reward/loss", "reward/accuracy"),
+        )
         if args.eval_every and done % args.eval_every == 0 and done < steps:
             evaluate(done)
 
@@ -227,9 +255,16 @@ def main(args: Args) -> None:
     result = evaluate(steps)
     scores = predict(sequences[: 2 * 500])  # a sample: the spread is known to 2 % then
     if rank == 0:
-        table = {key.split("/")[1] if "eval" in key else key.replace("/", "_"): float(value) for key, value in result.items()}
-        Path(args.run_dir, "accuracy.json").write_text(json.dumps({**table, "pairs": len(held_out)}, indent=1))
-        note(f"held-out accuracy {result['eval/accuracy']:.3f}; the longer one wins: {result['baseline/length']:.3f}")
+        table = {
+            key.split("/")[1] if "eval" in key else key.replace("/", "_"): float(value)
+            for key, value in result.items()
+        }
+        Path(args.run_dir, "accuracy.json").write_text(
+            json.dumps({**table, "pairs": len(held_out)}, indent=1)
+        )
+        note(
+            f"held-out accuracy {result['eval/accuracy']:.3f}; the longer one wins: {result['baseline/length']:.3f}"
+        )
     stats = {"score_mean": scores.mean().item(), "score_std": scores.std().item()}
     export(model, tokenizer, f"{args.run_dir}/model", args.precision, **stats)
     run.close()

@@ -37,91 +37,100 @@ from common.tokenization import load_tokenizer, tokenize
 @dataclass
 class Args:
     model: str = "reviews"
-    """model to start from: folder or hub id"""
+    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded one."""
     dataset: str = "reviews"
-    """prompt, response (or completion): hub id, or local .jsonl / .json / .parquet (.gz too)"""
+    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns that
+    docs/data.md lists for this script. `reviews` is the embedded world."""
     split: str = "train"
-    """the hub's split, or the value to keep of a local file's `split` column"""
+    """Split of a hub data set; of a local file, the value that its column `split` must have."""
     eval_dataset: str = ""
-    """held-out data; default: `--eval-fraction` of the prompts of `--dataset`"""
+    """Held-out data. By default `--eval-fraction` of the prompts of `--dataset` are held out."""
     eval_split: str = "test"
-    """split of --eval-dataset"""
+    """Split of `--eval-dataset`."""
     eval_fraction: float = 0.05
-    """share of the prompts held out where there is no --eval-dataset"""
+    """Share of the prompts that is held out where no `--eval-dataset` is given."""
     columns: dict[str, str] = field(default_factory=dict)
-    """our column names and yours, e.g. `--columns prompt question response answer`"""
+    """Our column names and yours, in pairs: `--columns prompt question response answer`."""
     part: Literal["all", "sft", "value", "rl"] = "all"
-    """share of the prompts: 30 % sft, 50 % value, 20 % rl, disjoint (2502.16944)"""
+    """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
-    """seed of `--part` and of the held-out prompts; the same in every script"""
+    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an experiment."""
     skip_bad_rows: bool = False
-    """drop and count unusable rows instead of stopping at the first"""
+    """Drop and count unusable rows instead of stopping at the first."""
     run_dir: str = "runs/sft"
-    """metrics, samples, checkpoints and the exported model go here"""
+    """Folder of the run: arguments, metrics, samples, checkpoints, the exported model."""
     seed: int = 0
-    """seed of the data order"""
+    """Seed of all that is random in a run, except the split of the data (`--split-seed`)."""
     epochs: int = 3
-    """passes over the data (2502.16944: 3)"""
+    """Passes over the data (2502.16944: 3)."""
     steps: int = 0
-    """optimizer steps; 0: what `--epochs` gives"""
+    """Optimizer steps. 0: as many as `--epochs` gives."""
     batch_size: int = 16
-    """responses an optimizer step, over all ranks (2502.16944: 16)"""
+    """Responses per optimizer step, over all ranks (2502.16944: 16)."""
     micro_batch_size: int = 4
-    """responses a forward pass, a rank; changes memory and speed, not the result"""
+    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not the
+    result."""
     max_prompt_length: int = 1024
-    """tokens; longer prompts are dropped and counted"""
+    """Longest prompt, in tokens; longer ones are dropped and counted."""
     max_response_length: int = 1024
-    """tokens; longer responses are cut"""
+    """Longest response, in tokens; a longer one is cut there."""
     lr: float = 2e-5
-    """peak learning rate (2502.16944: 2e-5)"""
+    """Peak learning rate (2502.16944: 2e-5)."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """after the warm-up (2502.16944: cosine)"""
+    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a cosine."""
     warmup_steps: int = 10
-    """optimizer steps of linear warm-up"""
+    """Steps over which the learning rate rises linearly to its peak."""
     max_grad_norm: float = 1.0
-    """gradients are clipped to this norm"""
+    """Norm that gradients are clipped to."""
     temperature: float = 1.0
-    """of the samples"""
+    """Temperature of sampling; the online scripts take every log-probability at this temperature too."""
     eval_every: int = 100
-    """optimizer steps between evaluations (also after the last); 0: only after the last"""
+    """Optimizer steps between evaluations. 0: evaluate only at the end."""
     eval_prompts: int = 16
-    """held-out prompts to sample answers to"""
+    """Number of held-out prompts that evaluations sample responses to."""
     eval_reward: tuple[str, ...] = ()
-    """what to report of those: reward models or `module:function`s"""
+    """Reward models (hub ids or folders) or `module:function`s to report in evaluations; never trained on."""
     save_every: int = 200
-    """optimizer steps between checkpoints for --resume; 0: none"""
+    """Steps between checkpoints for `--resume`. 0: none."""
     keep: int = 2
-    """checkpoints kept"""
+    """Number of checkpoints that are kept."""
     resume: bool = False
-    """go on from the newest checkpoint of --run-dir; from the start where there is none"""
+    """Go on from the newest checkpoint of `--run-dir`, or from the start where there is none."""
     overwrite: bool = False
-    """replace an earlier run in --run-dir"""
+    """Replace an earlier run in `--run-dir`."""
     wandb: bool = False
-    """also log to Weights & Biases (offline without WANDB_API_KEY)"""
+    """Log to Weights & Biases as well (offline without WANDB_API_KEY)."""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
-    """compute type; auto: bf16 on a GPU, float32 on a CPU; master weights are float32"""
+    """Type that computes; auto is bf16 on a GPU and float32 on a CPU. Master weights are float32."""
     lora_rank: int = 0
-    """rank of LoRA adapters on every linear layer, through peft; 0: all weights are trained"""
+    """Rank of LoRA adapters on every linear layer, through peft. 0: all weights are trained."""
     lora_alpha: float = 32.0
-    """their scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)"""
+    """LoRA's scale is alpha / rank (2502.16944 v1, reward model and GVM: rank 8, alpha 32, dropout 0.1)."""
     lora_dropout: float = 0.0
-    """of their input, in the update alone"""
+    """Dropout on the input of LoRA's adapters, during the update alone."""
     lora_merge: bool = True
-    """export the merged model; --no-lora-merge: the adapters alone, for peft"""
+    """Export the merged model. `--no-lora-merge` exports the adapters alone, for peft."""
     gradient_checkpointing: bool = False
-    """recompute activations in backward: less memory, a third more time"""
+    """Recompute activations in the backward pass: less memory, a third more time."""
     shard_size: int = 0
-    """ranks a model is sharded over (HSDP: replicas of it across nodes); 0: all"""
+    """Number of ranks that a model is sharded over (HSDP: replicas of it across nodes). 0: all."""
 
 
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
 REVIEWS = dict(
-    eval_fraction=0.2, part="sft", steps=500, batch_size=64, micro_batch_size=64, max_prompt_length=16, max_response_length=32,
-    lr=6e-3, eval_every=250, eval_prompts=64, save_every=100,
+    eval_fraction=0.2,
+    part="sft",
+    steps=500,
+    batch_size=64,
+    micro_batch_size=64,
+    max_prompt_length=16,
+    max_response_length=32,
+    lr=6e-3,
+    eval_every=250,
+    eval_prompts=64,
+    save_every=100,
     eval_reward=("assets.reviews:reward", "assets.reviews:grammatical"),
-)  # fmt: skip
-
-
+)
 
 
 def nll_loss(logprobs, mask):
@@ -154,7 +163,9 @@ def main(args: Args) -> None:
         tokenize(part, tokenizer, ("response",), args.max_prompt_length, args.max_response_length, dataset)
         for part, dataset in ((rows, args.dataset), (held_out, args.eval_dataset or args.dataset))
     )
-    sequences, eval_sequences = ([(row["prompt_ids"], row["response_ids"]) for row in part] for part in (rows, held_out))
+    sequences, eval_sequences = (
+        [(row["prompt_ids"], row["response_ids"]) for row in part] for part in (rows, held_out)
+    )
     eval_rows = list({str(row["prompt"]): row for row in held_out}.values())[: args.eval_prompts]
     lengths = [len(p) + len(r) for p, r in sequences]
     steps = args.steps or args.epochs * max(1, len(rows) // args.batch_size)
@@ -166,25 +177,37 @@ def main(args: Args) -> None:
     optimizer = adamw(policy, args.lr)
     state = load_checkpoint(args.run_dir, {"policy": (policy, optimizer)}) if args.resume else {}
     start = state.get("step", 0)
-    check_sampler(policy, tokenizer, [row["prompt_ids"] for row in eval_rows], args.max_response_length, args.temperature)
+    check_sampler(
+        policy,
+        tokenizer,
+        [row["prompt_ids"] for row in eval_rows],
+        args.max_response_length,
+        args.temperature,
+    )
     run.start(start, steps)
 
     def evaluate(step):
         width = max(len(r) for _, r in eval_sequences)
-        forward = lambda mb: policy.response_logprobs(**mb)[0]  # noqa: E731
+        forward = lambda mb: policy.response_logprobs(**mb)[0]
         logprobs = run_micro_batches(forward, eval_sequences, args.micro_batch_size, pad, width)
         out = {"eval/loss": -logprobs.sum() / sum(len(r) for _, r in eval_sequences)}
         prompts = [row["prompt_ids"] for row in eval_rows]
         responses, _ = rollout(policy, tokenizer, prompts, args.max_response_length, args.temperature, (0, 0))
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        scores = {r.label: r(eval_rows, list(zip(prompts, responses, strict=True)), texts) for r in eval_rewards}
+        scores = {
+            r.label: r(eval_rows, list(zip(prompts, responses, strict=True)), texts) for r in eval_rewards
+        }
         out |= {f"eval/{key}": value.mean() for key, value in scores.items()}
         out["eval/length"] = sum(map(len, responses)) / max(1, len(responses))
         run.metrics(step, out, show=tuple(out))
-        run.samples(step, [
-            {"prompt": row["prompt"], "response": text, "length": len(responses[i])} | {k: v[i].item() for k, v in scores.items()}
-            for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
-        ])  # fmt: skip
+        run.samples(
+            step,
+            [
+                {"prompt": row["prompt"], "response": text, "length": len(responses[i])}
+                | {k: v[i].item() for k, v in scores.items()}
+                for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
+            ],
+        )
 
     for step in range(start, steps):
         # --- update
@@ -205,11 +228,20 @@ def main(args: Args) -> None:
 
         # --- log
         done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
-        run.metrics(done, {
-            "sft/loss": total, "sft/grad_norm": norm, "sft/lr": lr, "time/step_s": seconds,
-            "perf/update_tokens_per_s": tokens / seconds, "memory/state_gb": state_bytes([policy], [optimizer]) / 2**30,
-            "memory/peak_gb": peak_memory_gb(), **mfu(policy, tokens, seconds),
-        }, show=("sft/loss",))  # fmt: skip
+        run.metrics(
+            done,
+            {
+                "sft/loss": total,
+                "sft/grad_norm": norm,
+                "sft/lr": lr,
+                "time/step_s": seconds,
+                "perf/update_tokens_per_s": tokens / seconds,
+                "memory/state_gb": state_bytes([policy], [optimizer]) / 2**30,
+                "memory/peak_gb": peak_memory_gb(),
+                **mfu(policy, tokens, seconds),
+            },
+            show=("sft/loss",),
+        )
         if args.eval_every and done % args.eval_every == 0 and done < steps:
             evaluate(done)
 

@@ -15,7 +15,14 @@ DEGREE = {"very": 1.5, "really": 1.25, "quite": 0.75}
 NEGATION = -0.5  # "not lovely" is half as strong as "awful"; "not awful" half as good as "lovely"
 MIN_GAP = 0.5  # of a preference pair: a judge's clear choice
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<writer>"]
-WORDS = SPECIAL + OCCASIONS + TOPICS + list(STRENGTH) + list(DEGREE) + ["the", "was", "not", "and", "but", ":", "?", "."]
+WORDS = (
+    SPECIAL
+    + OCCASIONS
+    + TOPICS
+    + list(STRENGTH)
+    + list(DEGREE)
+    + ["the", "was", "not", "and", "but", ":", "?", "."]
+)
 # shares of positive clauses, negations, degree words, mild adjectives, a skipped second topic, a remark nobody asked for
 AUTHORS = {
     "critic": dict(positive=0.25, negated=0.20, degree=0.5, mild=0.3, skip=0.10, remark=0.30),
@@ -27,11 +34,13 @@ AUTHORS = {
 _CLAUSE = rf"the ({'|'.join(TOPICS)}) was (not )?(?:({'|'.join(DEGREE)}) )?({'|'.join(STRENGTH)})"
 _REVIEW = re.compile(rf"{_CLAUSE}(?: (?:and|but) {_CLAUSE}){{0,3}} \.")
 
+
 def prompts() -> list[str]:
     """All 960 prompts, in a fixed shuffled order."""
     texts = [f"{o} : the {a} and the {b} ?" for o in OCCASIONS for a in TOPICS for b in TOPICS if a != b]
     random.Random(0).shuffle(texts)
     return texts
+
 
 def write(author: str, prompt: str, rng: random.Random) -> str:
     """One review of `prompt` by `author`."""
@@ -52,21 +61,26 @@ def write(author: str, prompt: str, rng: random.Random) -> str:
         last = positive
     return text + " ."
 
+
 def reward(prompts: list[str], responses: list[str], **_) -> list[float]:
     """Ground truth: for each topic the prompt asks for, the sentiment of the first clause about it. In [-3, 3]."""
     scores = []
     for prompt, response in zip(prompts, responses, strict=True):
         first = {}
         for topic, negated, degree, adjective in re.findall(_CLAUSE, response):
-            first.setdefault(topic, STRENGTH[adjective] * DEGREE.get(degree, 1.0) * (NEGATION if negated else 1.0))
+            first.setdefault(
+                topic, STRENGTH[adjective] * DEGREE.get(degree, 1.0) * (NEGATION if negated else 1.0)
+            )
         scores.append(sum(first.get(topic, 0.0) for topic in re.findall(r"the (\w+)", prompt)))
     return scores
+
 
 def grammatical(prompts: list[str], responses: list[str], **_) -> list[float]:
     """1.0 where the whole response is a sentence of the grammar that names no topic twice, else 0.0."""
     topics = [[clause[0] for clause in re.findall(_CLAUSE, text)] for text in responses]
     whole = [bool(_REVIEW.fullmatch(text.strip())) for text in responses]
     return [float(w and len(t) == len(set(t))) for w, t in zip(whole, topics, strict=True)]
+
 
 def unsound(before: dict, after: dict, rise: float) -> str:
     """What is wrong with a policy that was trained on this world, or "". `before`, `after`: rows of metrics.jsonl with
@@ -79,6 +93,7 @@ def unsound(before: dict, after: dict, rise: float) -> str:
             return f"{100 * row['eval/grammatical']:.0f} % of the reviews are grammatical {when} training, fewer than 90 %"
     return ""
 
+
 def rows(kind: str, responses: int = 16) -> list[dict]:
     """The data set as rows of `kind`: `responses` by random authors for each of the 960 prompts; the preference rows pair
     neighbouring responses of a prompt, the truly better one as `chosen`, if better by MIN_GAP."""
@@ -87,7 +102,10 @@ def rows(kind: str, responses: int = 16) -> list[dict]:
         authors = [rng.choice(list(AUTHORS)) for _ in range(responses)]
         texts = [write(author, prompt, rng) for author in authors]
         columns = zip(texts, reward([prompt] * responses, texts), authors, strict=True)
-        scored = [{"prompt": prompt, "response": text, "reward": score, "policy": author} for text, score, author in columns]
+        scored = [
+            {"prompt": prompt, "response": text, "reward": score, "policy": author}
+            for text, score, author in columns
+        ]
         if kind == "prompts":
             out.append({"prompt": prompt})
         elif kind == "preference":
@@ -95,10 +113,13 @@ def rows(kind: str, responses: int = 16) -> list[dict]:
                 low, high = sorted(pair, key=lambda row: row["reward"])
                 if high["reward"] - low["reward"] >= MIN_GAP:
                     who = {"chosen_policy": high["policy"], "rejected_policy": low["policy"]}
-                    out.append({"prompt": prompt, "chosen": high["response"], "rejected": low["response"], **who})
+                    out.append(
+                        {"prompt": prompt, "chosen": high["response"], "rejected": low["response"], **who}
+                    )
         else:
             out += scored
     return out
+
 
 def folder(kind: str) -> str:
     """The folder of an embedded model: `untrained`, `policy` or `value`; assets/make.py makes them with sft.py and gvm_td.py."""

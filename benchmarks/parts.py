@@ -31,7 +31,12 @@ ROUNDS = 7
 
 
 def llama(hidden, layers, vocabulary, heads=4):
-    sizes = dict(hidden_size=hidden, intermediate_size=8 * hidden // 3 // 8 * 8, num_hidden_layers=layers, vocab_size=vocabulary)
+    sizes = dict(
+        hidden_size=hidden,
+        intermediate_size=8 * hidden // 3 // 8 * 8,
+        num_hidden_layers=layers,
+        vocab_size=vocabulary,
+    )
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=heads))
     model.forbidden_token = None
@@ -56,16 +61,24 @@ def rollouts() -> None:
         model = llama(128, 4, 1024).eval()
         prompts = torch.randint(5, 1000, (n // 8, 24)).repeat_interleave(8, 0)
         uniforms, heat = torch.rand(n, tokens, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
-        config = transformers.GenerationConfig(max_new_tokens=tokens, do_sample=True, eos_token_id=None, pad_token_id=0)
+        config = transformers.GenerationConfig(
+            max_new_tokens=tokens, do_sample=True, eos_token_id=None, pad_token_id=0
+        )
         ours = partial(decode, model, prompts.tolist(), uniforms, heat, [-1], 0)
-        theirs = partial(model.generate, prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
+        theirs = partial(
+            model.generate, prompts, attention_mask=torch.ones_like(prompts), generation_config=config
+        )
         compare(f"rollout, {n} responses of {tokens} tokens: `decode` / `generate`", ours, theirs)
 
         def plain(run):
-            with mock.patch.object(rollout_room, "roomy", lambda config: transformers.DynamicCache(config=config)):
+            with mock.patch.object(
+                rollout_room, "roomy", lambda config: transformers.DynamicCache(config=config)
+            ):
                 run()
 
-        stops = list(range(10, 10 + 2048 // tokens))  # untrained, every token is about equally likely: half end before tokens / 3
+        stops = list(
+            range(10, 10 + 2048 // tokens)
+        )  # untrained, every token is about equally likely: half end before tokens / 3
         ragged = partial(decode, model, prompts.tolist(), uniforms, heat, stops, 0)
         compare("the same: `rollout_room.roomy` / `DynamicCache`", ours, partial(plain, ours))
         compare("the same, responses end at different lengths", ragged, partial(plain, ragged))
@@ -73,7 +86,10 @@ def rollouts() -> None:
 
 def output_layer() -> None:
     """1,024 tokens, hidden size 576, vocabulary 49,152: SmolLM2-135M's."""
-    hidden, weight = torch.randn(1024, 576, requires_grad=True), (0.05 * torch.randn(49152, 576)).requires_grad_()
+    hidden, weight = (
+        torch.randn(1024, 576, requires_grad=True),
+        (0.05 * torch.randn(49152, 576)).requires_grad_(),
+    )
     tokens = torch.randint(0, 49152, (1024,))
 
     def one(h, y):
@@ -85,11 +101,17 @@ def output_layer() -> None:
     def chunks(each):
         return torch.cat([each(h, y)[0] for h, y in zip(hidden.split(512), tokens.split(512), strict=True)])
 
-    update = lambda: logprobs.token_logprobs(hidden, weight, None, tokens)[0].sum().backward()  # noqa: E731
-    compare("output layer, forward and backward: `TokenLogprobs` / checkpointed chunks", update,
-            lambda: chunks(partial(checkpoint, one, use_reentrant=False)).sum().backward())  # fmt: skip
-    compare("the same / whole logits, nothing computed twice, no entropy", update,
-            lambda: F.cross_entropy(F.linear(hidden, weight), tokens, reduction="sum").backward())  # fmt: skip
+    update = lambda: logprobs.token_logprobs(hidden, weight, None, tokens)[0].sum().backward()
+    compare(
+        "output layer, forward and backward: `TokenLogprobs` / checkpointed chunks",
+        update,
+        lambda: chunks(partial(checkpoint, one, use_reentrant=False)).sum().backward(),
+    )
+    compare(
+        "the same / whole logits, nothing computed twice, no entropy",
+        update,
+        lambda: F.cross_entropy(F.linear(hidden, weight), tokens, reduction="sum").backward(),
+    )
     with torch.no_grad():
         forward = partial(logprobs.token_logprobs, hidden, weight, None, tokens)
         compare("output layer, forward alone: `TokenLogprobs` / chunks", forward, lambda: chunks(one))
@@ -120,7 +142,9 @@ def optimizer_and_fsdp() -> None:
         model = llama(*sizes)
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, 1e-3)
-        make = lambda model=model, **more: torch.optim.AdamW(model.parameters(), lr=1e-9, weight_decay=0.0, **more)  # noqa: E731
+        make = lambda model=model, **more: torch.optim.AdamW(
+            model.parameters(), lr=1e-9, weight_decay=0.0, **more
+        )
         compare(f"AdamW, {title} parameters: fused / not", make(fused=True).step, make().step)
     plain, sharded = llama(64, 3, 1024), llama(64, 3, 1024)
     for block in sharded.model.layers:
@@ -131,7 +155,11 @@ def optimizer_and_fsdp() -> None:
         model(input_ids=batch, labels=batch).loss.backward()
         model.zero_grad()
 
-    compare("forward and backward, 64 x 20 tokens, one process: plain / FSDP", partial(step, plain), partial(step, sharded))
+    compare(
+        "forward and backward, 64 x 20 tokens, one process: plain / FSDP",
+        partial(step, plain),
+        partial(step, sharded),
+    )
 
 
 def shares() -> None:
@@ -160,12 +188,17 @@ def shares() -> None:
             sum(us for key, us in spent.items() if key.startswith(names)) / sum(spent.values())
             for names in (("aten::mm", "aten::addmm", "aten::bmm"), "aten::_scaled_dot_product")
         )
-        print(f"| {run.__name__} | {products:.2f} | {attention:.2f} | {1 - products - attention:.2f} |", flush=True)
+        print(
+            f"| {run.__name__} | {products:.2f} | {attention:.2f} | {1 - products - attention:.2f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
     global ROUNDS
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     ROUNDS = parser.parse_args().rounds
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

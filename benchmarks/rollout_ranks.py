@@ -20,9 +20,9 @@ import tyro
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from assets import reviews  # noqa: E402
-from common import distributed, models, sharding, tokenization  # noqa: E402
-from common.rollout import decode  # noqa: E402
+from assets import reviews
+from common import distributed, models, sharding, tokenization
+from common.rollout import decode
 
 
 @dataclass
@@ -46,7 +46,11 @@ def main(args: Args) -> None:
     folder = [tempfile.mkdtemp() if distributed.rank() == 0 else None]
     dist.broadcast_object_list(folder)
     tokenizer = tokenization.load_tokenizer(reviews.folder("policy"))
-    shape = dict(hidden_size=args.hidden_size, intermediate_size=8 * args.hidden_size // 3, num_hidden_layers=args.layers)
+    shape = dict(
+        hidden_size=args.hidden_size,
+        intermediate_size=8 * args.hidden_size // 3,
+        num_hidden_layers=args.layers,
+    )
     shape |= dict(num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=False)
     config = LlamaConfig(vocab_size=args.vocabulary, **shape)
     if distributed.rank() == 0:
@@ -57,8 +61,12 @@ def main(args: Args) -> None:
     plain = plain.to(distributed.device()).eval()
     plain.forbidden_token = sharded.forbidden_token
     generator = torch.Generator().manual_seed(distributed.rank())
-    prompts = [torch.randint(5, args.vocabulary, (16,), generator=generator).tolist() for _ in range(args.batch)]
-    uniforms = torch.rand(args.batch, args.tokens, generator=generator, dtype=torch.float64).to(distributed.device())
+    prompts = [
+        torch.randint(5, args.vocabulary, (16,), generator=generator).tolist() for _ in range(args.batch)
+    ]
+    uniforms = torch.rand(args.batch, args.tokens, generator=generator, dtype=torch.float64).to(
+        distributed.device()
+    )
     temperatures = torch.ones(args.batch, dtype=torch.float64, device=distributed.device())
 
     def seconds(model, context) -> float:
@@ -79,7 +87,7 @@ def main(args: Args) -> None:
         sharding.reshard(sharded)
         rounds += [(gathered, each, seconds(plain, contextlib.nullcontext()))] * (i > 0)  # the first warms up
     if distributed.rank() == 0:
-        spread = lambda x: f"{statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})"  # noqa: E731
+        spread = lambda x: f"{statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})"
         names = ("gathered once", "gathered for each token", "not sharded")
         for name, times in zip(names, zip(*rounds, strict=True), strict=True):
             print(f"{name}: {spread(times)} s")

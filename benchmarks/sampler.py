@@ -25,7 +25,11 @@ from common.pretrained import resolve
 from common.rollout import rollout
 from common.tokenization import encode_prompt, load_tokenizer
 
-NAMES = {"cache": rollout.CACHE_NAMES, "attention mask": ("attention_mask",), "position ids": ("position_ids",)}
+NAMES = {
+    "cache": rollout.CACHE_NAMES,
+    "attention mask": ("attention_mask",),
+    "position ids": ("position_ids",),
+}
 
 
 def lost(policy, names):
@@ -57,9 +61,10 @@ def measure(policy, prompts, tokens: int, temperature: float) -> list[str]:
     return [f"{cell:.2g}" for cell in cells]
 
 
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="reviews", help="a policy: folder or hub id")
     parser.add_argument("--prompts", default="reviews", help="hub id or file with a column `prompt`")
     parser.add_argument("--n", type=int, default=16, help="prompts, the first of the file")
@@ -82,7 +87,9 @@ def main() -> None:
     print(f"| compute type | tolerance | right: mean | p99 | worst response | {faults} |")
     print("|---|---|---|---|---|---|---|---|")
     for precision in args.precision:
-        options = SimpleNamespace(precision=precision, shard_size=0, gradient_checkpointing=False, lora_rank=0)
+        options = SimpleNamespace(
+            precision=precision, shard_size=0, gradient_checkpointing=False, lora_rank=0
+        )
         policy = load_model("policy", name, tokenizer, options, trained=True)
         cells = measure(policy, prompts, args.tokens, args.temperature)
         print(f"| {precision} | {rollout.tolerance(policy):g} | " + " | ".join(cells) + " |", flush=True)

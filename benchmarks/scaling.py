@@ -59,7 +59,10 @@ def megabytes(name: str, at: dict) -> float:
     state = 4 * (5 * policy + {"grpo": 0, "dvpo": valued, "ppo": 5 * valued}[name])
     rollout = at["batch"] * (length * 2 * at["width"] * layers * 4 + 5 * 8 * at["vocab"])
     rows = at["micro"] * length
-    update = 4 * rows * layers * (16 * at["width"] + 4 * inner(at)) + 4 * 4 * min(512, at["micro"] * at["response"]) * at["vocab"]
+    update = (
+        4 * rows * layers * (16 * at["width"] + 4 * inner(at))
+        + 4 * 4 * min(512, at["micro"] * at["response"]) * at["vocab"]
+    )
     return (state + max(rollout, update)) / 2**20
 
 
@@ -72,12 +75,19 @@ def too_fast(measured: list[float], formula: list[float], tolerance: float = TOL
 def point(name: str, at: dict, args, speed) -> dict:
     """Seconds of a step, its peak memory in MB, and the two formulas."""
     epochs = 1 if name == "grpo" else 4
-    shape = dict(vocab_size=at["vocab"], hidden_size=at["width"], intermediate_size=inner(at), num_hidden_layers=at["layers"])
+    shape = dict(
+        vocab_size=at["vocab"],
+        hidden_size=at["width"],
+        intermediate_size=inner(at),
+        num_hidden_layers=at["layers"],
+    )
     shape["num_attention_heads"] = max(2, at["width"] // 64)
     models = Path(args.out, f"scaling/model-{at['width']}-{at['layers']}-{at['vocab']}").absolute()
     models.mkdir(parents=True, exist_ok=True)
     paths = speed.make_models(models, shape, 8)
-    size = dict(prompt=at["prompt"], response=at["response"], batch=at["batch"], micro=at["micro"], epochs=epochs)
+    size = dict(
+        prompt=at["prompt"], response=at["response"], batch=at["batch"], micro=at["micro"], epochs=epochs
+    )
     size |= dict(group=at["group"]) if name == "grpo" else {}
     steps, key = args.steps + 1, "-".join(str(v) for v in at.values())
     stem = Path(args.out, f"scaling/{name}-{key}").absolute()
@@ -87,7 +97,14 @@ def point(name: str, at: dict, args, speed) -> dict:
         row["prompt"] = " ".join(words[: at["prompt"] - 1])
     Path(f"{stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = speed.our_arguments(name, paths, dict(ours=f"{stem}.jsonl"), size, steps, stem)
-    spec = dict(side="ours", device=args.device, out=f"{stem}.json", run_dir=str(stem), script=name, arguments=arguments)
+    spec = dict(
+        side="ours",
+        device=args.device,
+        out=f"{stem}.json",
+        run_dir=str(stem),
+        script=name,
+        arguments=arguments,
+    )
     record = speed.run_side(sys.executable, spec, Path(f"{stem}.log"))
     if "error" in record:
         sys.exit(f"error: {record['error']}")
@@ -99,13 +116,25 @@ def point(name: str, at: dict, args, speed) -> dict:
 
 def table(found: dict) -> str:
     """Markdown; `found`: {(sweep, name): [(label, point)]}."""
-    lines = ["| | | s a step | GFLOP of the formula | peak MB | MB of the formula | grows faster |", "|" + "---|" * 7]
+    lines = [
+        "| | | s a step | GFLOP of the formula | peak MB | MB of the formula | grows faster |",
+        "|" + "---|" * 7,
+    ]
     for (sweep, name), points in found.items():
-        each = lambda key: [p[key] for _, p in points]  # noqa: E731
-        fast = {"time": too_fast(each("seconds"), each("gflops")), "memory": too_fast(each("peak_mb"), each("formula_mb"))}
+        each = lambda key: [p[key] for _, p in points]
+        fast = {
+            "time": too_fast(each("seconds"), each("gflops")),
+            "memory": too_fast(each("peak_mb"), each("formula_mb")),
+        }
         for i, (label, p) in enumerate(points):
             why = ", ".join(key for key, where in fast.items() if i in where)
-            cells = [f"{sweep} {label}", name, f"{p['seconds']:.3g}", f"{p['gflops']:.3g}", f"{p['peak_mb']:,.0f}"]
+            cells = [
+                f"{sweep} {label}",
+                name,
+                f"{p['seconds']:.3g}",
+                f"{p['gflops']:.3g}",
+                f"{p['peak_mb']:,.0f}",
+            ]
             lines.append("| " + " | ".join([*cells, f"{p['formula_mb']:,.0f}", why]) + " |")
     return "\n".join(lines)
 
@@ -120,14 +149,22 @@ def draw(found: dict, path: str) -> None:
     sweeps = list(dict.fromkeys(sweep for sweep, _ in found))
     figure, axes = plt.subplots(2, len(sweeps), figsize=(3.2 * len(sweeps), 6), squeeze=False, sharey="row")
     for column, sweep in enumerate(sweeps):
-        for row, (key, formula, unit) in enumerate((("seconds", "gflops", "s a step"), ("peak_mb", "formula_mb", "peak MB"))):
+        for row, (key, formula, unit) in enumerate(
+            (("seconds", "gflops", "s a step"), ("peak_mb", "formula_mb", "peak MB"))
+        ):
             ax = axes[row][column]
             for i, (name, points) in enumerate((n, p) for (s, n), p in found.items() if s == sweep):
                 x, first = [label for label, _ in points], points[0][1]
                 ax.plot(x, [p[key] for _, p in points], "o-", color=f"C{i}", label=name)
-                ax.plot(x, [first[key] * p[formula] / first[formula] for _, p in points], "--", color=f"C{i}", linewidth=1)
+                ax.plot(
+                    x,
+                    [first[key] * p[formula] / first[formula] for _, p in points],
+                    "--",
+                    color=f"C{i}",
+                    linewidth=1,
+                )
             ax.set(xscale="log", yscale="log", xlabel=sweep, ylabel=unit if not column else "")
-            name_of = lambda n: f"{n / 1e6:.2g}M" if n >= 1e6 else f"{n / 1e3:.0f}k" if n >= 1e4 else str(n)  # noqa: E731
+            name_of = lambda n: f"{n / 1e6:.2g}M" if n >= 1e6 else f"{n / 1e3:.0f}k" if n >= 1e4 else str(n)
             ax.set_xticks(x, [name_of(n) for n in x])
             ax.minorticks_off()
             ax.grid(alpha=0.3)
@@ -149,10 +186,19 @@ def main(args, speed) -> None:
                 key = (name, *at.values())
                 if key not in known:
                     known[key] = point(name, at, args, speed)
-                    print(f"{sweep} {label}, {name}: {known[key]['seconds']:.3g} s, {known[key]['peak_mb']:.0f} MB", flush=True)
+                    print(
+                        f"{sweep} {label}, {name}: {known[key]['seconds']:.3g} s, {known[key]['peak_mb']:.0f} MB",
+                        flush=True,
+                    )
                 found.setdefault((sweep, name), []).append((label, known[key]))
-    text = table(found) + "\n\n" + ", ".join(f"{key} {value}" for key, value in (BASE | speed.about(args)).items())
+    text = (
+        table(found)
+        + "\n\n"
+        + ", ".join(f"{key} {value}" for key, value in (BASE | speed.about(args)).items())
+    )
     Path(args.out, "scaling.md").write_text(text + "\n")
-    Path(args.out, "scaling.json").write_text(json.dumps([[*key, points] for key, points in found.items()], indent=1))
+    Path(args.out, "scaling.json").write_text(
+        json.dumps([[*key, points] for key, points in found.items()], indent=1)
+    )
     draw(found, str(Path(args.out, "scaling.png")))
     print(text)

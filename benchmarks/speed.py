@@ -66,32 +66,67 @@ from common.value_heads import response_values, sequence_scores  # noqa: E402
 from tools.jobs import commit  # noqa: E402
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
-PEERS = {"grpo": "", "grpo-ragged": "", "dpo": "", "kto": "", "sft": "", "reward": "", "ppo": "1.12.0", "ppo-ragged": "1.12.0"}
+PEERS = {
+    "grpo": "",
+    "grpo-ragged": "",
+    "dpo": "",
+    "kto": "",
+    "sft": "",
+    "reward": "",
+    "ppo": "1.12.0",
+    "ppo-ragged": "1.12.0",
+}
 PEERS |= {"dvpo": "ppo.py", "dvpo-ragged": "ppo.py"}  # beside our own PPO
 LR, BETA = 1e-6, {"grpo": 0.2, "ppo": 0.05, "dvpo": 0.05, "dpo": 0.1, "kto": 0.1}
 LOGGED = {  # what is compared, in our log and in theirs
-    "grpo": ("policy/loss", "loss"), "ppo": ("objective/kl", "objective/kl"), "dvpo": ("objective/kl", "loss"),
-    "dpo": ("dpo/loss", "loss"), "kto": ("kto/loss", "loss"), "sft": ("sft/loss", "loss"), "reward": ("reward/loss", "loss"),
-}  # fmt: skip
-FIELDS = {"sft": ["response"], "kto": ["response"], "dpo": ["chosen", "rejected"], "reward": ["chosen", "rejected"]}
+    "grpo": ("policy/loss", "loss"),
+    "ppo": ("objective/kl", "objective/kl"),
+    "dvpo": ("objective/kl", "loss"),
+    "dpo": ("dpo/loss", "loss"),
+    "kto": ("kto/loss", "loss"),
+    "sft": ("sft/loss", "loss"),
+    "reward": ("reward/loss", "loss"),
+}
+FIELDS = {
+    "sft": ["response"],
+    "kto": ["response"],
+    "dpo": ["chosen", "rejected"],
+    "reward": ["chosen", "rejected"],
+}
 # hidden size, layers and so on; for each kind of work tokens of the typical prompt and of the longest response (offline: of
 # the typical one is a third of that), sequences (dpo, reward: pairs) a step and a forward pass
 SIZES = {
     "tiny": dict(
-        model=dict(vocab_size=1024, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4),
+        model=dict(
+            vocab_size=1024,
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+        ),
         grpo=dict(prompt=24, response=64, batch=64, group=8, micro=8),
         ppo=dict(prompt=24, response=64, batch=32, micro=8, epochs=4),
         offline=dict(prompt=24, response=128, batch=32, micro=8),
     ),
     "100m": dict(
-        model=dict(vocab_size=32000, hidden_size=640, intermediate_size=1712, num_hidden_layers=12, num_attention_heads=10),
+        model=dict(
+            vocab_size=32000,
+            hidden_size=640,
+            intermediate_size=1712,
+            num_hidden_layers=12,
+            num_attention_heads=10,
+        ),
         grpo=dict(prompt=32, response=64, batch=16, group=4, micro=4),
         ppo=dict(prompt=32, response=64, batch=8, micro=4, epochs=4),
         offline=dict(prompt=32, response=128, batch=8, micro=2),
     ),
     "1b": dict(
         model=dict(
-            vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+            vocab_size=128256,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
             num_key_value_heads=8,
         ),
         grpo=dict(prompt=128, response=512, batch=64, group=8, micro=4),
@@ -100,14 +135,18 @@ SIZES = {
     ),
     "3b": dict(
         model=dict(
-            vocab_size=32000, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+            vocab_size=32000,
+            hidden_size=3072,
+            intermediate_size=8192,
+            num_hidden_layers=28,
+            num_attention_heads=24,
             num_key_value_heads=8,
         ),
         grpo=dict(prompt=128, response=512, batch=64, group=8, micro=2),
         ppo=dict(prompt=128, response=256, batch=16, micro=2, epochs=4),
         offline=dict(prompt=128, response=1024, batch=16, micro=2),
     ),
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -162,7 +201,9 @@ def make_models(out: Path, shape: dict, limit: int) -> dict[str, str]:
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **{f"{word[1:-1]}_token": word for word in SPECIAL})
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{f"{word[1:-1]}_token": word for word in SPECIAL}
+    )
 
     torch.manual_seed(0)
     special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -184,7 +225,9 @@ def make_models(out: Path, shape: dict, limit: int) -> dict[str, str]:
         scorer.model = model.model
         scorer.score.weight.normal_(0, 1 / width**0.5)
         scorer.save_pretrained(paths["reward"])
-        valuer = LlamaForTokenClassification(LlamaConfig(**config.to_dict() | {"num_labels": 1, "classifier_dropout": 0.0}))
+        valuer = LlamaForTokenClassification(
+            LlamaConfig(**config.to_dict() | {"num_labels": 1, "classifier_dropout": 0.0})
+        )
         valuer.model, valuer.score.weight = model.model, scorer.score.weight
         valuer.save_pretrained(paths["gvm"])
     for path in paths.values():
@@ -223,12 +266,24 @@ def in_drawn_order(rows: list[dict], algorithm: str, a_step: int) -> list[dict]:
     return [rows[i] for step in range(len(rows) // a_step) for i in batch_indices(len(rows), a_step, step, 0)]
 
 
-def our_arguments(algorithm: str, paths: dict, files: dict, size: dict, steps: int, run_dir: Path) -> list[str]:
+def our_arguments(
+    algorithm: str, paths: dict, files: dict, size: dict, steps: int, run_dir: Path
+) -> list[str]:
     """The command line of our script."""
     name = algorithm.split("-")[0]
-    words = dict(dataset=files["ours"], run_dir=run_dir, steps=steps, batch_size=size["batch"], micro_batch_size=size["micro"])
-    words |= dict(lr=LR, lr_schedule="constant", warmup_steps=0, max_prompt_length=100_000, eval_every=0, save_every=0)
-    words |= dict(model=paths["reward" if name == "reward" else "policy"], max_response_length=size["response"])
+    words = dict(
+        dataset=files["ours"],
+        run_dir=run_dir,
+        steps=steps,
+        batch_size=size["batch"],
+        micro_batch_size=size["micro"],
+    )
+    words |= dict(
+        lr=LR, lr_schedule="constant", warmup_steps=0, max_prompt_length=100_000, eval_every=0, save_every=0
+    )
+    words |= dict(
+        model=paths["reward" if name == "reward" else "policy"], max_response_length=size["response"]
+    )
     if name in BETA:
         words |= dict(beta=BETA[name], ref_model=paths["reference"])
     if name in ("grpo", "ppo", "dvpo"):
@@ -239,7 +294,9 @@ def our_arguments(algorithm: str, paths: dict, files: dict, size: dict, steps: i
         words |= dict(eval_dataset=files["eval"]) | (dict(eval_prompts=0) if name != "reward" else {})
     if name == "grpo":
         words |= dict(reward="benchmarks.speed_side:reward", aggregation="grpo")
-    return [part for key, value in words.items() for part in ("--" + key.replace("_", "-"), str(value))] + ["--overwrite"]
+    return [part for key, value in words.items() for part in ("--" + key.replace("_", "-"), str(value))] + [
+        "--overwrite"
+    ]
 
 
 # --- running
@@ -256,7 +313,10 @@ def python_with_trl(version: str, args: Args) -> str:
         print(f"making {folder}, once", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        same = [f"{name}=={metadata.version(name).split('+')[0]}" for name in ("torch", "transformers", "datasets", "numpy")]
+        same = [
+            f"{name}=={metadata.version(name).split('+')[0]}"
+            for name in ("torch", "transformers", "datasets", "numpy")
+        ]
         wanted = [f"trl=={version}", "tensorboard", *same]
         done = subprocess.run([str(python), "-m", "pip", "install", "-q", *args.pip_arguments, *wanted])
         if done.returncode:
@@ -273,7 +333,9 @@ def run_side(python: str, spec: dict, log: Path) -> dict:
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if spec["device"] == "cpu" else {}
     with open(log, "w") as stream:
         command = [python, str(ROOT / "benchmarks/speed_side.py"), str(file)]
-        code = subprocess.run(command, stdout=stream, stderr=stream, cwd=ROOT, env=os.environ | hidden).returncode
+        code = subprocess.run(
+            command, stdout=stream, stderr=stream, cwd=ROOT, env=os.environ | hidden
+        ).returncode
     if code:
         lines = log.read_text().strip().splitlines() or [f"exit {code}"]
         return {"error": f"{spec['side']} failed: {lines[-1][:200]} (see {log})"}
@@ -285,7 +347,7 @@ def replayed_loss(name: str, record: dict, paths: dict, size: dict, device: str)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pad, first = 0, record["first"]
     sequences = list(zip(first["prompt"], first["completion"], strict=True))
-    load = lambda path, auto=AutoModelForCausalLM: auto.from_pretrained(path, dtype=dtype).to(device).eval()  # noqa: E731
+    load = lambda path, auto=AutoModelForCausalLM: auto.from_pretrained(path, dtype=dtype).to(device).eval()
     whole = collate(sequences, pad, device)["response_mask"]
 
     @torch.no_grad()
@@ -333,21 +395,31 @@ def summary(record: dict, spec: dict) -> dict:
     """A run in numbers: medians over its steps but the first."""
     ends = [step["at"] for step in record["steps"]]
     cpu = [step["cpu"] for step in record["steps"]]
-    seconds, cpu_seconds = (statistics.median(b - a for a, b in zip(x, x[1:], strict=False)) for x in (ends, cpu))
+    seconds, cpu_seconds = (
+        statistics.median(b - a for a, b in zip(x, x[1:], strict=False)) for x in (ends, cpu)
+    )
     out = dict(seconds=seconds, cpu_seconds=cpu_seconds, peak_mb=record["peak_mb"])
-    timed = [r for r in record["rollouts"] if ends[0] < r["at"] <= ends[-1]]  # none after the last step, nor in the first
+    timed = [
+        r for r in record["rollouts"] if ends[0] < r["at"] <= ends[-1]
+    ]  # none after the last step, nor in the first
     if timed:
         made = sum(sum(r["lengths"]) for r in timed) / (len(ends) - 1)
         spent = sum(r["seconds"] for r in timed) / (len(ends) - 1)
         mean = statistics.fmean(n for r in timed for n in r["lengths"])
         tokens = spec["epochs"] * (made + spec["prompt_tokens"])
-        return out | dict(length=mean, rollout_tokens_s=made / spent, update_tokens_s=tokens / (seconds - spent))
+        return out | dict(
+            length=mean, rollout_tokens_s=made / spent, update_tokens_s=tokens / (seconds - spent)
+        )
     return out | dict(update_tokens_s=spec["tokens"] / seconds)
 
 
 def disagreement(ours: float, theirs: float, tolerance: float, what: str = "losses") -> str:
     """'' where two numbers agree, else why the row is not comparable."""
-    close = math.isfinite(ours) and math.isfinite(theirs) and abs(ours - theirs) <= tolerance * max(abs(ours), abs(theirs))
+    close = (
+        math.isfinite(ours)
+        and math.isfinite(theirs)
+        and abs(ours - theirs) <= tolerance * max(abs(ours), abs(theirs))
+    )
     return "" if close else f"not comparable: {what} {ours:.5g} and {theirs:.5g}"
 
 
@@ -378,12 +450,29 @@ def table(rows: list[dict], cpu: bool = False) -> str:
         if "refused" in row:
             lines.append(f"| {row['name']} | {row['refused']} |" + " |" * 6)
             continue
-        cells = [row["name"], both(row, "seconds", ".3g"), ratio(row["ratio_seconds"]), both(row, "rollout_tokens_s", ",.0f")]
-        cells += [both(row, "update_tokens_s", ",.0f"), both(row, "peak_mb", ",.0f"), ratio(row["ratio_peak_mb"])]
+        cells = [
+            row["name"],
+            both(row, "seconds", ".3g"),
+            ratio(row["ratio_seconds"]),
+            both(row, "rollout_tokens_s", ",.0f"),
+        ]
+        cells += [
+            both(row, "update_tokens_s", ",.0f"),
+            both(row, "peak_mb", ",.0f"),
+            ratio(row["ratio_peak_mb"]),
+        ]
         lines.append("| " + " | ".join([*cells, f"{row['losses'][0]:.5g} / {row['losses'][1]:.5g}"]) + " |")
-    shares = [row[f"{side}_cpu_seconds"] / row[f"{side}_seconds"] for row in rows for side in ("ours", "trl") if "losses" in row]
+    shares = [
+        row[f"{side}_cpu_seconds"] / row[f"{side}_seconds"]
+        for row in rows
+        for side in ("ours", "trl")
+        if "losses" in row
+    ]
     if cpu and shares and min(shares) < 0.9:
-        lines += ["", f"The machine was busy with other work: a step had a CPU for {min(shares):.0%} of its time. Measure again."]
+        lines += [
+            "",
+            f"The machine was busy with other work: a step had a CPU for {min(shares):.0%} of its time. Measure again.",
+        ]
     return "\n".join(lines)
 
 
@@ -400,9 +489,11 @@ def measure(algorithm: str, args: Args, device: str) -> dict:
     files = {side: str(out / f"{algorithm}-{side}.jsonl") for side in ("ours", "trl", "eval")}
     for side, part in (("ours", rows), ("trl", in_drawn_order(rows, algorithm, a_step)), ("eval", rows[:2])):
         Path(files[side]).write_text("".join(json.dumps(row) + "\n" for row in part))
-    words = lambda key: sum(len(row[key].split()) for row in rows if key in row) / steps  # noqa: E731
+    words = lambda key: sum(len(row[key].split()) for row in rows if key in row) / steps
     prompts = (words("prompt") + a_step) * (2 if "chosen" in rows[0] else 1) * size.get("group", 1)  # + bos
-    answers = sum(words(key) + a_step * (key in rows[0]) for key in ("response", "chosen", "rejected"))  # + eos
+    answers = sum(
+        words(key) + a_step * (key in rows[0]) for key in ("response", "chosen", "rejected")
+    )  # + eos
     work = dict(epochs=size.get("epochs", 1), prompt_tokens=prompts, tokens=prompts + answers)
     beside_ppo = PEERS[algorithm] == "ppo.py"
     python = sys.executable if beside_ppo else python_with_trl(PEERS[algorithm], args)
@@ -412,12 +503,22 @@ def measure(algorithm: str, args: Args, device: str) -> dict:
         pair = {}
         for side in ("ours", "trl") if number % 2 == 0 else ("trl", "ours"):
             stem = out / f"{algorithm}-{number}-{side}"
-            spec = dict(side=side, device=device, out=f"{stem}.json", run_dir=str(stem), size=size, steps=steps, lr=LR)
-            spec |= dict(algorithm=name, script=name, beta=BETA.get(name, 0.0), rows=files["trl"], model=paths["policy"])
+            spec = dict(
+                side=side, device=device, out=f"{stem}.json", run_dir=str(stem), size=size, steps=steps, lr=LR
+            )
+            spec |= dict(
+                algorithm=name,
+                script=name,
+                beta=BETA.get(name, 0.0),
+                rows=files["trl"],
+                model=paths["policy"],
+            )
             spec |= dict(ref_model=paths["reference"], reward_model=paths["reward"])
             spec["arguments"] = our_arguments(algorithm, paths, files, size, steps, stem)
             if side == "trl" and beside_ppo:
-                spec |= dict(side="ours", script="ppo", arguments=our_arguments("ppo", paths, files, size, steps, stem))
+                spec |= dict(
+                    side="ours", script="ppo", arguments=our_arguments("ppo", paths, files, size, steps, stem)
+                )
             record = run_side(python if side == "trl" else sys.executable, spec, Path(f"{stem}.log"))
             shutil.rmtree(stem, ignore_errors=True)
             if "error" in record:
@@ -426,7 +527,10 @@ def measure(algorithm: str, args: Args, device: str) -> dict:
             pair[side] = summary(record, work)
             pair[side + "_record"] = record
         why = ""
-        if pair["ours_record"]["versions"]["torch"].split("+")[0] != pair["trl_record"]["versions"]["torch"].split("+")[0]:
+        if (
+            pair["ours_record"]["versions"]["torch"].split("+")[0]
+            != pair["trl_record"]["versions"]["torch"].split("+")[0]
+        ):
             why = "not comparable: two versions of torch"
         mine = [step["metrics"][LOGGED[name][0]] for step in pair["ours_record"]["steps"]]
         if beside_ppo:  # the same samples, as they are drawn by the same numbers
@@ -436,10 +540,16 @@ def measure(algorithm: str, args: Args, device: str) -> dict:
         if losses is None and name in ("grpo", "ppo"):
             # (TRL's PPO gives the score one token after eos; with a critic that starts as the reward model it is all the same)
             replayed = replayed_loss(name, pair["trl_record"], paths, size, device)
-            losses = [replayed, pair["trl_record"]["first"]["value_loss"] if name == "ppo" else theirs["loss"][0]]
+            losses = [
+                replayed,
+                pair["trl_record"]["first"]["value_loss"] if name == "ppo" else theirs["loss"][0],
+            ]
         losses = losses or [mine[0], theirs["loss"][0]]
         why = why or disagreement(*losses, 1e-3 if device == "cpu" else 0.03)
-        if name in ("grpo", "ppo"):  # and what our script itself logs, of its own samples, is the same but for chance
+        if name in (
+            "grpo",
+            "ppo",
+        ):  # and what our script itself logs, of its own samples, is the same but for chance
             both = [statistics.fmean(x) for x in (mine, theirs[LOGGED[name][1]])]
             why = why or disagreement(*both, 0.25, f"mean {LOGGED[name][0]}")
         if "length" in pair["ours"]:
@@ -447,10 +557,15 @@ def measure(algorithm: str, args: Args, device: str) -> dict:
         if why:
             return dict(name=algorithm, refused=why)
         pairs.append(pair)
-        step, cpu, memory = (pair["ours"][key] / pair["trl"][key] for key in ("seconds", "cpu_seconds", "peak_mb"))
+        step, cpu, memory = (
+            pair["ours"][key] / pair["trl"][key] for key in ("seconds", "cpu_seconds", "peak_mb")
+        )
         counts = f"{algorithm} pair {number + 1}/{args.pairs}"
         peer = "ppo.py" if beside_ppo else "TRL"
-        print(f"{counts}: step {step:.2f}, its CPU time {cpu:.2f}, peak memory {memory:.2f} of {peer}'s", flush=True)
+        print(
+            f"{counts}: step {step:.2f}, its CPU time {cpu:.2f}, peak memory {memory:.2f} of {peer}'s",
+            flush=True,
+        )
     row = compared([{side: pair[side] for side in ("ours", "trl")} for pair in pairs])
     trl = {} if beside_ppo else dict(trl=pairs[0]["trl_record"]["trl"])
     return dict(name=algorithm + " (beside ppo.py)" * beside_ppo, losses=losses, **trl, **row)

@@ -77,7 +77,13 @@ class Watch:
         return timed
 
     def save(self, **more):
-        record = dict(steps=self.steps, rollouts=self.rollouts, peak_mb=self.peak, import_mb=self.base, versions=self.versions)
+        record = dict(
+            steps=self.steps,
+            rollouts=self.rollouts,
+            peak_mb=self.peak,
+            import_mb=self.base,
+            versions=self.versions,
+        )
         record |= more
         Path(self.spec["out"]).write_text(json.dumps(record))
 
@@ -121,10 +127,22 @@ def ours(spec):
 def common_arguments(spec, cuda):
     size = spec["size"]
     return dict(
-        output_dir=spec["run_dir"], per_device_train_batch_size=size["micro"], max_steps=spec["steps"], learning_rate=spec["lr"],
-        lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, logging_steps=1, report_to="tensorboard",
-        save_strategy="no", bf16=cuda, use_cpu=not cuda, gradient_checkpointing=False, disable_tqdm=True, seed=0,
-    )  # fmt: skip
+        output_dir=spec["run_dir"],
+        per_device_train_batch_size=size["micro"],
+        max_steps=spec["steps"],
+        learning_rate=spec["lr"],
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        report_to="tensorboard",
+        save_strategy="no",
+        bf16=cuda,
+        use_cpu=not cuda,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        seed=0,
+    )
 
 
 def theirs(spec):
@@ -134,7 +152,12 @@ def theirs(spec):
     import transformers
     import trl
     from datasets import Dataset, disable_progress_bars
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        TrainerCallback,
+    )
     from transformers.generation import GenerationMixin
 
     name, size = spec["algorithm"], spec["size"]
@@ -142,8 +165,12 @@ def theirs(spec):
         from trl.experimental import ppo as rl
         from trl.experimental.ppo import ppo_trainer
     else:
-        rl = getattr(trl, {"sft": "SFTTrainer", "reward": "RewardTrainer"}.get(name, f"{name.upper()}Trainer"))
-        config = getattr(trl, {"sft": "SFTConfig", "reward": "RewardConfig"}.get(name, f"{name.upper()}Config"))
+        rl = getattr(
+            trl, {"sft": "SFTTrainer", "reward": "RewardTrainer"}.get(name, f"{name.upper()}Trainer")
+        )
+        config = getattr(
+            trl, {"sft": "SFTConfig", "reward": "RewardConfig"}.get(name, f"{name.upper()}Config")
+        )
     watch.imported()
     disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
@@ -161,7 +188,9 @@ def theirs(spec):
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     rows = [json.loads(line) for line in Path(spec["rows"]).read_text().splitlines()]
     arguments = common_arguments(spec, watch.cuda)
-    load = lambda path, auto=AutoModelForCausalLM, **more: auto.from_pretrained(path, dtype=torch.float32, **more)  # noqa: E731
+    load = lambda path, auto=AutoModelForCausalLM, **more: auto.from_pretrained(
+        path, dtype=torch.float32, **more
+    )
     head = dict(auto=AutoModelForSequenceClassification, num_labels=1)
     eos = tokenizer.eos_token_id
 
@@ -170,10 +199,15 @@ def theirs(spec):
         tokens = out.sequences if hasattr(out, "sequences") else out
         ids = kwargs.get("input_ids", kwargs.get("inputs"))
         ended = (tokens[:, ids.shape[1] :] == eos).cpu().int()
-        return [n + 1 if e else ended.shape[1] for n, e in zip(ended.argmax(1).tolist(), ended.any(1).tolist(), strict=True)]
+        return [
+            n + 1 if e else ended.shape[1]
+            for n, e in zip(ended.argmax(1).tolist(), ended.any(1).tolist(), strict=True)
+        ]
 
     if name in ("grpo", "ppo"):
-        GenerationMixin.generate = watch.time_rollout(GenerationMixin.generate, lambda out, *a, **k: lengths(out, *a, **k))
+        GenerationMixin.generate = watch.time_rollout(
+            GenerationMixin.generate, lambda out, *a, **k: lengths(out, *a, **k)
+        )
     if name == "grpo":
         last = []
 
@@ -182,14 +216,23 @@ def theirs(spec):
             return last
 
         arguments |= dict(
-            gradient_accumulation_steps=size["batch"] // size["micro"], num_generations=size["group"], beta=spec["beta"],
-            max_completion_length=size["response"], num_iterations=1, temperature=1.0, loss_type="grpo", shuffle_dataset=False,
-            model_init_kwargs={"dtype": "float32"}, use_bias_correction_kl=False,
-        )  # fmt: skip
+            gradient_accumulation_steps=size["batch"] // size["micro"],
+            num_generations=size["group"],
+            beta=spec["beta"],
+            max_completion_length=size["response"],
+            num_iterations=1,
+            temperature=1.0,
+            loss_type="grpo",
+            shuffle_dataset=False,
+            model_init_kwargs={"dtype": "float32"},
+            use_bias_correction_kl=False,
+        )
         rows = Dataset.from_list([{"prompt": row["prompt"]} for row in rows])
         extra = dict(processing_class=tokenizer, callbacks=[Callback()])
         trainer = rl(spec["model"], noted_reward, args=config(**arguments), train_dataset=rows, **extra)
-        trainer.ref_model.load_state_dict(load(spec["ref_model"]).state_dict())  # it knows no reference but the model itself
+        trainer.ref_model.load_state_dict(
+            load(spec["ref_model"]).state_dict()
+        )  # it knows no reference but the model itself
         score = trainer._generate_and_score_completions
 
         def noted_score(inputs):
@@ -197,46 +240,65 @@ def theirs(spec):
             if not first:
                 for kind in ("prompt", "completion"):
                     ids, masks = out[f"{kind}_ids"].tolist(), out[f"{kind}_mask"].tolist()
-                    first[kind] = [[i for i, m in zip(*x, strict=True) if m] for x in zip(ids, masks, strict=True)]
+                    first[kind] = [
+                        [i for i, m in zip(*x, strict=True) if m] for x in zip(ids, masks, strict=True)
+                    ]
                 first["rewards"] = list(last)
             return out
 
         trainer._generate_and_score_completions = noted_score
     elif name == "ppo":
         arguments |= dict(
-            gradient_accumulation_steps=size["batch"] // size["micro"], num_mini_batches=1, num_ppo_epochs=size["epochs"],
-            total_episodes=size["batch"] * spec["steps"], response_length=size["response"], stop_token="eos", temperature=1.0,
-            kl_coef=spec["beta"], num_sample_generations=0, local_rollout_forward_batch_size=size["batch"],
-        )  # fmt: skip
+            gradient_accumulation_steps=size["batch"] // size["micro"],
+            num_mini_batches=1,
+            num_ppo_epochs=size["epochs"],
+            total_episodes=size["batch"] * spec["steps"],
+            response_length=size["response"],
+            stop_token="eos",
+            temperature=1.0,
+            kl_coef=spec["beta"],
+            num_sample_generations=0,
+            local_rollout_forward_batch_size=size["batch"],
+        )
         tokenizer.padding_side = "left"
         rows = Dataset.from_list([{"input_ids": tokenizer(row["prompt"])["input_ids"]} for row in rows])
         models = dict(model=load(spec["model"]), ref_model=load(spec["ref_model"]))
-        models |= dict(reward_model=load(spec["reward_model"], **head), value_model=load(spec["reward_model"], **head))
+        models |= dict(
+            reward_model=load(spec["reward_model"], **head), value_model=load(spec["reward_model"], **head)
+        )
         parts = dict(processing_class=tokenizer, train_dataset=rows, callbacks=[Callback()], **models)
         trainer = rl.PPOTrainer(rl.PPOConfig(**arguments), **parts)
         # it always shuffles; our order, so that each step has the same prompts
         loader = dict(batch_size=size["batch"], collate_fn=trainer.data_collator, drop_last=True)
-        trainer.dataloader = trainer.accelerator.prepare(torch.utils.data.DataLoader(rows, shuffle=False, **loader))
+        trainer.dataloader = trainer.accelerator.prepare(
+            torch.utils.data.DataLoader(rows, shuffle=False, **loader)
+        )
         generation, whiten = ppo_trainer.batch_generation, ppo_trainer.masked_whiten
 
         def noted_generation(model, queries, *more):
             found = generation(model, queries, *more)
             if "prompt" not in first:
-                first["prompt"] = [[t for t in row if t != tokenizer.pad_token_id] for row in queries.tolist()]
+                first["prompt"] = [
+                    [t for t in row if t != tokenizer.pad_token_id] for row in queries.tolist()
+                ]
                 answers = found[0][:, queries.shape[1] :].tolist()
                 first["completion"] = [a[: a.index(eos) + 1] if eos in a else a for a in answers]
             return found
 
         def noted_whiten(values, mask, **more):
-            if "value_loss" not in first:  # before the first update the critic's loss is half the mean squared advantage
+            if (
+                "value_loss" not in first
+            ):  # before the first update the critic's loss is half the mean squared advantage
                 first["value_loss"] = 0.5 * (values[mask] ** 2).mean().item()
             return whiten(values, mask, **more)
 
         ppo_trainer.batch_generation, ppo_trainer.masked_whiten = noted_generation, noted_whiten
     else:
         arguments |= dict(
-            gradient_accumulation_steps=size["batch"] // size["micro"], train_sampling_strategy="sequential", max_length=None,
-        )  # fmt: skip
+            gradient_accumulation_steps=size["batch"] // size["micro"],
+            train_sampling_strategy="sequential",
+            max_length=None,
+        )
         model, more = load(spec["model"]), {}
         if name == "reward":
             model = load(spec["reward_model"], **head)
@@ -246,7 +308,10 @@ def theirs(spec):
         fields = {"sft": ("response",), "kto": ("response", "label")}.get(name, ("chosen", "rejected"))
         names = {"response": "completion"}
         # the prompt is followed by a space, which to this tokenizer is nothing: words stay words
-        rows = [{"prompt": r["prompt"]} | {names.get(f, f): r[f] if f == "label" else " " + r[f] for f in fields} for r in rows]
+        rows = [
+            {"prompt": r["prompt"]} | {names.get(f, f): r[f] if f == "label" else " " + r[f] for f in fields}
+            for r in rows
+        ]
         dataset, extra = Dataset.from_list(rows), dict(processing_class=tokenizer, callbacks=[Callback()])
         trainer = rl(model=model, args=config(**arguments), train_dataset=dataset, **extra, **more)
         if "ref_model" in more:  # with the data scored it is not needed; ours is freed too

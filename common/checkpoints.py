@@ -17,7 +17,9 @@ def _states(trained: dict) -> dict:
     for name, (model, optimizer) in trained.items():
         sharding.reshard(model)
         weights, moments = sd.get_state_dict(model, optimizer, options=own)
-        frozen = model.all_tied_weights_keys if hasattr(model, "lora") else ()  # a tied name is one more of a frozen weight
+        frozen = (
+            model.all_tied_weights_keys if hasattr(model, "lora") else ()
+        )  # a tied name is one more of a frozen weight
         states[name] = {"model": {k: v for k, v in weights.items() if k not in frozen}, "optimizer": moments}
     return states
 
@@ -56,7 +58,9 @@ def load_checkpoint(run_dir: str, trained: dict) -> dict:
         sd.set_state_dict(*pair, **parts, options=sd.StateDictOptions(strict=not hasattr(pair[0], "lora")))
     rng = folder / f"rng-{distributed.rank()}-of-{distributed.world()}.pt"
     if rng.exists():  # on another number of ranks there is none; only dropout (LoRA's) would draw from it
-        for put, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), torch.load(rng, weights_only=True), strict=False):
+        for put, state in zip(
+            (torch.set_rng_state, torch.cuda.set_rng_state), torch.load(rng, weights_only=True), strict=False
+        ):
             put(state)
     return json.loads(found[-1].read_text())
 
@@ -70,7 +74,9 @@ def export(model, tokenizer, folder: str, precision: str, **config) -> None:
         shutil.rmtree(part, ignore_errors=True)
         vars(model.config).update(config)
         model.config.dtype = compute = distributed.dtypes(precision)[0]
-        tied = model.all_tied_weights_keys  # on several ranks the gathered copies share no memory, so both would be written
+        tied = (
+            model.all_tied_weights_keys
+        )  # on several ranks the gathered copies share no memory, so both would be written
         full = {key: value for key, value in full.items() if key not in tied}
         if hasattr(model, "lora"):
             lora.save(model, full, part, compute)

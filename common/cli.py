@@ -26,7 +26,9 @@ def parse(cls, reviews: dict, argv=None):
     if args.dataset == "reviews":
         args = tyro.cli(cls, args=argv, default=cls(**reviews))
     sizes = "batch_size mini_batch_size micro_batch_size rollout_batch_size max_prompt_length max_response_length keep lora_rank"
-    for name in f"steps epochs lr critic_lr value_lr temperature gamma lora_alpha vllm_cache_gb {sizes}".split():
+    for (
+        name
+    ) in f"steps epochs lr critic_lr value_lr temperature gamma lora_alpha vllm_cache_gb {sizes}".split():
         value = getattr(args, name, 1)
         if value < 0 or (value == 0 and getattr(cls, name) != 0):
             fail(f"--{name.replace('_', '-')} is {value}; it must be above 0")

@@ -14,8 +14,11 @@ from assets import reviews
 from common.cli import fail, note
 
 KINDS = {  # the columns a row must have, by kind of data set
-    "prompts": ("prompt",), "sft": ("prompt", "response"), "preference": ("prompt", "chosen", "rejected"),
-    "scored": ("prompt", "response", "reward"), "labelled": ("prompt", "response", "label"),
+    "prompts": ("prompt",),
+    "sft": ("prompt", "response"),
+    "preference": ("prompt", "chosen", "rejected"),
+    "scored": ("prompt", "response", "reward"),
+    "labelled": ("prompt", "response", "label"),
     "responses": ("prompt", "response"),  # all of them, where `sft` takes UltraFeedback's best
 }
 
@@ -26,10 +29,20 @@ OURS = ("prompt", "response", "chosen", "rejected", "reward", "label", "policy")
 ALIASES = {"response": "completion", "reward": "score"}
 
 
-PARTS = {"sft": (0.0, 0.3), "value": (0.3, 0.8), "rl": (0.8, 1.0), "all": (0.0, 1.0)}  # 2502.16944: 30 / 50 / 20 %
+# Added to --split-seed, so that the hash that orders prompts for one purpose says nothing about another.
+EVALUATION_SALT = 1
+HOLD_OUT_SALT = 1_000_003
+PARTS = {
+    "sft": (0.0, 0.3),
+    "value": (0.3, 0.8),
+    "rl": (0.8, 1.0),
+    "all": (0.0, 1.0),
+}  # 2502.16944: 30 / 50 / 20 %
 
 
-def read_rows(name, kind, *, split="train", columns=None, part="all", split_seed=0, skip_bad_rows=False) -> list[dict]:
+def read_rows(
+    name, kind, *, split="train", columns=None, part="all", split_seed=0, skip_bad_rows=False
+) -> list[dict]:
     """Rows of `kind` from `reviews`, a local .jsonl / .json / .parquet file (.gz too) or a hub id. `split`: the hub's, or the
     value to keep of a file's `split` column. `columns` maps our names to the file's. `part` keeps 2502.16944's share of the
     prompts, by a hash of each: disjoint whatever the order. Ends with one line that names the file, the row and the mend."""
@@ -45,7 +58,9 @@ def read_rows(name, kind, *, split="train", columns=None, part="all", split_seed
         found = [(i, ultrafeedback_rows(row, kind)) for i, row in source]
         source = [(i, row) for i, rows in found for row in rows]
         if not all(rows for _, rows in found):
-            note(f"{name}: {sum(not rows for _, rows in found)} prompts dropped: no rated completions, or no scores that differ")
+            note(
+                f"{name}: {sum(not rows for _, rows in found)} prompts dropped: no rated completions, or no scores that differ"
+            )
     rows, bad = [], 0
     for i, row in source:
         try:
@@ -68,10 +83,18 @@ def prompt_hash(prompt, seed: int) -> float:
     return int(hashlib.sha256(f"{seed}:{json.dumps(prompt)}".encode()).hexdigest()[:13], 16) / 16**13
 
 
+def hold_out_prompts(rows: list[dict], count: int, split_seed: int) -> tuple[list[dict], list[dict]]:
+    """(training rows, `count` held-out rows) of a file of prompts: the same prompts whatever their order in it."""
+    order = sorted(rows, key=lambda row: prompt_hash(row["prompt"], split_seed + EVALUATION_SALT))
+    return order[count:], order[:count]
+
+
 def hold_out(rows: list[dict], fraction: float, split_seed: int) -> tuple[list[dict], list[dict]]:
     """(training rows, held-out rows), disjoint by prompt."""
-    held = [prompt_hash(row["prompt"], split_seed + 1_000_003) < fraction for row in rows]
-    return [row for row, h in zip(rows, held, strict=True) if not h], [row for row, h in zip(rows, held, strict=True) if h]
+    held = [prompt_hash(row["prompt"], split_seed + HOLD_OUT_SALT) < fraction for row in rows]
+    return [row for row, h in zip(rows, held, strict=True) if not h], [
+        row for row, h in zip(rows, held, strict=True) if h
+    ]
 
 
 def _read(name: str, split: str) -> list[dict]:
@@ -110,7 +133,12 @@ def _check_row(row: dict, kind: str, columns: dict[str, str]) -> dict:
         theirs = columns.get(ours) or (ours if ours in row else ALIASES.get(ours))
         if theirs in row:
             row[ours] = row[theirs]
-    if kind == "preference" and "prompt" not in row and isinstance(row.get("chosen"), list) and len(row["chosen"]) > 1:
+    if (
+        kind == "preference"
+        and "prompt" not in row
+        and isinstance(row.get("chosen"), list)
+        and len(row["chosen"]) > 1
+    ):
         row["prompt"] = row["chosen"][:-1]  # whole conversations: the prompt is all but the last message
     if "prompt" not in row and isinstance(row.get("turns"), list) and row["turns"]:
         row["prompt"] = row["turns"][0]  # MT-bench's questions
@@ -118,19 +146,32 @@ def _check_row(row: dict, kind: str, columns: dict[str, str]) -> dict:
         value = row.get(column)
         if value is None:
             have = ", ".join(sorted(set(row) - {"split"}))
-            raise ValueError(f"no {column!r} among the columns {have}; name yours with --columns {column} YOURS")
+            raise ValueError(
+                f"no {column!r} among the columns {have}; name yours with --columns {column} YOURS"
+            )
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if column in ("label", "reward"):
             if not (number if column == "reward" else isinstance(value, bool)):
-                raise ValueError(f"{column} is {value!r}, not " + ("a finite number" if column == "reward" else "true or false"))
+                raise ValueError(
+                    f"{column} is {value!r}, not "
+                    + ("a finite number" if column == "reward" else "true or false")
+                )
             continue
-        chat = isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
+        chat = (
+            isinstance(value, list)
+            and value
+            and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
+        )
         if chat and column == "prompt":
             row[column] = [{"role": m["role"], "content": m["content"]} for m in value]
             continue
-        row[column] = value = value[-1]["content"] if chat else value  # chat messages: the answer is the last one
+        row[column] = value = (
+            value[-1]["content"] if chat else value
+        )  # chat messages: the answer is the last one
         if not isinstance(value, str):
-            raise ValueError(f"{column} is {type(value).__name__}, not text or chat messages with `role` and `content`")
+            raise ValueError(
+                f"{column} is {type(value).__name__}, not text or chat messages with `role` and `content`"
+            )
         if not value.strip():
             raise ValueError(f"{column} is empty")
     return row
@@ -139,7 +180,10 @@ def _check_row(row: dict, kind: str, columns: dict[str, str]) -> dict:
 def ultrafeedback_rows(row: dict, kind: str) -> list[dict]:
     """openbmb/UltraFeedback's own nesting, the data of both papers, as rows of ours: a row holds `completions`, each with
     `response`, `overall_score`, `model`."""
-    names, prompt = {"response": "response", "reward": "overall_score", "policy": "model"}, {"prompt": row["instruction"]}
+    names, prompt = (
+        {"response": "response", "reward": "overall_score", "policy": "model"},
+        {"prompt": row["instruction"]},
+    )
     scored = [prompt | {ours: c.get(name) for ours, name in names.items()} for c in row["completions"]]
     if kind in ("scored", "responses"):
         return scored
@@ -147,5 +191,9 @@ def ultrafeedback_rows(row: dict, kind: str) -> list[dict]:
     if kind != "preference" or not rated:
         return rated[-1:]
     sides = {"chosen": rated[-1], "rejected": rated[0]}  # the best against the worst; ties teach nothing
-    pair = prompt | {s: r["response"] for s, r in sides.items()} | {f"{s}_policy": r["policy"] for s, r in sides.items()}
+    pair = (
+        prompt
+        | {s: r["response"] for s, r in sides.items()}
+        | {f"{s}_policy": r["policy"] for s, r in sides.items()}
+    )
     return [pair] if rated[0]["reward"] < rated[-1]["reward"] else []

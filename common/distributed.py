@@ -13,11 +13,23 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from common.cli import fail
 
-rank, world = dist.get_rank, dist.get_world_size
+
+def rank() -> int:
+    """This process, 0 to world() - 1."""
+    return dist.get_rank()
+
+
+def world() -> int:
+    """How many processes train together."""
+    return dist.get_world_size()
 
 
 def device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def launch(main, args) -> None:
@@ -30,7 +42,9 @@ def launch(main, args) -> None:
     try:
         mesh(args.shard_size)  # a size that does not divide stops here
         main(args)
-    except Exception:  # the other ranks may wait in a collective: no tidy end, or this one would wait with them
+    except (
+        Exception
+    ):  # the other ranks may wait in a collective: no tidy end, or this one would wait with them
         if world() == 1:
             raise
         sys.excepthook(*sys.exc_info())
@@ -47,6 +61,12 @@ def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def all_reduce_dict(sums: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Each rank's sums, by name, added over the ranks in one exchange."""
+    total = all_reduce(torch.stack(list(sums.values())))
+    return dict(zip(sums, total.tolist(), strict=True))
+
+
 def all_gather_object(value) -> list:
     out = [None] * world()
     dist.all_gather_object(out, value)
@@ -56,7 +76,9 @@ def all_gather_object(value) -> list:
 def dtypes(precision: str) -> tuple[torch.dtype, torch.dtype]:
     """(compute type, type of the master weights). `auto`: bf16 compute on a GPU, float32 on a CPU."""
     precision = ("bf16" if torch.cuda.is_available() else "fp32") if precision == "auto" else precision
-    compute = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[precision]  # fp64: for tests of equality
+    compute = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[
+        precision
+    ]  # fp64: for tests of equality
     return compute, max(compute, torch.float32, key=lambda t: t.itemsize)
 
 
@@ -67,4 +89,6 @@ def mesh(shard_size: int):
     if world() % size:
         fail(f"--shard-size {size} does not divide the {world()} processes")
     one = int(size == world())
-    return init_device_mesh(device().type, (world() // size, size)[one:], mesh_dim_names=("replicate", "shard")[one:])
+    return init_device_mesh(
+        device().type, (world() // size, size)[one:], mesh_dim_names=("replicate", "shard")[one:]
+    )

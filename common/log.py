@@ -24,14 +24,22 @@ class Run:
         metrics = self.dir / "metrics.jsonl"  # empty where a check ended the run before its first number
         used = (metrics.exists() and metrics.stat().st_size) or (self.dir / "checkpoints").exists()
         if used and not args.resume and not args.overwrite:
-            fail(f"{self.dir} holds an earlier run: --resume continues it, --overwrite replaces it, --run-dir chooses another")
+            fail(
+                f"{self.dir} holds an earlier run: --resume continues it, --overwrite replaces it, --run-dir chooses another"
+            )
         distributed.all_gather_object(None)  # every rank has looked before rank 0 writes
         if distributed.rank() == 0:
-            if args.overwrite and not args.resume:  # the rest is replaced as it is written: --model may lie in this folder
+            if (
+                args.overwrite and not args.resume
+            ):  # the rest is replaced as it is written: --model may lie in this folder
                 shutil.rmtree(self.dir / "checkpoints", ignore_errors=True)
             self.dir.mkdir(parents=True, exist_ok=True)
             now, file = json.loads(json.dumps(dataclasses.asdict(args))), self.dir / "args.json"
-            before = now | (json.loads(file.read_text()) if file.exists() else {}) | {"resume": True, "overwrite": args.overwrite}
+            before = (
+                now
+                | (json.loads(file.read_text()) if file.exists() else {})
+                | {"resume": True, "overwrite": args.overwrite}
+            )
             changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
             lora.check(args, before, now)
             if args.resume and changed:
@@ -45,8 +53,12 @@ class Run:
             return
         for path in (self.dir / "metrics.jsonl", self.dir / "samples.jsonl"):
             text = path.read_text(encoding="utf-8", errors="replace") if path.exists() and step else ""
-            before = lambda row: row["step"] < step or (row["step"] == step and (step < total or "time/step_s" in row))
-            kept = [line + "\n" for line in text.split("\n")[:-1] if before(json.loads(line))]  # a torn line has no end
+            before = lambda row: (
+                row["step"] < step or (row["step"] == step and (step < total or "time/step_s" in row))
+            )
+            kept = [
+                line + "\n" for line in text.split("\n")[:-1] if before(json.loads(line))
+            ]  # a torn line has no end
             path.with_suffix(".part").write_text("".join(kept), encoding="utf-8")
             path.with_suffix(".part").rename(path)
         self.writer = SummaryWriter(str(self.dir), purge_step=step + bool(step))
@@ -67,7 +79,9 @@ class Run:
         text = " ".join(f"{key.split('/')[-1]} {values[key]:.3g}" for key in show if key in values)
         self.bar.n = step
         self.bar.set_postfix_str(text)
-        if self.bar.disable and (step % max(1, self.total // 10) == 0 or step == self.total):  # not a terminal: ten lines
+        if self.bar.disable and (
+            step % max(1, self.total // 10) == 0 or step == self.total
+        ):  # not a terminal: ten lines
             note(f"{self.dir.name} {step}/{self.total} {text}")
 
     def samples(self, step: int, rows: list[dict], name: str = "samples.jsonl") -> None:
@@ -85,7 +99,11 @@ def start_wandb(folder: Path, step: int, config: dict):
         import wandb
     except ImportError:
         fail("--wandb needs the package: pip install wandb")
-    os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")  # no login prompt
+    os.environ.setdefault(
+        "WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    )  # no login prompt
     file = folder / "wandb_id"
     file.write_text(file.read_text() if step and file.exists() else wandb.util.generate_id())
-    return wandb.init(project="value-first", config=config, name=str(folder), id=file.read_text(), resume="allow")
+    return wandb.init(
+        project="value-first", config=config, name=str(folder), id=file.read_text(), resume="allow"
+    )

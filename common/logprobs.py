@@ -40,9 +40,14 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         """d log p(y) / d logits = onehot(y) - p."""
-        (hidden, weight, bias, tokens, log_total), (temperature, forbidden, chunk) = ctx.saved_tensors, ctx.rest
+        (hidden, weight, bias, tokens, log_total), (temperature, forbidden, chunk) = (
+            ctx.saved_tensors,
+            ctx.rest,
+        )
         of_hidden = torch.empty_like(hidden)
-        of_weight, of_bias = (torch.zeros_like(x) if x is not None and x.requires_grad else None for x in (weight, bias))
+        of_weight, of_bias = (
+            torch.zeros_like(x) if x is not None and x.requires_grad else None for x in (weight, bias)
+        )
         for start in reversed(range(0, len(hidden), chunk)):
             at = slice(start, start + chunk)
             if ctx.last:
@@ -73,7 +78,9 @@ def response_logprobs(self, input_ids, prompt_lengths, response_mask, temperatur
     A decoder gets no attention mask: with padding on the right alone, a causal model never looks at it."""
     at = response_positions(prompt_lengths, response_mask, input_ids.shape[1])
     tokens = input_ids.gather(1, at[:, 1:])
-    real = response_mask.flatten().nonzero().squeeze(1)  # no output layer for padding; asked before there is work to wait for
+    real = (
+        response_mask.flatten().nonzero().squeeze(1)
+    )  # no output layer for padding; asked before there is work to wait for
     if self.config.is_encoder_decoder:
         hidden, prompt = t5.hidden_states(self, input_ids, prompt_lengths, tokens)
     else:
@@ -81,12 +88,27 @@ def response_logprobs(self, input_ids, prompt_lengths, response_mask, temperatur
         hidden = hidden.gather(1, at[:, :-1, None].expand(-1, -1, hidden.shape[-1]))
         prompt = hidden[:, 0]
     layer = self.get_output_embeddings()
-    given = (hidden.flatten(0, 1)[real], layer.weight, layer.bias, tokens.flatten()[real], temperature, self.forbidden_token)
-    found = [x.new_zeros(tokens.numel()).index_put((real,), x).view_as(tokens) for x in token_logprobs(*given)]
-    return found if prompt_head is None else [*found, prompt_head(prompt.to(prompt_head.weight.dtype)).squeeze(-1)]
+    given = (
+        hidden.flatten(0, 1)[real],
+        layer.weight,
+        layer.bias,
+        tokens.flatten()[real],
+        temperature,
+        self.forbidden_token,
+    )
+    found = [
+        x.new_zeros(tokens.numel()).index_put((real,), x).view_as(tokens) for x in token_logprobs(*given)
+    ]
+    return (
+        found
+        if prompt_head is None
+        else [*found, prompt_head(prompt.to(prompt_head.weight.dtype)).squeeze(-1)]
+    )
 
 
 def sequence_logprobs(model, sequences, size: int, pad_id: int, temperature: float = 1.0):
     """log pi(y | x) [N], summed over tokens, in float64, on every rank. No gradient."""
-    forward = lambda mb: model.response_logprobs(**mb, temperature=temperature)[0].double().sum(1, keepdim=True)
+    forward = lambda mb: (
+        model.response_logprobs(**mb, temperature=temperature)[0].double().sum(1, keepdim=True)
+    )
     return run_micro_batches(forward, sequences, size, pad_id, 1, torch.float64)[:, 0]

@@ -14,15 +14,24 @@ class Dropout(torch.nn.Dropout):
     def forward(self, x):
         return torch.nn.functional.dropout(x, self.p, torch.is_grad_enabled())
 
+
 def find_package(args) -> None:
     if args.lora_rank and not importlib.util.find_spec("peft"):
         fail("--lora-rank needs the package: pip install peft")
 
+
 def check(args, before: dict, now: dict) -> None:
     """Ends with one line where a resumed run began with other adapters: its checkpoint holds them alone."""
-    for key in ("model", "lora_rank", "lora_alpha") if args.resume and (args.lora_rank or before["lora_rank"]) else ():
+    for key in (
+        ("model", "lora_rank", "lora_alpha")
+        if args.resume and (args.lora_rank or before["lora_rank"])
+        else ()
+    ):
         if before[key] != now[key]:
-            fail(f"{key} is {now[key]}, but the run in {args.run_dir} began with {before[key]}; resume with that")
+            fail(
+                f"{key} is {now[key]}, but the run in {args.run_dir} began with {before[key]}; resume with that"
+            )
+
 
 def add(model, head, name: str, args, master: torch.dtype) -> None:
     """Adapters on every linear layer but `head`; they alone are trained, and the head of a value or reward model."""
@@ -31,7 +40,12 @@ def add(model, head, name: str, args, master: torch.dtype) -> None:
     linear = [path for path, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
     if not linear:
         fail(f"{name}: --lora-rank: it has no torch.nn.Linear layers to put adapters on")
-    settings = dict(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, base_model_name_or_path=name)
+    settings = dict(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        base_model_name_or_path=name,
+    )
     config = peft.LoraConfig(target_modules=sorted({path.rpartition(".")[2] for path in linear}), **settings)
     peft.inject_adapter_in_model(config, model)  # and freezes the rest
     model.lora, model.lora_merge = config, args.lora_merge
@@ -46,22 +60,30 @@ def add(model, head, name: str, args, master: torch.dtype) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(master if parameter.requires_grad else parameter.dtype)
 
+
 class AdapterOff:
     """The reference of a policy with adapters: the same weights with the adapters off, no second copy."""
+
     def __init__(self, policy):
-        self.policy, self.layers = policy, [module for module in policy.modules() if hasattr(module, "lora_A")]
+        self.policy, self.layers = (
+            policy,
+            [module for module in policy.modules() if hasattr(module, "lora_A")],
+        )
 
     def parameters(self):
         return iter(())  # none of its own
 
     def response_logprobs(self, **mb):
-        for layer in self.layers:  # peft's enable_adapters() would also switch requires_grad, which FSDP reads once
+        for (
+            layer
+        ) in self.layers:  # peft's enable_adapters() would also switch requires_grad, which FSDP reads once
             layer._disable_adapters = True
         try:
             return self.policy.response_logprobs(**mb)
         finally:
             for layer in self.layers:
                 layer._disable_adapters = False
+
 
 def merged(full: dict, scale: float):
     """(name in the base model, W + scale B A) one by one, from a whole state dict with adapters."""
@@ -73,6 +95,7 @@ def merged(full: dict, scale: float):
         if ".lora_" not in key:
             yield key.replace(".base_layer.", "."), value
 
+
 def save(model, full: dict, folder, compute: torch.dtype) -> None:
     """The merged model, or with --no-lora-merge the adapters alone."""
     if model.lora_merge:
@@ -82,9 +105,15 @@ def save(model, full: dict, folder, compute: torch.dtype) -> None:
         folder.mkdir()
         save_adapter(model, full, folder)
 
+
 def save_adapter(model, full: dict, folder) -> None:
     """The adapters (and a trained head) as peft opens them; the model's config, with our entries, beside them."""
-    trained = [key for key in full if ".lora_" in key or key.rpartition(".")[0] in (model.lora.modules_to_save or ())]
-    save_file({f"base_model.model.{k.replace('.default.', '.')}": full[k] for k in trained}, folder / "adapter_model.safetensors")
+    trained = [
+        key for key in full if ".lora_" in key or key.rpartition(".")[0] in (model.lora.modules_to_save or ())
+    ]
+    save_file(
+        {f"base_model.model.{k.replace('.default.', '.')}": full[k] for k in trained},
+        folder / "adapter_model.safetensors",
+    )
     model.lora.save_pretrained(folder)
     model.config.to_json_file(folder / "model_config.json")

@@ -12,7 +12,9 @@ STATISTICS = ("mean", "p1", "p5", "p10", "p90", "p95", "p99", "last")
 def response_statistics(values: list[float]) -> dict[str, float]:
     """Mean, percentiles (linear interpolation) and last of one response's token values (2502.16944 appendix E)."""
     percentiles = np.percentile(values, [int(name[1:]) for name in STATISTICS[1:-1]])
-    return dict(zip(STATISTICS, [float(np.mean(values)), *percentiles.tolist(), float(values[-1])], strict=True))
+    return dict(
+        zip(STATISTICS, [float(np.mean(values)), *percentiles.tolist(), float(values[-1])], strict=True)
+    )
 
 
 def pair_accuracy(chosen: list[list[float]], rejected: list[list[float]]) -> dict[str, float]:
@@ -26,14 +28,22 @@ def make_pairs(rows: list[dict], gap: float) -> list[tuple[dict, dict]]:
     groups = {}
     for row in rows:
         groups.setdefault(row.get("pair", json.dumps(row["prompt"])), []).append(row)
-    return [(a, b) for group in groups.values() for a in group for b in group if a["reward"] - b["reward"] >= max(gap, 1e-9)]
+    return [
+        (a, b)
+        for group in groups.values()
+        for a in group
+        for b in group
+        if a["reward"] - b["reward"] >= max(gap, 1e-9)
+    ]
 
 
 def implied_accuracy(log_ratios, rewards, groups):
     """Share of the pairs of responses to one prompt whose better one has the strictly higher log-ratio; all [N]. NaN: no pair."""
     order, wins, pairs = torch.argsort(groups).cpu(), 0, 0
     sizes = torch.bincount(groups.cpu()).tolist()
-    for r, y in zip(rewards.cpu()[order].split(sizes), log_ratios.cpu()[order].split(sizes), strict=True):  # never all N x N
+    for r, y in zip(
+        rewards.cpu()[order].split(sizes), log_ratios.cpu()[order].split(sizes), strict=True
+    ):  # never all N x N
         better = r[:, None] > r[None]
         wins, pairs = wins + ((y[:, None] > y[None]) & better).sum().item(), pairs + better.sum().item()
     return wins / pairs if pairs else math.nan

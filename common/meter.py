@@ -10,7 +10,13 @@ from torch.distributed.tensor import DTensor
 
 from common import distributed
 
-PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "B200": 2250e12}  # dense FLOP/s, data sheets
+PEAK_BF16 = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "L40S": 362e12,
+    "B200": 2250e12,
+}  # dense FLOP/s, data sheets
 
 
 def mfu(model, tokens: int, seconds: float) -> dict:
@@ -51,14 +57,27 @@ class Phases:
         peak_memory_gb(restart=True)
 
     def end(self, name: str) -> None:
-        self.memory[name] = peak_memory_gb(restart=True)  # waits for the GPU, or a phase would be charged for the one before
+        self.memory[name] = peak_memory_gb(
+            restart=True
+        )  # waits for the GPU, or a phase would be charged for the one before
         self.seconds[name], self.since = time.perf_counter() - self.since, time.perf_counter()
 
     def metrics(self, model, rollout_tokens: int, update_tokens: int) -> dict:
-        (rollout, scoring, update), whole, memory = self.seconds.values(), sum(self.seconds.values()), self.memory
+        (rollout, scoring, update), whole, memory = (
+            self.seconds.values(),
+            sum(self.seconds.values()),
+            self.memory,
+        )
         return mfu(model, update_tokens, update) | {
-            "time/rollout_s": rollout, "time/scoring_s": scoring, "time/update_s": update, "time/step_s": whole,
-            "memory/rollout_gb": memory["rollout"], "memory/scoring_gb": memory["scoring"], "memory/update_gb": memory["update"],
-            "memory/peak_gb": max(memory.values()), "perf/rollout_share": rollout / whole,
-            "perf/rollout_tokens_per_s": rollout_tokens / rollout, "perf/update_tokens_per_s": update_tokens / update,
-        }  # fmt: skip
+            "time/rollout_s": rollout,
+            "time/scoring_s": scoring,
+            "time/update_s": update,
+            "time/step_s": whole,
+            "memory/rollout_gb": memory["rollout"],
+            "memory/scoring_gb": memory["scoring"],
+            "memory/update_gb": memory["update"],
+            "memory/peak_gb": max(memory.values()),
+            "perf/rollout_share": rollout / whole,
+            "perf/rollout_tokens_per_s": rollout_tokens / rollout,
+            "perf/update_tokens_per_s": update_tokens / update,
+        }

@@ -14,7 +14,9 @@ from common.tokenization import stop_token
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # what a load leaves out is checked below, and said in one line
-warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing here writes in place
+warnings.filterwarnings(
+    "ignore", message="FSDP2-wrapped module .* returned a view"
+)  # nothing here writes in place
 
 
 AUTO = {
@@ -35,7 +37,9 @@ def check_unread(name: str, kind: str, keys, cut: bool) -> None:
         fail(f"{name}: a value or reward model (it has {judging[0]}), no {kind}")
     rest = sorted(set(keys) - heads)
     if rest and not cut:
-        note(f"{name}: {len(rest)} of its weights have no place in a {kind} model and are not read, {rest[0]} for one")
+        note(
+            f"{name}: {len(rest)} of its weights have no place in a {kind} model and are not read, {rest[0]} for one"
+        )
 
 
 def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: int = 0):
@@ -49,11 +53,15 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
             setattr(config, key, 0.0)  # log-probabilities are of the distribution that was sampled
     scaled = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
     if kind == "policy" and any(getattr(config, key, None) for key in scaled):
-        fail(f"{name}: it scales or caps its logits after the output layer, which the chunked log-probabilities do not do")
+        fail(
+            f"{name}: it scales or caps its logits after the output layer, which the chunked log-probabilities do not do"
+        )
     kind = t5.checked(config, kind, name) if config.is_encoder_decoder else kind
     if kind not in ("policy", "encoder-decoder"):
         config.num_labels, config.classifier_dropout = 1, 0.0
-        if trained or config.pad_token_id is None:  # a reward model from the hub is read where its own config says
+        if (
+            trained or config.pad_token_id is None
+        ):  # a reward model from the hub is read where its own config says
             config.pad_token_id = tokenizer.pad_token_id
     config.num_hidden_layers = layers or config.num_hidden_layers
     if getattr(config, "layer_types", None):
@@ -61,7 +69,9 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
     adapted = trained and bool(args.lora_rank)
     options = dict(config=config, dtype=master if trained and not adapted else compute)
     if hasattr(config, "relative_attention_num_buckets"):
-        options["attn_implementation"] = "eager"  # T5's position bias: fused kernels differ with and without gradient
+        options["attn_implementation"] = (
+            "eager"  # T5's position bias: fused kernels differ with and without gradient
+        )
     source = None
     if distributed.rank() == 0:
         options_of_rank_0 = dict(use_safetensors=True, output_loading_info=True, **options)
@@ -71,12 +81,16 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
         if wrong:
             fail(f"{name}: weights missing for a {kind} model: {wrong[0]}")
         if missing and not trained:
-            fail(f"{name}: it has no head that was trained ({min(missing)} is missing), so it is no {kind} model")
+            fail(
+                f"{name}: it has no head that was trained ({min(missing)} is missing), so it is no {kind} model"
+            )
         check_unread(name, kind, info["unexpected_keys"], cut=bool(layers))
         for key, parameter in source.named_parameters():
             if key in missing:
                 torch.nn.init.zeros_(parameter)
-        if kind == "value" and getattr(config, "score_std", None):  # from reward.py: start at its *standardised* scores
+        if kind == "value" and getattr(
+            config, "score_std", None
+        ):  # from reward.py: start at its *standardised* scores
             value_heads.head(source).weight.data.div_(config.score_std)
             value_heads.head(source).bias.data.sub_(config.score_mean).div_(config.score_std)
             config.score_std = None  # done
@@ -84,7 +98,9 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
         model = AUTO[kind].from_config(**options)
     for module in filter(None, (source, model)):
         if "value" in kind:
-            value_heads.head(module).to(master)  # a value in bfloat16 has 3 digits: the head computes in full precision
+            value_heads.head(module).to(
+                master
+            )  # a value in bfloat16 has 3 digits: the head computes in full precision
         if adapted:
             head = module.get_output_embeddings() if module.can_generate() else value_heads.head(module)
             lora.add(module, head, name, args, master)
@@ -97,13 +113,17 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
         if source:  # for the export: a rollout reads nothing of it, least of all a repetition penalty
             model.generation_config = source.generation_config
             model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
-            if not model.generation_config.do_sample:  # a changed config is only saved without what it would not use
+            if (
+                not model.generation_config.do_sample
+            ):  # a changed config is only saved without what it would not use
                 model.generation_config.update(temperature=None, top_p=None, top_k=None)
     sharding.shard(model, compute, args.shard_size, frozen=not trained)
     sharding.load_full(model, source)
     if not adapted:  # else the adapters are, and a head
         model.requires_grad_(trained)
     if trained and args.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # transformers < 5.20: so
+        enable = getattr(
+            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+        )  # transformers < 5.20: so
         enable({"use_reentrant": False})
     return model.train(trained)

@@ -10,12 +10,14 @@ def copy(to: torch.UntypedStorage, source: torch.UntypedStorage) -> None:
     to.copy_(source, non_blocking=True)
 
 
-def park(wanted: bool, models) -> None:
+def park(models) -> None:
     """Moves this rank's weights of the frozen ones among `models` to the host, pinned where there is a GPU. They never change, so
     they are copied out once, and later only dropped."""
-    for model in [model for model in models if wanted and getattr(model, "frozen", False)]:
+    for model in [model for model in models if getattr(model, "frozen", False)]:
         tensors = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-        storages = {storage._cdata: storage for storage in (t.untyped_storage() for t in tensors)}  # tied weights share one
+        storages = {
+            storage._cdata: storage for storage in (t.untyped_storage() for t in tensors)
+        }  # tied weights share one
         model.parked = []
         for storage in storages.values():
             host = torch.UntypedStorage(storage.nbytes())

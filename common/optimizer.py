@@ -15,11 +15,15 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
-    return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
+    return (
+        peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
+    )
 
 
 def adamw(model, lr: float):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0, fused=True
+    )
 
 
 def accumulated(micro_batches, *models):
@@ -35,14 +39,18 @@ def backward(loss: torch.Tensor) -> None:
     (loss * distributed.world()).backward()
 
 
-def optimizer_step(model, optimizer, lr: float, loss: torch.Tensor, max_grad_norm: float, where: str) -> tuple[float, float]:
+def optimizer_step(
+    model, optimizer, lr: float, loss: torch.Tensor, max_grad_norm: float, where: str
+) -> tuple[float, float]:
     """Clips and steps; returns (loss summed over ranks, gradient norm before clipping).
     `loss` is this rank's share. A loss or norm that is not finite stops the run before the weights change."""
     total = distributed.all_reduce(loss.detach().double().clone()).item()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not (np.isfinite(total) and np.isfinite(norm)):
-        fail(f"loss {total}, gradient norm {norm} at {where}: stopped before the optimizer step; the last checkpoint is whole")
+        fail(
+            f"loss {total}, gradient norm {norm} at {where}: stopped before the optimizer step; the last checkpoint is whole"
+        )
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

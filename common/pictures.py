@@ -32,9 +32,16 @@ def draw_values(texts: list[tuple[str, list[str], list[float]]], path: str) -> s
     low, high, width = min(everything), max(everything), 90
     terminal, page, lines = [], [f"<p>red {low:.2f} to green {high:.2f}; hover for the value</p>"], []
     for title, tokens, values in texts:
-        cells = [(token, value, colour(value, low, high)) for token, value in zip(tokens, values, strict=True)]
-        terminal.append(f"{title}\n" + "".join(f"\033[48;2;{r};{g};{b};38;2;0;0;0m{t}\033[0m" for t, _, (r, g, b) in cells))
-        spans = "".join(f'<span style="background:rgb{c}" title="{v:.3f}">{html.escape(t)}</span>' for t, v, c in cells)
+        cells = [
+            (token, value, colour(value, low, high)) for token, value in zip(tokens, values, strict=True)
+        ]
+        terminal.append(
+            f"{title}\n"
+            + "".join(f"\033[48;2;{r};{g};{b};38;2;0;0;0m{t}\033[0m" for t, _, (r, g, b) in cells)
+        )
+        spans = "".join(
+            f'<span style="background:rgb{c}" title="{v:.3f}">{html.escape(t)}</span>' for t, v, c in cells
+        )
         page.append(f"<h4>{html.escape(title)}</h4><p>{spans}</p>")
         lines += [[(0, title, None)], []]
         x = 0
@@ -52,7 +59,13 @@ def draw_values(texts: list[tuple[str, list[str], list[float]]], path: str) -> s
         for x, token, c in line:
             box = dict(facecolor=c, edgecolor="none", pad=1.5) if c else None
             style = dict(family="monospace", fontsize=11, va="center", parse_math=False, bbox=box)
-            figure.text(0.01 + 0.98 * x / width, 1 - (i + 0.7) / (len(lines) + 0.5), token, weight=None if c else "bold", **style)
+            figure.text(
+                0.01 + 0.98 * x / width,
+                1 - (i + 0.7) / (len(lines) + 0.5),
+                token,
+                weight=None if c else "bold",
+                **style,
+            )
     figure.savefig(f"{path}.png", dpi=110)
     plt.close(figure)
     return "\n".join(terminal)

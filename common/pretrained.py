@@ -12,7 +12,9 @@ def resolve(name: str, embedded: str = "policy") -> str:
         return reviews.folder(embedded)
     if not name:
         fail("--reward: give a reward model (folder or hub id) or module:function")
-    if (name.count("/") > 1 or name.startswith((".", "/")) or Path(name).is_dir()) and not Path(name, "config.json").is_file():
+    if (name.count("/") > 1 or name.startswith((".", "/")) or Path(name).is_dir()) and not Path(
+        name, "config.json"
+    ).is_file():
         fail(f"{name}: no model folder there (no config.json)")
     return name
 

@@ -22,7 +22,10 @@ def load_reference(policy, name: str, tokenizer, args):
 
 def fingerprint(name):
     """The contents of a model: a hash of its local weights and configuration, or the hub's commit."""
-    files, digest = sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("config.json")]), hashlib.sha256()
+    files, digest = (
+        sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("config.json")]),
+        hashlib.sha256(),
+    )
     for file in files:
         with open(file, "rb") as weights:
             digest.update(hashlib.file_digest(weights, "sha256").digest())
@@ -43,7 +46,9 @@ def reference_logprobs(name, tokenizer, args, **parts):
     kept = distributed.all_gather_object(kept)[0]
     if kept is None:
         reference, pad = load_model("policy", name, tokenizer, args, trained=False), tokenizer.pad_token_id
-        kept = {part: sequence_logprobs(reference, s, args.micro_batch_size, pad) for part, s in parts.items()}
+        kept = {
+            part: sequence_logprobs(reference, s, args.micro_batch_size, pad) for part, s in parts.items()
+        }
         reference = None
         gc.collect()  # sharded modules are in reference cycles
         if first:  # under another name first: a kill leaves no half of it

@@ -10,7 +10,7 @@ from common.batches import run_micro_batches
 from common.cli import fail
 from common.models import load_model
 from common.pretrained import resolve
-from common.tokenization import check_same_tokenizer, encode_prompt, load_tokenizer, stop_token
+from common.tokenization import encode_prompt, load_tokenizer, same_tokenizer, stop_token
 from common.value_heads import sequence_scores
 
 
@@ -29,10 +29,12 @@ class Reward:
                 fail(f"--reward {name}: {error}; give a model folder, a hub id or module:function")
             return
         name = resolve(name)
-        self.tokenizer, self.same = load_tokenizer(name), check_same_tokenizer(tokenizer, name)
+        self.tokenizer, self.same = load_tokenizer(name), same_tokenizer(tokenizer, name)
         self.model = load_model("reward", name, self.tokenizer, args, trained=False)
 
-    def __call__(self, rows: list[dict], sequences: list[tuple[list[int], list[int]]], texts: list[str]) -> torch.Tensor:
+    def __call__(
+        self, rows: list[dict], sequences: list[tuple[list[int], list[int]]], texts: list[str]
+    ) -> torch.Tensor:
         if self.model is None:
             scores = torch.zeros(len(rows), device=distributed.device())
             mine = list(range(distributed.rank(), len(rows), distributed.world()))
@@ -40,15 +42,27 @@ class Reward:
             if mine:
                 columns = {key: [rows[i].get(key) for i in mine] for key in names}
                 found = self.function([rows[i]["prompt"] for i in mine], [texts[i] for i in mine], **columns)
-                scores[mine] = torch.tensor(found, dtype=torch.float32, device=scores.device).reshape(len(mine))
+                scores[mine] = torch.tensor(found, dtype=torch.float32, device=scores.device).reshape(
+                    len(mine)
+                )
             scores = distributed.all_reduce(scores)
         else:
             if not self.same:
-                stop, answers = [stop_token(self.tokenizer)], self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-                sequences = [(encode_prompt(self.tokenizer, r["prompt"]), a + stop) for r, a in zip(rows, answers, strict=True)]
+                stop, answers = (
+                    [stop_token(self.tokenizer)],
+                    self.tokenizer(texts, add_special_tokens=False)["input_ids"],
+                )
+                sequences = [
+                    (encode_prompt(self.tokenizer, r["prompt"]), a + stop)
+                    for r, a in zip(rows, answers, strict=True)
+                ]
             config, forward = self.model.config, lambda mb: sequence_scores(self.model, **mb)
-            scores = run_micro_batches(forward, sequences, self.size, config.pad_token_id, 1, model=self.model)[:, 0]
-            scores = (scores - getattr(config, "score_mean", 0.0)) / (getattr(config, "score_std", None) or 1.0)
+            scores = run_micro_batches(
+                forward, sequences, self.size, config.pad_token_id, 1, model=self.model
+            )[:, 0]
+            scores = (scores - getattr(config, "score_mean", 0.0)) / (
+                getattr(config, "score_std", None) or 1.0
+            )
         if not torch.isfinite(scores).all():
             bad = int((~torch.isfinite(scores)).nonzero()[0])
             fail(f"--reward {self.name} gave {scores[bad].item()} for the response {texts[bad][:80]!r}")

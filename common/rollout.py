@@ -100,12 +100,16 @@ def cache_argument(policy) -> str:
     takes = inspect.signature(policy.forward).parameters
     kind = policy.config.model_type
     if "attention_mask" not in takes:
-        fail(f"a {kind} model's forward takes no attention_mask, so padded prompts cannot be read; {tested_versions()}")
+        fail(
+            f"a {kind} model's forward takes no attention_mask, so padded prompts cannot be read; {tested_versions()}"
+        )
     for name in CACHE_NAMES:
         if name in takes:
             return name
     known = " or ".join(CACHE_NAMES)
-    fail(f"a {kind} model's forward takes no key-value cache as {known}, so it cannot be sampled; {tested_versions()}")
+    fail(
+        f"a {kind} model's forward takes no key-value cache as {known}, so it cannot be sampled; {tested_versions()}"
+    )
 
 
 def new_cache(policy):
@@ -118,7 +122,9 @@ def new_cache(policy):
     return cache
 
 
-def decode(policy, prompts: list[list[int]], uniforms, temperatures, stops: list[int], pad: int) -> list[tuple[list, list]]:
+def decode(
+    policy, prompts: list[list[int]], uniforms, temperatures, stops: list[int], pad: int
+) -> list[tuple[list, list]]:
     """A response to each prompt, of at most T tokens for `uniforms` [B, T]; `temperatures` [B]. (tokens, their log-probabilities)
     Equal prompts are read once; a response that has ended leaves the batch, so that a step costs what is unfinished."""
     device = uniforms.device
@@ -128,7 +134,11 @@ def decode(policy, prompts: list[list[int]], uniforms, temperatures, stops: list
     width = max(map(len, row_of))  # padding on the left: responses go on from the last column
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in row_of], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in row_of], device=device)
-    encoder_decoder, states, ended = policy.config.is_encoder_decoder, mask, torch.tensor(stops, dtype=torch.long, device=device)
+    encoder_decoder, states, ended = (
+        policy.config.is_encoder_decoder,
+        mask,
+        torch.tensor(stops, dtype=torch.long, device=device),
+    )
     feed = torch.full_like(ids[:, :1], policy.config.decoder_start_token_id) if encoder_decoder else ids
     cache = None if encoder_decoder else new_cache(policy)
     alive, logprobs = torch.arange(len(prompts), device=device), torch.zeros_like(uniforms)
@@ -137,10 +147,14 @@ def decode(policy, prompts: list[list[int]], uniforms, temperatures, stops: list
         # by the names that the model has: what a library renames must not vanish on the way
         inputs = {"attention_mask": mask, cache_name: cache, "use_cache": True}
         if encoder_decoder:
-            inputs |= dict(decoder_input_ids=feed, **({"encoder_outputs": (states,)} if t else {"input_ids": ids}))
+            inputs |= dict(
+                decoder_input_ids=feed, **({"encoder_outputs": (states,)} if t else {"input_ids": ids})
+            )
         else:
             inputs["input_ids"] = feed
-            if "position_ids" in takes:  # else it counts by the mask, or `check_sampler` finds out that it does not
+            if (
+                "position_ids" in takes
+            ):  # else it counts by the mask, or `check_sampler` finds out that it does not
                 inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -feed.shape[1] :]
             if "logits_to_keep" in takes:  # else it makes all of them: slower, the same
                 inputs["logits_to_keep"] = 1
@@ -153,7 +167,9 @@ def decode(policy, prompts: list[list[int]], uniforms, temperatures, stops: list
             states = out.encoder_last_hidden_state if encoder_decoder else mask
             logits, mask, states = logits[rows], mask[rows], states[rows]
             cache.batch_select_indices(rows)
-        token, logprobs[alive, t] = sample(logits, uniforms[alive, t], temperatures[alive], policy.forbidden_token)
+        token, logprobs[alive, t] = sample(
+            logits, uniforms[alive, t], temperatures[alive], policy.forbidden_token
+        )
         tokens[alive, t] = token
         rows, t = torch.isin(token, ended).logical_not().nonzero().squeeze(1), t + 1
         if len(rows) < len(alive):
@@ -170,7 +186,14 @@ def decode(policy, prompts: list[list[int]], uniforms, temperatures, stops: list
 
 @torch.no_grad()
 def rollout(
-    policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, temperature, seed: tuple, size: int = 0, compare=True
+    policy,
+    tokenizer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature,
+    seed: tuple,
+    size: int = 0,
+    compare=True,
 ):
     """Sampled response tokens for all prompts (token lists), on every rank: N lists, stop token included (unless cut off); and
     the log-probabilities [N, T] with which they were drawn, 0 after the end.
@@ -182,7 +205,9 @@ def rollout(
     who has the policy's log-probabilities at hand (`note_drift`).
     """
     stops = sorted({stop_token(tokenizer), tokenizer.eos_token_id})
-    responses, sampled = sample_all(policy, prompts, max_new_tokens, temperature, seed, size, stops, tokenizer.pad_token_id)
+    responses, sampled = sample_all(
+        policy, prompts, max_new_tokens, temperature, seed, size, stops, tokenizer.pad_token_id
+    )
     first = not getattr(policy, "sampler_checked", False)
     if responses and (first or compare):
         off = differences(policy, prompts, responses, sampled, temperature)
@@ -194,24 +219,39 @@ def rollout(
     return responses, sampled
 
 
-def sample_all(policy, prompts, max_new_tokens: int, temperature, seed: tuple, size: int, stops: list[int], pad: int):
+def sample_all(
+    policy, prompts, max_new_tokens: int, temperature, seed: tuple, size: int, stops: list[int], pad: int
+):
     """What `rollout` returns, of any `stops`: each rank samples its share of the prompts, and all get all of it."""
-    temperatures = torch.as_tensor(temperature, dtype=torch.float64, device=distributed.device()).expand(len(prompts))
+    temperatures = torch.as_tensor(temperature, dtype=torch.float64, device=distributed.device()).expand(
+        len(prompts)
+    )
     mine = sorted(range(distributed.rank(), len(prompts), distributed.world()), key=lambda i: len(prompts[i]))
     seeds = [((seed[0] * 1_000_003 + seed[1]) * 1_000_003 + i) % 2**63 for i in mine]
     found, training, engine = [], policy.training, getattr(policy, "engine", None)
     policy.eval()
     if engine:
-        found = engine.generate(policy, [prompts[i] for i in mine], seeds, temperatures[mine].tolist(), max_new_tokens, stops)
+        found = engine.generate(
+            policy, [prompts[i] for i in mine], seeds, temperatures[mine].tolist(), max_new_tokens, stops
+        )
     else:
         with sharding.gathered(policy):
             for start in range(0, len(mine), size or len(mine) or 1):
                 at = slice(start, start + (size or len(mine)))
-                uniforms = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(number)) for number in seeds[at]]
+                uniforms = [
+                    torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(number))
+                    for number in seeds[at]
+                ]
                 uniforms = torch.stack(uniforms).double().to(distributed.device())
-                found += decode(policy, [prompts[i] for i in mine[at]], uniforms, temperatures[mine[at]], stops, pad)
+                found += decode(
+                    policy, [prompts[i] for i in mine[at]], uniforms, temperatures[mine[at]], stops, pad
+                )
     policy.train(training)
-    merged = {i: f for part in distributed.all_gather_object(dict(zip(mine, found, strict=True))) for i, f in part.items()}
+    merged = {
+        i: f
+        for part in distributed.all_gather_object(dict(zip(mine, found, strict=True)))
+        for i, f in part.items()
+    }
     sampled = torch.zeros(len(prompts), max((len(tokens) for tokens, _ in merged.values()), default=0))
     for i, (tokens, logprobs) in merged.items():
         sampled[i, : len(tokens)] = torch.tensor(logprobs)
@@ -222,7 +262,9 @@ def sample_all(policy, prompts, max_new_tokens: int, temperature, seed: tuple, s
 
 
 @torch.no_grad()
-def check_sampler(policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, temperature: float) -> None:
+def check_sampler(
+    policy, tokenizer, prompts: list[list[int]], max_new_tokens: int, temperature: float
+) -> None:
     """Ends the run with one line, before its first update, where the sampler's log-probabilities are not the policy's.
 
     Four of the `prompts`, two of them longer (so that there is padding), are answered twice: with the weights as
@@ -260,7 +302,9 @@ def check_sampler(policy, tokenizer, prompts: list[list[int]], max_new_tokens: i
                 f" are {off:.3g} off: it leaves out LoRA adapters or keeps older weights; {tested_versions()}"
             )
         return
-    note("the sampler could not be checked with other weights: moving the trained ones hardly changes the policy")
+    note(
+        "the sampler could not be checked with other weights: moving the trained ones hardly changes the policy"
+    )
 
 
 def note_drift(policy, sampled, logprobs, mask, step: int) -> None:
@@ -297,7 +341,9 @@ def mean_of(off: list[torch.Tensor]) -> float:
 
 
 def disagreement(policy, off: float) -> str:
-    rounding = f"rounding in {str(policy.compute_dtype).removeprefix('torch.')} gives at most {tolerance(policy):g}"
+    rounding = (
+        f"rounding in {str(policy.compute_dtype).removeprefix('torch.')} gives at most {tolerance(policy):g}"
+    )
     return f"the sampler's log-probabilities are {off:.3g} nats a token off the policy's ({rounding})"
 
 
@@ -334,7 +380,9 @@ def disturbed(policy, amount: float):
         if weight.numel():
             size = weight.square().mean().sqrt()
             size = torch.where(size > 0, size, 0.01)
-            wave = torch.arange(weight.numel(), dtype=weight.dtype, device=weight.device).sin_()  # not random: replicas agree
+            wave = torch.arange(
+                weight.numel(), dtype=weight.dtype, device=weight.device
+            ).sin_()  # not random: replicas agree
             weight.add_(wave.view_as(weight).mul_(amount * size))
     try:
         yield

@@ -21,9 +21,15 @@ def shard(model, compute: torch.dtype, shard_size: int, frozen: bool) -> None:
         return
     for module in model.modules():
         if type(module).__name__ in (model._no_split_modules or ()):
-            fully_shard(module, mesh=distributed.mesh(shard_size), mp_policy=MixedPrecisionPolicy(compute, full))
+            fully_shard(
+                module, mesh=distributed.mesh(shard_size), mp_policy=MixedPrecisionPolicy(compute, full)
+            )
     if compute != full and not model.can_generate():
-        fully_shard(value_heads.head(model), mesh=distributed.mesh(shard_size), mp_policy=MixedPrecisionPolicy(full, full))
+        fully_shard(
+            value_heads.head(model),
+            mesh=distributed.mesh(shard_size),
+            mp_policy=MixedPrecisionPolicy(full, full),
+        )
     # a frozen root must reshard after forward, or it stays gathered for good
     options = dict(reshard_after_forward=True if frozen else None)
     policy = MixedPrecisionPolicy(compute, full, output_dtype=full)

@@ -8,7 +8,9 @@ from common.cli import fail
 def checked(config, kind: str, name: str) -> str:
     """The kind of model to open. Ends with one line where it cannot be used."""
     if kind in ("value", "reward"):
-        fail(f"{name}: an encoder-decoder cannot be a {kind} model here; its encoder would see the tokens it is to judge")
+        fail(
+            f"{name}: an encoder-decoder cannot be a {kind} model here; its encoder would see the tokens it is to judge"
+        )
     if not hasattr(config, "relative_attention_num_buckets"):
         fail(f"{name}: of the encoder-decoders only the T5 family is supported, not {config.model_type}")
     return "encoder-decoder" if kind == "policy" else kind
@@ -25,7 +27,9 @@ def hidden_states(model, input_ids, prompt_lengths, tokens):
     encoder's mean over each prompt [B, H]."""
     ids, mask = only_prompts(input_ids, prompt_lengths)
     states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-    shifted = torch.cat([torch.full_like(tokens[:, :1], model.config.decoder_start_token_id), tokens[:, :-1]], 1)
+    shifted = torch.cat(
+        [torch.full_like(tokens[:, :1], model.config.decoder_start_token_id), tokens[:, :-1]], 1
+    )
     seen = dict(encoder_hidden_states=states, encoder_attention_mask=mask, use_cache=False)
     hidden = model.get_decoder()(input_ids=shifted, **seen).last_hidden_state
     if getattr(model.config, "scale_decoder_outputs", False):  # T5's tied output layer; Flan-T5 has its own

@@ -19,11 +19,16 @@ def load_tokenizer(name: str):
     return tokenizer
 
 
-def check_same_tokenizer(tokenizer, name: str, flag: str = "") -> bool:
-    """Whether a model reads the policy's tokens as they are. A value model (named by `flag`) must."""
+def same_tokenizer(tokenizer, name: str) -> bool:
+    """Whether the model `name` reads the policy's tokens as they are."""
     other = load_tokenizer(name)
-    same = other.get_vocab() == tokenizer.get_vocab() and other.chat_template == tokenizer.chat_template
-    return same or bool(flag and fail(f"{flag} {name}: its tokenizer differs from the policy's; train it on the policy's own"))
+    return other.get_vocab() == tokenizer.get_vocab() and other.chat_template == tokenizer.chat_template
+
+
+def require_same_tokenizer(tokenizer, name: str, flag: str) -> None:
+    """Ends the run where the model `name`, given by `flag`, does not read the policy's tokens as they are."""
+    if not same_tokenizer(tokenizer, name):
+        fail(f"{flag} {name}: its tokenizer differs from the policy's; train it on the policy's own")
 
 
 def encode_prompt(tokenizer, prompt) -> list[int]:
@@ -32,8 +37,14 @@ def encode_prompt(tokenizer, prompt) -> list[int]:
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    ids = tokenizer(prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt) + "\n")["input_ids"]
-    ended = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not getattr(tokenizer, "of_encoder_decoder", False)
+    ids = tokenizer(prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt) + "\n")[
+        "input_ids"
+    ]
+    ended = (
+        len(ids) > 1
+        and ids[-1] == tokenizer.eos_token_id
+        and not getattr(tokenizer, "of_encoder_decoder", False)
+    )
     return ids[:-1] if ended else ids
 
 
@@ -67,4 +78,6 @@ def tokenize(rows, tokenizer, fields, max_prompt_length, max_response_length, na
         note(f"{name}: {dropped}: prompt longer than --max-prompt-length {max_prompt_length}")
     if cut:
         note(f"{name}: cut {cut} responses at --max-response-length {max_response_length}")
-    return kept or fail(f"{name}: no usable row: every prompt is longer than --max-prompt-length {max_prompt_length}")
+    return kept or fail(
+        f"{name}: no usable row: every prompt is longer than --max-prompt-length {max_prompt_length}"
+    )

@@ -21,7 +21,9 @@ def check(args) -> None:
         if args.precision == "fp64":
             fail("--rollout-engine vllm: it computes in bf16 or fp32, not in fp64")
         if not importlib.util.find_spec("vllm"):
-            fail("--rollout-engine vllm needs the package: pip install -r requirements-vllm.txt, in an environment of its own")
+            fail(
+                "--rollout-engine vllm needs the package: pip install -r requirements-vllm.txt, in an environment of its own"
+            )
 
 
 def start(policy, name: str, args):
@@ -35,10 +37,14 @@ class Engine:
     def __init__(self, policy, name: str, args):
         if policy.config.is_encoder_decoder:
             fail(f"{name}: --rollout-engine vllm runs decoders alone, not {policy.config.model_type}")
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read at import: the model is to be in this process
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
+            "0"  # read at import: the model is to be in this process
+        )
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or all ranks of a machine share one core
+        os.environ.setdefault(
+            "VLLM_CPU_OMP_THREADS_BIND", "nobind"
+        )  # or all ranks of a machine share one core
         import vllm
 
         self.params = vllm.SamplingParams
@@ -60,14 +66,18 @@ class Engine:
             )
         except (ValueError, torch.OutOfMemoryError) as error:
             fail(f"--rollout-engine vllm: {' '.join(str(error).split())}")
-        if type(policy.base_model).__call__ is not torch.nn.Module.__call__:  # vLLM wraps, and so breaks, transformers' own class
+        if (
+            type(policy.base_model).__call__ is not torch.nn.Module.__call__
+        ):  # vLLM wraps, and so breaks, transformers' own class
             fail(f"{name}: vLLM has no {policy.config.model_type} of its own; sample with torch")
         gc.unfreeze()  # vLLM freezes what exists; FSDP's models must be collected before the process group goes
         self.llm.llm_engine.engine_core._finalizer.detach()  # at exit it would destroy the process group, ours and gone by then
 
     def load(self, policy) -> None:
         """Copies the gathered policy's weights (of LoRA the merged ones) into vLLM's, and drops what was cached under the old."""
-        weights = policy.named_parameters(remove_duplicate=False)  # of tied ones both: some backends keep copies of each
+        weights = policy.named_parameters(
+            remove_duplicate=False
+        )  # of tied ones both: some backends keep copies of each
         if hasattr(policy, "lora"):
             weights = lora.merged(dict(weights), policy.lora.lora_alpha / policy.lora.r)
         try:
@@ -77,7 +87,9 @@ class Engine:
         if not self.llm.reset_prefix_cache():
             fail("--rollout-engine vllm: its prefix cache could not be emptied")
 
-    def generate(self, policy, prompts, seeds, temperatures, limit: int, stops: list[int]) -> list[tuple[list[int], list[float]]]:
+    def generate(
+        self, policy, prompts, seeds, temperatures, limit: int, stops: list[int]
+    ) -> list[tuple[list[int], list[float]]]:
         """As `rollout.decode`: (tokens, their log-probabilities) for each prompt; random numbers by a seed for each."""
         with sharding.gathered(policy):
             self.load(policy)
@@ -85,7 +97,14 @@ class Engine:
         options = dict(max_tokens=limit, stop_token_ids=stops, ignore_eos=True, detokenize=False, logprobs=0)
         if policy.forbidden_token is not None:
             options["logit_bias"] = {policy.forbidden_token: -100.0}
-        params = [self.params(seed=s, temperature=t, **options) for s, t in zip(seeds, temperatures, strict=True)]
+        params = [
+            self.params(seed=s, temperature=t, **options) for s, t in zip(seeds, temperatures, strict=True)
+        ]
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = [out.outputs[0] for out in self.llm.generate(inputs, params, use_tqdm=False)] if prompts else []
-        return [(list(o.token_ids), [p[y].logprob for y, p in zip(o.token_ids, o.logprobs, strict=True)]) for o in outputs]
+        outputs = (
+            [out.outputs[0] for out in self.llm.generate(inputs, params, use_tqdm=False)] if prompts else []
+        )
+        return [
+            (list(o.token_ids), [p[y].logprob for y, p in zip(o.token_ids, o.logprobs, strict=True)])
+            for o in outputs
+        ]

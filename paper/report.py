@@ -18,7 +18,9 @@ def curve(folder: Path, key: str = "eval/reward") -> list[dict]:
 def spread(values, digits: int = 2) -> str:
     """Mean ± standard deviation over seeds."""
     values = list(values)
-    return f"{statistics.fmean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return f"{statistics.fmean(values):.{digits}f}" + (
+        f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    )
 
 
 def verdict(differences) -> str:
@@ -46,7 +48,10 @@ def home(out: Path, seed: int, job: str) -> Path:
 def answers(out: Path, seed: int, job: str, name: str) -> tuple[list[dict], dict]:
     """The responses of one model in a run of `evaluate.py responses`, and its line of the summary."""
     folder = home(out, seed, job)
-    rows = [json.loads(line) for line in (folder / name / "responses.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (folder / name / "responses.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return rows, json.loads((folder / "responses.json").read_text())["models"][name]
 
 
@@ -61,13 +66,27 @@ def wins(out: Path, seed: int, job: str, name: str, against: str) -> float:
     return statistics.fmean((a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True))
 
 
-def measured(out: Path, seeds, job: str, names: dict[str, str], against: str, extra=lambda name: []) -> list[list]:
+def measured(
+    out: Path, seeds, job: str, names: dict[str, str], against: str, extra=lambda name: []
+) -> list[list]:
     rows = []
     for name, label in names.items():
         found = [answers(out, seed, job, name)[1] for seed in seeds]
-        cells = [label, spread(f["reward"]["mean"] for f in found), spread((100 * f["grammatical"]["mean"] for f in found), 0)]
-        won = "-" if name == against else spread((100 * wins(out, seed, job, name, against) for seed in seeds), 0)
-        cells += [won, spread((f["distinct_2"]["mean"] for f in found), 3), spread((f["length"]["mean"] for f in found), 1)]
+        cells = [
+            label,
+            spread(f["reward"]["mean"] for f in found),
+            spread((100 * f["grammatical"]["mean"] for f in found), 0),
+        ]
+        won = (
+            "-"
+            if name == against
+            else spread((100 * wins(out, seed, job, name, against) for seed in seeds), 0)
+        )
+        cells += [
+            won,
+            spread((f["distinct_2"]["mean"] for f in found), 3),
+            spread((f["length"]["mean"] for f in found), 1),
+        ]
         rows.append(cells + extra(name))
     return rows
 
@@ -86,14 +105,29 @@ def policies(out: Path, seeds: list[int]) -> str:
     kl = lambda name: "-" if name == "before" else spread(final(out, seed, name, "eval/kl") for seed in seeds)
     table = markdown(
         ["", *MEASURED, "KL (nats)", "AlpacaEval 2 in the paper (Mistral-7B)"],
-        measured(out, seeds, "measured", POLICIES, "before", lambda name: [kl(name), PAPER_ALPACA.get(name, "-")]),
+        measured(
+            out, seeds, "measured", POLICIES, "before", lambda name: [kl(name), PAPER_ALPACA.get(name, "-")]
+        ),
     )
-    at = {name: [answers(out, seed, "measured", name)[1]["reward"]["mean"] for seed in seeds] for name in POLICIES}
+    at = {
+        name: [answers(out, seed, "measured", name)[1]["reward"]["mean"] for seed in seeds]
+        for name in POLICIES
+    }
     lines = []
     for name in ("before", "dpo", "remax", "grpo", "ppo"):
-        paper = f"27.43 beside {PAPER_ALPACA[name]}" + (" (Llama-3-8B base: 11.33 beside 11.14)" if name == "ppo" else "")
-        ours = [verdict([a - b for a, b in zip(at[x], at[name], strict=True)]) for x in ("dvpo", "dvpo_pairs")]
-        lines.append((f"DVPO beats {POLICIES[name]}", paper, f"GVM from scores: {ours[0]}; from preferences: {ours[1]}"))
+        paper = f"27.43 beside {PAPER_ALPACA[name]}" + (
+            " (Llama-3-8B base: 11.33 beside 11.14)" if name == "ppo" else ""
+        )
+        ours = [
+            verdict([a - b for a, b in zip(at[x], at[name], strict=True)]) for x in ("dvpo", "dvpo_pairs")
+        ]
+        lines.append(
+            (
+                f"DVPO beats {POLICIES[name]}",
+                paper,
+                f"GVM from scores: {ours[0]}; from preferences: {ours[1]}",
+            )
+        )
     best = [max(at, key=lambda name: at[name][i]) for i in range(len(seeds))]
     return f"{table}\n\n{claims(lines)}\n\nBest in each seed: {', '.join(POLICIES[b].split(',')[0] for b in best)}."
 
@@ -119,7 +153,13 @@ def values(out: Path, seeds: list[int]) -> str:
         "baseline: the better policy": "the better author wins",
     }
     table = [
-        [label, *(spread((f[name]["all"][key] for f in found), 3) if key in found[0][name]["all"] else "" for key in COLUMNS)]
+        [
+            label,
+            *(
+                spread((f[name]["all"][key] for f in found), 3) if key in found[0][name]["all"] else ""
+                for key in COLUMNS
+            ),
+        ]
         for name, label in names.items()
     ]
     get = lambda name, key: [f[f"{name}"]["all"][key] for f in found]
@@ -140,7 +180,11 @@ def values(out: Path, seeds: list[int]) -> str:
             "comparable averages; RewardBench Chat-Hard 67.5 beside 58.5",
             f"GVM's mean over the reward model: {minus(mean, score)}",
         ),
-        ("preferences make a better GVM than scores", "mean 67.85 beside 64.51", minus(mean, get("gvm_true/model", "mean"))),
+        (
+            "preferences make a better GVM than scores",
+            "mean 67.85 beside 64.51",
+            minus(mean, get("gvm_true/model", "mean")),
+        ),
         ("a GVM judges better than PPO's critic", "68.1 beside 60.6", minus(mean, get("ppo/critic", "mean"))),
     ]
     return markdown(["share of held-out pairs", *COLUMNS], table) + "\n\n" + claims(lines)
@@ -192,7 +236,10 @@ def sizes(out: Path, seeds: list[int]) -> str:
             return sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118 (it is no dict)
 
     jobs = {"gvm_16": 16, "gvm_32": 32, "gvm_pairs": 64, "gvm_128": 128, "gvm_192": 192}
-    found = {job: [json.loads((home(out, seed, job) / "accuracy.json").read_text()) for seed in seeds] for job in jobs}
+    found = {
+        job: [json.loads((home(out, seed, job) / "accuracy.json").read_text()) for seed in seeds]
+        for job in jobs
+    }
     table = [
         [
             f"{parameters(home(out, seeds[0], job)) / 1e6:.2f} M",
@@ -203,7 +250,9 @@ def sizes(out: Path, seeds: list[int]) -> str:
     means = {job: [f["mean"] for f in found[job]] for job in jobs}
     minus = lambda a, b: verdict([x - y for x, y in zip(means[a], means[b], strict=True)])
     names = list(jobs)
-    here = "; ".join(f"{jobs[b]} over {jobs[a]}: {minus(b, a)}" for a, b in zip(names, names[1:], strict=False))
+    here = "; ".join(
+        f"{jobs[b]} over {jobs[a]}: {minus(b, a)}" for a, b in zip(names, names[1:], strict=False)
+    )
     paper = "mean 63.61 (3B), 64.51 (7B), 68.05 (8B), 70.55 (13B)"
     return (
         markdown(["parameters", *COLUMNS[:-2]], table)
@@ -217,7 +266,10 @@ def beta(out: Path, seeds: list[int]) -> str:
     table = [
         [
             label,
-            *(spread((scale * final(out, seed, job, key) for seed in seeds), digits) for key, (scale, digits) in keys.items()),
+            *(
+                spread((scale * final(out, seed, job, key) for seed in seeds), digits)
+                for key, (scale, digits) in keys.items()
+            ),
         ]
         for label, job in (("0.1", "dvpo"), ("0.05", "dvpo_beta_005"), ("0.01", "dvpo_beta_001"))
     ]
@@ -241,7 +293,9 @@ def draw(axis, folders: list[Path], key: str, label: str, colour: str, stretch: 
     runs = [curve(folder, key) for folder in folders]
     steps = [stretch * row["step"] for row in runs[0]]
     series = list(zip(*[[row[key] for row in run] for run in runs], strict=True))
-    axis.fill_between(steps, [min(v) for v in series], [max(v) for v in series], color=colour, alpha=0.15, lw=0)
+    axis.fill_between(
+        steps, [min(v) for v in series], [max(v) for v in series], color=colour, alpha=0.15, lw=0
+    )
     axis.plot(steps, [statistics.fmean(v) for v in series], color=colour, label=label, lw=1.8)
 
 
@@ -257,7 +311,11 @@ ONLINE = {
 def curves(out: Path, seeds: list[int]) -> str:
     """Reward, grammar and KL of the online methods over training."""
     figure, axes = axes_of(3)
-    titles = {"eval/reward": "true reward", "eval/grammatical": "share grammatical", "eval/kl": "KL to the SFT policy (nats)"}
+    titles = {
+        "eval/reward": "true reward",
+        "eval/grammatical": "share grammatical",
+        "eval/kl": "KL to the SFT policy (nats)",
+    }
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for job, (label, colour) in ONLINE.items():
             draw(axis, [home(out, seed, job) for seed in seeds], key, label, colour)
@@ -269,10 +327,19 @@ def curves(out: Path, seeds: list[int]) -> str:
 
 def cost(out: Path, seeds: list[int]) -> str:
     """Median step of short runs made in turn, beside PPO's of the same round; memory of the state."""
-    rounds = sorted({folder.name.rpartition("_")[2] for folder in home(out, seeds[0], "").glob("timed_ppo_*") if folder.is_dir()})
+    rounds = sorted(
+        {
+            folder.name.rpartition("_")[2]
+            for folder in home(out, seeds[0], "").glob("timed_ppo_*")
+            if folder.is_dir()
+        }
+    )
     table, ratios = [], {}
     for job, label in (("ppo", "PPO"), ("dvpo", "DVPO"), ("grpo", "GRPO"), ("remax", "ReMax")):
-        steps = [[r for r in rows_of(home(out, seeds[0], f"timed_{job}_{n}")) if "time/step_s" in r][1:] for n in rounds]
+        steps = [
+            [r for r in rows_of(home(out, seeds[0], f"timed_{job}_{n}")) if "time/step_s" in r][1:]
+            for n in rounds
+        ]
         seconds = [statistics.median(r["time/step_s"] for r in rows) for rows in steps]
         state = steps[0][-1]["memory/state_gb"]
         ratios[job] = (seconds, state)
@@ -281,7 +348,11 @@ def cost(out: Path, seeds: list[int]) -> str:
     ratio = [a / b for a, b in zip(*(ratios[job][0] for job in ("dvpo", "ppo")), strict=True)]
     memory = ratios["dvpo"][1] / ratios["ppo"][1]
     lines = [
-        ("a step of DVPO takes 0.57 to 0.69 of PPO's", "3B: 13 s of 23 s; 8B: 48 s of 70 s", f"{spread(ratio)}"),
+        (
+            "a step of DVPO takes 0.57 to 0.69 of PPO's",
+            "3B: 13 s of 23 s; 8B: 48 s of 70 s",
+            f"{spread(ratio)}",
+        ),
         (
             "its memory is 0.66 to 0.77 of PPO's",
             "3B: 27.50 of 41.43 GB; 8B: 60.49 of 78.96 GB (whole GPU)",
@@ -304,7 +375,10 @@ HEAD = ["true reward", "grammatical, %", "KL (nats)", "distinct-2", "pair accura
 
 def offline_row(out: Path, seeds: list[int], job: str, label: str) -> list[str]:
     job = "offline_sft_measured" if job == "offline_sft" else job
-    cells = [spread((s * final(out, seed, job, key) for seed in seeds), digits) for key, (s, digits) in COLUMNS.items()]
+    cells = [
+        spread((s * final(out, seed, job, key) for seed in seeds), digits)
+        for key, (s, digits) in COLUMNS.items()
+    ]
     return [label, *cells]
 
 
@@ -319,9 +393,16 @@ def compare(out: Path, seeds: list[int], a: str, b: str, key: str = "eval/reward
 
 def offline(out: Path, seeds: list[int]) -> str:
     tables = [
-        markdown(["summed log-probabilities", *HEAD], [offline_row(out, seeds, job, label) for job, label in OFFLINE.items()])
+        markdown(
+            ["summed log-probabilities", *HEAD],
+            [offline_row(out, seeds, job, label) for job, label in OFFLINE.items()],
+        )
     ]
-    rows = [offline_row(out, seeds, f"{job}_normalised", label) for job, label in OFFLINE.items() if job != "offline_sft"]
+    rows = [
+        offline_row(out, seeds, f"{job}_normalised", label)
+        for job, label in OFFLINE.items()
+        if job != "offline_sft"
+    ]
     tables.append(markdown(["length-normalised", *HEAD], rows))
     lines = []
     for a, b in (("rpo", "offline_sft"), ("rpo", "kto"), ("rpo", "dro"), ("kto", "offline_sft")):
@@ -333,13 +414,16 @@ def offline(out: Path, seeds: list[int]) -> str:
     forms = [
         verdict(
             [
-                min(final(out, s, f"{job}{x}", "eval/kl") for job in ("kto", "dro")) - final(out, s, f"rpo{x}", "eval/kl")
+                min(final(out, s, f"{job}{x}", "eval/kl") for job in ("kto", "dro"))
+                - final(out, s, f"rpo{x}", "eval/kl")
                 for s in seeds
             ]
         )
         for x in ("", "_normalised")
     ]
-    lines.append(("RPO's KL is the smallest", "claimed", f"summed: {forms[0]}; length-normalised: {forms[1]}"))
+    lines.append(
+        ("RPO's KL is the smallest", "claimed", f"summed: {forms[0]}; length-normalised: {forms[1]}")
+    )
     return "\n\n".join([*tables, claims(lines)])
 
 
@@ -351,7 +435,9 @@ def unseen(out: Path, seeds: list[int]) -> str:
         ("measured_unseen", "out of domain: at least one dish of the prompt in no training row"),
     ):
         prompts = answers(out, seeds[0], job, "sft")[1]["reward"]["n"]
-        parts.append(f"**{title}** ({prompts} prompts)\n\n" + markdown(head, measured(out, seeds, job, names, "sft")))
+        parts.append(
+            f"**{title}** ({prompts} prompts)\n\n" + markdown(head, measured(out, seeds, job, names, "sft"))
+        )
     at = {x: [answers(out, seed, "measured_unseen", x)[1]["reward"]["mean"] for seed in seeds] for x in names}
     lines = [
         (
@@ -380,7 +466,9 @@ ABLATIONS = {
 
 
 def ablations(out: Path, seeds: list[int]) -> str:
-    table = markdown(["RPO", *HEAD], [offline_row(out, seeds, job, label) for job, label in ABLATIONS.items()])
+    table = markdown(
+        ["RPO", *HEAD], [offline_row(out, seeds, job, label) for job, label in ABLATIONS.items()]
+    )
     drop = lambda a, b: compare(out, seeds, a, b)
     lines = [
         (
@@ -396,7 +484,10 @@ def ablations(out: Path, seeds: list[int]) -> str:
         (
             "a mild drop with noise",
             "claimed",
-            "; ".join(f"{n}: {drop('rpo', f'rpo_noise_{j}')}" for n, j in (("0.1", "01"), ("0.5", "05"), ("1.0", "10"))),
+            "; ".join(
+                f"{n}: {drop('rpo', f'rpo_noise_{j}')}"
+                for n, j in (("0.1", "01"), ("0.5", "05"), ("1.0", "10"))
+            ),
         ),
         (
             "trouble at tau 0.1: less grammatical than at 0.3",
@@ -447,7 +538,10 @@ TABLES = {  # name: (function, the jobs it reads)
     "cost": (cost, []),  # timed apart, one at a time
     "offline": (
         offline,
-        ["offline_sft_measured", *[f"{x}{y}" for x in ("kto", "dro", "rpo", "dpo") for y in ("", "_normalised")]],
+        [
+            "offline_sft_measured",
+            *[f"{x}{y}" for x in ("kto", "dro", "rpo", "dpo") for y in ("", "_normalised")],
+        ],
     ),
     "unseen": (unseen, ["measured_seen", "measured_unseen"]),
     "ablations": (ablations, [*ABLATIONS, "rpo_normalised"]),
@@ -465,9 +559,7 @@ def write(out: Path, seeds: list[int], names: list[str], docs: Path | None) -> N
         records = [json.loads(file.read_text()) for file in files or out.glob("seed*/timed*/job.json")]
         commits = sorted({record["commit"].rstrip("+") for record in records})
         dates = sorted({record["date"] for record in records})
-        where = (
-            f"`python paper/tables.py --only {name}`; seeds {', '.join(map(str, seeds))}; commit {', '.join(commits)}"
-        )
+        where = f"`python paper/tables.py --only {name}`; seeds {', '.join(map(str, seeds))}; commit {', '.join(commits)}"
         what = "rounds of seed " + str(seeds[0]) if name == "cost" else "seeds"
         found += f"\n\n({where}; {dates[-1]}. Mean ± standard deviation over {what}.)\n"
         (out / f"table-{name}.md").write_text(found, encoding="utf-8")

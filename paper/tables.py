@@ -20,17 +20,32 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.data import hold_out, prompt_hash, read_rows
-from paper import report  # noqa: E402
-from tools.jobs import Jobs  # noqa: E402
+from paper import report
+from tools.jobs import Jobs
 
-KNOWN, OTHERS = ("critic", "regular", "tourist"), ("grump", "poet")  # authors: what a value model has read, has not
-UNSEEN = ("salad", "coffee", "waiter", "music")  # dishes that no offline row names; the SFT policy knows the words
-SIZES = {"16": (16, 2, 1), "32": (32, 2, 2), "128": (128, 3, 4), "192": (192, 3, 4)}  # hidden size, layers, heads
+KNOWN, OTHERS = (
+    ("critic", "regular", "tourist"),
+    ("grump", "poet"),
+)  # authors: what a value model has read, has not
+UNSEEN = (
+    "salad",
+    "coffee",
+    "waiter",
+    "music",
+)  # dishes that no offline row names; the SFT policy knows the words
+SIZES = {
+    "16": (16, 2, 1),
+    "32": (32, 2, 2),
+    "128": (128, 3, 4),
+    "192": (192, 3, 4),
+}  # hidden size, layers, heads
 
 RL = "--model {out}/sft/model --seed {seed} --eval-every 3".split()
 OFFLINE = "--model {out}/sft/model --seed {seed} --eval-every 30".split()
 VALUE = "--model {out}/sft/model --seed {seed}".split()
-WORLD = "--max-prompt-length 16 --max-response-length 32 --micro-batch-size 64".split()  # a file has no embedded defaults
+WORLD = (
+    "--max-prompt-length 16 --max-response-length 32 --micro-batch-size 64".split()
+)  # a file has no embedded defaults
 REWARDS = "--eval-reward assets.reviews:reward assets.reviews:grammatical".split()
 METHODS = {  # offline: script and flags on a file, as the embedded world's defaults have them
     "sft": ["sft.py", "--lr", "1e-3"],
@@ -59,7 +74,10 @@ def commands(quick: bool) -> dict[str, list[str]]:
     sizes = {name: ["--lr", f"{0.192 / int(name):.1e}"] for name in SIZES}  # 1 / width, 3e-3 at 64
     judged = "{home}/gvm_known/model {home}/reward_known/model {home}/ppo_known/critic".split()
     judge = ["evaluate.py", "values", "--draw", "0", *WORLD, "--models", *judged]
-    known = "--dataset {out}/data/known_pairs.jsonl --eval-fraction 0.1 --split-seed 1 --batch-size 64".split() + WORLD
+    known = (
+        "--dataset {out}/data/known_pairs.jsonl --eval-fraction 0.1 --split-seed 1 --batch-size 64".split()
+        + WORLD
+    )
     jobs = {
         # 2502.16944: one SFT policy, reward models and value models from it, and what is trained with them
         "sft": ["sft.py", *steps(500)],
@@ -82,25 +100,53 @@ def commands(quick: bool) -> dict[str, list[str]]:
         "ppo_known": ["ppo.py", *RL, "--reward", "{home}/reward_known/model", *steps(30)],
         "judged_in": [*judge, "--dataset", "{out}/data/in_pairs.jsonl"],
         "judged_out": [*judge, "--dataset", "{out}/data/out_pairs.jsonl"],
-        "judged": ["evaluate.py", "values", "--like", "{home}/gvm_pairs", "--models", "{home}/gvm_pairs/model",
-                   "{home}/gvm_true/model", "{home}/gvm_scores/model", "{home}/reward/model", "{home}/ppo/critic", "--draw", "0"],
+        "judged": [
+            "evaluate.py",
+            "values",
+            "--like",
+            "{home}/gvm_pairs",
+            "--models",
+            "{home}/gvm_pairs/model",
+            "{home}/gvm_true/model",
+            "{home}/gvm_scores/model",
+            "{home}/reward/model",
+            "{home}/ppo/critic",
+            "--draw",
+            "0",
+        ],
         # 2506.13702: all on the same scored responses
         "offline_sft": ["sft.py", *OFFLINE, *"--part value --lr 1e-3".split(), *steps(300)],
         "kto": ["kto.py", *OFFLINE, *steps(300)],
         "dro": ["dro.py", *OFFLINE, *steps(300)],
         "rpo": ["rpo.py", *OFFLINE, *steps(300)],
         # SFT has no reference: the first evaluation of rpo.py measures it
-        "offline_sft_measured": ["rpo.py", *"--model {home}/offline_sft/model --ref-model {out}/sft/model --lr 1e-12".split(),
-                                 *steps(1)],
-    }  # fmt: skip
+        "offline_sft_measured": [
+            "rpo.py",
+            *"--model {home}/offline_sft/model --ref-model {out}/sft/model --lr 1e-12".split(),
+            *steps(1),
+        ],
+    }
     for name, lr in sizes.items():
         jobs[f"sft_{name}"] = ["sft.py", "--model", f"{{out}}/data/size-{name}", *lr, *steps(500)]
         jobs[f"gvm_{name}"] = [
-            "gvm_td.py", "--model", f"{{out}}/sft_{name}/model", "--seed", "{seed}", "--source", "preference", *lr, *steps(500),
-        ]  # fmt: skip
+            "gvm_td.py",
+            "--model",
+            f"{{out}}/sft_{name}/model",
+            "--seed",
+            "{seed}",
+            "--source",
+            "preference",
+            *lr,
+            *steps(500),
+        ]
     for name in ("kto", "dro", "rpo", "dpo"):
         jobs[f"{name}_normalised"] = [*jobs[name], "--length-normalise"]
-    answer = ["evaluate.py", "responses", *WORLD, *"--temperature 1 --batch-size 256 --overwrite --seed {seed}".split()]
+    answer = [
+        "evaluate.py",
+        "responses",
+        *WORLD,
+        *"--temperature 1 --batch-size 256 --overwrite --seed {seed}".split(),
+    ]
     answer += "--reward assets.reviews:reward assets.reviews:grammatical".split()
     for name, models in (
         ("measured", ["dpo", "remax", "grpo", "ppo", "dvpo", "dvpo_pairs"]),
@@ -110,16 +156,31 @@ def commands(quick: bool) -> dict[str, list[str]]:
         prompts = name.replace("measured", "prompts")
         paths = ["{out}/sft/model", *[f"{{home}}/{model}/model" for model in models]]
         names = ["before", *[model.removeprefix("seen_") for model in models]]
-        jobs[name] = [*answer, "--dataset", f"{{out}}/data/{prompts}.jsonl", "--models", *paths, "--names", *names]
+        jobs[name] = [
+            *answer,
+            "--dataset",
+            f"{{out}}/data/{prompts}.jsonl",
+            "--models",
+            *paths,
+            "--names",
+            *names,
+        ]
     for name, flags in ABLATIONS.items():
         jobs[f"rpo_{name}"] = [*jobs["rpo"], *flags]
     for name, flags in METHODS.items():
         file = "{out}/data/seen_pairs.jsonl" if name == "dpo" else "{out}/data/seen.jsonl"
         size = ["--batch-size", "32" if name == "dpo" else "64"]
         jobs[f"seen_{name}"] = [
-            *flags, *OFFLINE, "--dataset", file, *"--eval-fraction 0.05 --split-seed 1 --eval-prompts 32".split(),
-            *WORLD, *size, *REWARDS, *steps(300),
-        ]  # fmt: skip
+            *flags,
+            *OFFLINE,
+            "--dataset",
+            file,
+            *"--eval-fraction 0.05 --split-seed 1 --eval-prompts 32".split(),
+            *WORLD,
+            *size,
+            *REWARDS,
+            *steps(300),
+        ]
     return jobs
 
 
@@ -140,10 +201,20 @@ def write_data(out: Path) -> None:
             if a["prompt"] == b["prompt"] and high["reward"] - low["reward"] >= reviews.MIN_GAP:
                 who = {"chosen_policy": high["policy"], "rejected_policy": low["policy"]}
                 subset = "clear" if high["reward"] - low["reward"] >= 1.5 else "close"
-                yield {"prompt": a["prompt"], "chosen": high["response"], "rejected": low["response"], "subset": subset, **who}
+                yield {
+                    "prompt": a["prompt"],
+                    "chosen": high["response"],
+                    "rejected": low["response"],
+                    "subset": subset,
+                    **who,
+                }
 
     train, held_out = hold_out(read_rows("reviews", "prompts", part="value"), 0.2, 0)
-    for name, prompts, authors in (("known", train, KNOWN), ("in", held_out, KNOWN), ("out", held_out, OTHERS)):
+    for name, prompts, authors in (
+        ("known", train, KNOWN),
+        ("in", held_out, KNOWN),
+        ("out", held_out, OTHERS),
+    ):
         rng, rows = random.Random(2), []
         for prompt in (row["prompt"] for row in prompts):
             for author in rng.choices(authors, k=16):
@@ -154,18 +225,29 @@ def write_data(out: Path) -> None:
     rows = hold_out(read_rows("reviews", "scored", part="value"), 0.2, 0)[0]
     seen = [row for row in rows if not set(row["prompt"].split()) & set(UNSEEN)]
     seen = [row for row in seen if not set(row["response"].split()) & set(UNSEEN)]  # nor in a remark
-    write("seen.jsonl", [{key: row[key] for key in ("prompt", "response", "reward", "policy")} for row in seen])
+    write(
+        "seen.jsonl", [{key: row[key] for key in ("prompt", "response", "reward", "policy")} for row in seen]
+    )
     write("seen_pairs.jsonl", neighbours(seen))
     count = lambda row: len(set(row["prompt"].split()) & set(UNSEEN))
     rl = sorted(read_rows("reviews", "prompts", part="rl"), key=lambda row: prompt_hash(row["prompt"], 1))
     texts = lambda rows: [{"prompt": row["prompt"]} for row in rows]
     write("prompts.jsonl", texts(held_out + rl[:96]))  # those that the online scripts hold out
-    write("prompts_seen.jsonl", texts(row for row in held_out + rl if not count(row)))  # no offline script reads the part `rl`
+    write(
+        "prompts_seen.jsonl", texts(row for row in held_out + rl if not count(row))
+    )  # no offline script reads the part `rl`
     write("prompts_unseen.jsonl", texts(row for row in train + held_out + rl if count(row)))
     tokenizer = AutoTokenizer.from_pretrained(reviews.folder("untrained"))
     for name, (hidden, layers, heads) in SIZES.items():
         config = LlamaConfig.from_pretrained(reviews.folder("untrained"))
-        config.update(dict(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, head_dim=hidden // heads))
+        config.update(
+            dict(
+                hidden_size=hidden,
+                intermediate_size=3 * hidden,
+                num_hidden_layers=layers,
+                head_dim=hidden // heads,
+            )
+        )
         config.update(dict(num_attention_heads=heads, num_key_value_heads=heads))
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(out / f"size-{name}")
@@ -178,22 +260,30 @@ def require_sound(out: Path, seeds: list[int], jobs: Iterable[str]) -> None:
     from assets import reviews
 
     judged = [("sft", out / "sft", 0.0)]
-    judged += [(f"dvpo, seed {seed}", report.home(out, seed, "dvpo"), 1.0) for seed in seeds if "dvpo" in jobs]
+    judged += [
+        (f"dvpo, seed {seed}", report.home(out, seed, "dvpo"), 1.0) for seed in seeds if "dvpo" in jobs
+    ]
     for name, folder, rise in judged:
         if (folder / "metrics.jsonl").exists():
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             rows = [row for row in rows if "eval/reward" in row]
             problem = reviews.unsound(rows[0] if rise else rows[-1], rows[-1], rise)
             if problem:
-                sys.exit(f"error: this installation does not work: {name}: {problem}; the tables above mean nothing")
+                sys.exit(
+                    f"error: this installation does not work: {name}: {problem}; the tables above mean nothing"
+                )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", choices=[*report.TABLES], help="these tables and what they need")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time; timed runs are always alone")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="runs at a time; timed runs are always alone"
+    )
     parser.add_argument("--out", type=Path, help="default: runs/tables")
     parser.add_argument("--docs", type=Path, help="folder of results.md, where tables stand between marks")
     parser.add_argument("--write-data", action="store_true", help=argparse.SUPPRESS)  # the job `data`

@@ -31,7 +31,11 @@ METHODS = {  # name: (script, flags with {} for the seed's folder, colour in the
     "DVPO, GVM from +1/-1, --log-odds": ("dvpo.py", ["--gvm", "{}/gvm_pairs/model", "--log-odds"], "#0cc"),
     "DVPO, GVM from +1/-1, --beta 0.05": ("dvpo.py", ["--gvm", "{}/gvm_pairs/model", "--beta", "0.05"], None),
     "DVPO, GVM from scores, --centre": ("dvpo.py", ["--gvm", "{}/gvm_scores/model", "--centre"], "#92c"),
-    "DVPO, GVM from scores, --advantage q": ("dvpo.py", ["--gvm", "{}/gvm_scores/model", "--advantage", "q"], "#c63"),
+    "DVPO, GVM from scores, --advantage q": (
+        "dvpo.py",
+        ["--gvm", "{}/gvm_scores/model", "--advantage", "q"],
+        "#c63",
+    ),
     "PPO, true reward": ("ppo.py", ["--reward", "assets.reviews:reward"], None),
     "DVPO, GVM from true scores": ("dvpo.py", ["--gvm", "{}/gvm_lam_0_95_default_/model"], None),
 }
@@ -49,7 +53,16 @@ def run(folder: Path, script: str, *flags: str) -> Path:
     """One script, unless it has finished before."""
     if not (folder / "model/config.json").exists():
         print("$", script, *flags, flush=True)
-        command = [sys.executable, str(ROOT / script), "--run-dir", str(folder), "--overwrite", "--save-every", "0", *flags]
+        command = [
+            sys.executable,
+            str(ROOT / script),
+            "--run-dir",
+            str(folder),
+            "--overwrite",
+            "--save-every",
+            "0",
+            *flags,
+        ]
         with open(f"{folder}.log", "w") as log:
             if subprocess.run(command, stdout=log, stderr=log).returncode:
                 sys.exit(f"error: {script} failed, see {folder}.log")
@@ -87,7 +100,11 @@ def true_values(prompts: list[str], samples: int, least: int) -> list[tuple[str,
             words = text.split()
             for length in range(len(words) + 1):
                 seen.setdefault(tuple(words[:length]), []).append(score)
-        found += [(prompt, list(words), statistics.fmean(scores)) for words, scores in seen.items() if len(scores) >= least]
+        found += [
+            (prompt, list(words), statistics.fmean(scores))
+            for words, scores in seen.items()
+            if len(scores) >= least
+        ]
     return found
 
 
@@ -107,14 +124,21 @@ def truth(folder: Path, prefixes) -> dict:
         for i in range(0, len(texts), 512):
             batch = tokenizer(texts[i : i + 512], padding=True, padding_side="right", return_tensors="pt")
             last = batch["attention_mask"].sum(1) - 1
-            out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.squeeze(-1)
+            out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.squeeze(
+                -1
+            )
             values += out[torch.arange(len(last)), last].tolist()
     config, true = model.config, np.array([value for *_, value in prefixes])
     values = np.array(values) * config.return_std + config.return_mean  # back from standardised scores
     position = np.array([len(words) for _, words, _ in prefixes])
     error = {int(p): float(np.abs(values - true)[position == p].mean()) for p in sorted(set(position))}
     count = {int(p): int((position == p).sum()) for p in sorted(set(position))}
-    return {"correlation": float(np.corrcoef(values, true)[0, 1]), "error": error, "count": count, "spread": float(true.std())}
+    return {
+        "correlation": float(np.corrcoef(values, true)[0, 1]),
+        "error": error,
+        "count": count,
+        "spread": float(true.std()),
+    }
 
 
 def curve(folder: Path) -> tuple[list[dict], list[dict]]:
@@ -142,8 +166,10 @@ def report(out: Path, seeds: list[int]) -> None:
     seconds = {seed: statistics.median(r["time/step_s"] for r in ppo[seed][1]) for seed in seeds}
     for name, (_, _, colour) in METHODS.items():
         runs = {seed: curve(out / f"seed{seed}" / slug(name)) for seed in seeds}
-        last = [[statistics.fmean(r[key] for r in runs[s][0][-3:]) for s in seeds]
-                for key in ("eval/reward", "eval/grammatical", "eval/kl", "eval/length")]  # fmt: skip
+        last = [
+            [statistics.fmean(r[key] for r in runs[s][0][-3:]) for s in seeds]
+            for key in ("eval/reward", "eval/grammatical", "eval/kl", "eval/length")
+        ]
         reach = []
         for seed in seeds:
             start, best = ppo[seed][0][0]["eval/reward"], max(r["eval/reward"] for r in ppo[seed][0])
@@ -155,19 +181,36 @@ def report(out: Path, seeds: list[int]) -> None:
         ratio = spread(statistics.median(r["time/step_s"] for r in runs[s][1]) / seconds[s] for s in seeds)
         state = runs[seeds[0]][1][-1]["memory/state_gb"] * 1024
         grammar = spread(100 * x for x in last[1])
-        cells = (name, spread(last[0]), f"{grammar} %", spread(last[2]), spread(last[3]), when, ratio, f"{state:.2f}")
+        cells = (
+            name,
+            spread(last[0]),
+            f"{grammar} %",
+            spread(last[2]),
+            spread(last[3]),
+            when,
+            ratio,
+            f"{state:.2f}",
+        )
         lines.append("| " + " | ".join(cells) + " |")
         if not colour:
             continue
-        titles = {"eval/reward": "true reward, held-out prompts", "eval/grammatical": "share grammatical", "eval/kl": "KL (nats)"}
+        titles = {
+            "eval/reward": "true reward, held-out prompts",
+            "eval/grammatical": "share grammatical",
+            "eval/kl": "KL (nats)",
+        }
         for axis, (key, title) in zip(axes, titles.items(), strict=True):
             steps = [r["step"] for r in runs[seeds[0]][0]]
             series = list(zip(*[[r[key] for r in runs[s][0]] for s in seeds], strict=True))
-            axis.fill_between(steps, [min(v) for v in series], [max(v) for v in series], color=colour, alpha=0.15, lw=0)
+            axis.fill_between(
+                steps, [min(v) for v in series], [max(v) for v in series], color=colour, alpha=0.15, lw=0
+            )
             axis.plot(steps, [statistics.fmean(v) for v in series], color=colour, label=name, lw=1.8)
             axis.set(xlabel="step", title=title)
             axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside lower center", ncols=3)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside lower center", ncols=3
+    )
     axes[2].set_yscale("symlog", linthresh=10)
     figure.savefig(out / "curves.png", dpi=120)
     note = f"Seeds {seeds}; mean ± standard deviation over seeds of the mean of the last three evaluations."
@@ -181,7 +224,9 @@ def report_truth(out: Path, seeds: list[int], prefixes) -> None:
 
     kinds = {"from reward-model scores": "gvm_scores", "from +1/-1": "gvm_pairs"}
     kinds |= {f"from true scores, {name}": f"gvm_{slug(name)}" for name in GVMS}
-    lines = ["| GVM | pair accuracy, mean | last token | correlation with the truth | error after 0 words | 4 | 8 |"]
+    lines = [
+        "| GVM | pair accuracy, mean | last token | correlation with the truth | error after 0 words | 4 | 8 |"
+    ]
     lines.append("|---|---|---|---|---|---|---|")
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
     everything = {}
@@ -189,7 +234,9 @@ def report_truth(out: Path, seeds: list[int], prefixes) -> None:
         folders = [out / f"seed{s}/{kind}" for s in seeds]
         pairs = [json.loads((folder / "accuracy.json").read_text()) for folder in folders]
         cells = [name, *(spread((p[key] for p in pairs), 3) for key in ("mean", "last"))]
-        if "context" not in kind and "normalise" not in kind:  # the first reads more than a prefix, the second's unit is its own
+        if (
+            "context" not in kind and "normalise" not in kind
+        ):  # the first reads more than a prefix, the second's unit is its own
             everything[kind] = found = [truth(folder, prefixes) for folder in folders]
             cells.append(spread((f["correlation"] for f in found), 3))
             if kind != "gvm_pairs":  # +1 / -1 are not in the unit of the reward
@@ -200,7 +247,12 @@ def report_truth(out: Path, seeds: list[int], prefixes) -> None:
                     axis.plot(positions, error.values(), "o-", ms=3, label=name)
         lines.append("| " + " | ".join(cells + ["-"] * (7 - len(cells))) + " |")
     (out / "truth.json").write_text(json.dumps(everything, indent=1))
-    axis.axhline(everything["gvm_scores"][0]["spread"], color="#bbb", lw=1, label="standard deviation of the true values")
+    axis.axhline(
+        everything["gvm_scores"][0]["spread"],
+        color="#bbb",
+        lw=1,
+        label="standard deviation of the true values",
+    )
     axis.set(xlabel="words of the response seen", ylabel="mean absolute error (reward)", ylim=(0, None))
     axis.set_title("GVM against the true value of a prefix")
     axis.legend(frameon=False, fontsize=8)
@@ -211,7 +263,9 @@ def report_truth(out: Path, seeds: list[int], prefixes) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))

@@ -27,13 +27,22 @@ SCRIPTS = ("sft", "reward", "gvm_td", "dvpo", "ppo", "rpo", "dro", "kto", "dpo",
 ONLINE = ("dvpo", "ppo", "grpo", "remax")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    [*SCRIPTS, "evaluate", "pytest", "helpers", "transformers.models.llama.modeling_llama", "torch.utils.tensorboard"]
+    [
+        *SCRIPTS,
+        "evaluate",
+        "pytest",
+        "helpers",
+        "transformers.models.llama.modeling_llama",
+        "torch.utils.tensorboard",
+    ]
     + ["matplotlib.pyplot"]
 )
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 120
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-PORTS = itertools.cycle(random.SystemRandom().sample(range(20_000 + WORKER, 32_000, 64), 187))  # at random: two suites at once
+PORTS = itertools.cycle(
+    random.SystemRandom().sample(range(20_000 + WORKER, 32_000, 64), 187)
+)  # at random: two suites at once
 if sys.argv[0] == "-c":  # in the server: a table that every process would compile for its first load
     with contextlib.suppress(ImportError):
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -42,12 +51,25 @@ if sys.argv[0] == "-c":  # in the server: a table that every process would compi
 
 # Three small steps on ragged files; online scripts: 9 responses a step, mini-batches of 3, so 4 ranks leave one with nothing.
 SMALL = dict(
-    part="all", steps=3, micro_batch_size=8, max_prompt_length=24, max_response_length=16, warmup_steps=0, eval_every=0,
-    save_every=0, lr=1e-3,
-)  # fmt: skip
+    part="all",
+    steps=3,
+    micro_batch_size=8,
+    max_prompt_length=24,
+    max_response_length=16,
+    warmup_steps=0,
+    eval_every=0,
+    save_every=0,
+    lr=1e-3,
+)
 OFFLINE_ARGS = dict(batch_size=7, eval_fraction=0.3)
 ONLINE_ARGS = dict(
-    dataset="prompts.jsonl", batch_size=9, mini_batch_size=3, epochs=1, eval_prompts=5, eval_every=3, eval_reward=()
+    dataset="prompts.jsonl",
+    batch_size=9,
+    mini_batch_size=3,
+    epochs=1,
+    eval_prompts=5,
+    eval_every=3,
+    eval_reward=(),
 )
 ARGS = {
     "sft": SMALL | OFFLINE_ARGS | dict(dataset="scored.jsonl", eval_prompts=3, eval_reward=()),
@@ -56,7 +78,9 @@ ARGS = {
     "dvpo": SMALL | ONLINE_ARGS,
     "rpo": SMALL | OFFLINE_ARGS | dict(dataset="scored.jsonl", eval_prompts=3, eval_reward=()),
     "dro": SMALL | OFFLINE_ARGS | dict(dataset="scored.jsonl", eval_prompts=3, eval_reward=()),
-    "kto": SMALL | OFFLINE_ARGS | dict(dataset="labels.jsonl", threshold=None, eval_prompts=3, eval_reward=()),
+    "kto": SMALL
+    | OFFLINE_ARGS
+    | dict(dataset="labels.jsonl", threshold=None, eval_prompts=3, eval_reward=()),
     "dpo": SMALL | OFFLINE_ARGS | dict(dataset="pairs.jsonl", eval_prompts=3, eval_reward=()),
     "grpo": SMALL | ONLINE_ARGS | dict(group_size=3, reward="helpers:length_reward"),
     "remax": SMALL | ONLINE_ARGS | dict(reward="helpers:length_reward"),
@@ -125,7 +149,9 @@ class Job:
         that failed is the end of all."""
         end = time.monotonic() + timeout
         while time.monotonic() < end and not all(process.exitcode == 0 for process in self.processes):
-            multiprocessing.connection.wait([p.sentinel for p in self.processes if p.exitcode is None], end - time.monotonic())
+            multiprocessing.connection.wait(
+                [p.sentinel for p in self.processes if p.exitcode is None], end - time.monotonic()
+            )
             if any(process.exitcode for process in self.processes):
                 time.sleep(0.1)  # torchrun looks that often
                 [process.terminate() for process in self.processes]
@@ -188,7 +214,11 @@ class World:
 
     def start(self, script, ranks=0, patch=None, **args) -> Job:
         """The script's `main` with REVIEWS, and `args` on top."""
-        return Job(self.folder, functools.partial(_launch, script, {"run_dir": f"runs/{script}", **args}, patch), ranks)
+        return Job(
+            self.folder,
+            functools.partial(_launch, script, {"run_dir": f"runs/{script}", **args}, patch),
+            ranks,
+        )
 
     def run(self, script, ranks=0, patch=None, **args) -> Result:
         return self.start(script, ranks, patch, **args).wait()
@@ -217,12 +247,18 @@ def metrics(run_dir) -> list[dict]:
 
 
 def samples(run_dir) -> list[dict]:
-    return [json.loads(line) for line in Path(run_dir, "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    return [
+        json.loads(line)
+        for line in Path(run_dir, "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    ]
 
 
 def exported(run_dir) -> dict[str, bytes]:
     """The bytes of every exported weight file."""
-    return {str(path.relative_to(run_dir)): path.read_bytes() for path in sorted(Path(run_dir).glob("*/*.safetensors"))}
+    return {
+        str(path.relative_to(run_dir)): path.read_bytes()
+        for path in sorted(Path(run_dir).glob("*/*.safetensors"))
+    }
 
 
 def assert_same(run_a, run_b, weights=1e-10, numbers=1e-6, norms=1e-9):
@@ -237,8 +273,17 @@ def assert_same(run_a, run_b, weights=1e-10, numbers=1e-6, norms=1e-9):
     for row_a, row_b in zip(a, b, strict=True):
         for key, value in row_a.items():
             near = norms if key.endswith("grad_norm") else numbers
-            assert math.isclose(value, row_b[key], rel_tol=near, abs_tol=near), (key, row_a["step"], value, row_b[key])
-    texts = [[row.get("response") for row in samples(run)] for run in (run_a, run_b) if Path(run, "samples.jsonl").exists()]
+            assert math.isclose(value, row_b[key], rel_tol=near, abs_tol=near), (
+                key,
+                row_a["step"],
+                value,
+                row_b[key],
+            )
+    texts = [
+        [row.get("response") for row in samples(run)]
+        for run in (run_a, run_b)
+        if Path(run, "samples.jsonl").exists()
+    ]
     assert not texts or texts[0] == texts[1]
     files = [sorted(Path(run).glob("*/*.safetensors")) for run in (run_a, run_b)]
     assert files[0] and [f.parent.name for f in files[0]] == [f.parent.name for f in files[1]]
@@ -388,9 +433,19 @@ def make_t5(folder, tied=False, **config):
     special = dict(special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False)
     words.train_from_iterator(texts, trainers.UnigramTrainer(vocab_size=200, **special))
     words.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
     torch.manual_seed(0)
-    shape = dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+    shape = dict(
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
     config = shape | dict(tie_word_embeddings=tied, decoder_start_token_id=0, dropout_rate=0.3) | config
     model = T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), **config))
     with torch.no_grad():

@@ -12,7 +12,7 @@ import pytest
 
 import evaluate
 from assets import reviews
-from common.cli import parse  # noqa: E402
+from common.cli import parse
 from paper import real_policies, real_values, variants
 from paper import report as paper_report
 from paper import tables as paper_tables
@@ -39,7 +39,11 @@ def script(tmp_path):
 
 def test_jobs_wait_for_what_they_need_and_resume(script, tmp_path, capsys):
     """Each once, shared ones once for all seeds, in an order that holds; nothing twice on a second call; a changed one anew."""
-    commands = {"base": [script], "a": [script, "{out}/base/model"], "b": [script, "{home}/a/model", "--seed", "{seed}"]}
+    commands = {
+        "base": [script],
+        "a": [script, "{out}/base/model"],
+        "b": [script, "{home}/a/model", "--seed", "{seed}"],
+    }
     out = tmp_path / "out"
 
     def go():
@@ -58,14 +62,18 @@ def test_jobs_wait_for_what_they_need_and_resume(script, tmp_path, capsys):
 def test_a_failed_job_takes_only_what_needs_it(script, tmp_path, capsys):
     """The others are finished, the end says in one line each what is missing, and the next call goes on."""
     commands = {"bad": [script, "--fail"], "after": [script, "{home}/bad/model"], "good": [script]}
-    jobs = lambda: Jobs(tmp_path / "out", commands, [(0, "after"), (0, "good")], set())  # noqa: E731
+    jobs = lambda: Jobs(tmp_path / "out", commands, [(0, "after"), (0, "good")], set())
     with pytest.raises(SystemExit) as stopped:
         jobs().run(1)
     assert "2 of 3 runs are missing" in str(stopped.value) and "bad.log" in str(stopped.value)
-    assert (tmp_path / "out/seed0/good/model/x").exists() and not (tmp_path / "out/seed0/after/job.json").exists()
+    assert (tmp_path / "out/seed0/good/model/x").exists() and not (
+        tmp_path / "out/seed0/after/job.json"
+    ).exists()
     commands["bad"].remove("--fail")
     jobs().run(1)
-    assert (tmp_path / "out/seed0/after/model/x").exists() and (tmp_path / "out/seed0/good/model/x").read_text() == "."
+    assert (tmp_path / "out/seed0/after/model/x").exists() and (
+        tmp_path / "out/seed0/good/model/x"
+    ).read_text() == "."
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -80,7 +88,9 @@ def test_commands_of_the_papers_tables(quick, tmp_path):
         words = jobs.words(job)
         for word in words:
             if str(tmp_path) in word and "/data/" not in word:
-                assert word.removeprefix(f"{tmp_path}/").removeprefix("seed0/").split("/")[0] in commands, word
+                assert word.removeprefix(f"{tmp_path}/").removeprefix("seed0/").split("/")[0] in commands, (
+                    word
+                )
         if words[0] in ("paper/tables.py",):
             continue
         module, argv = importlib.import_module(words[0].removesuffix(".py")), [*words[1:], "--run-dir", "x"]
@@ -104,13 +114,35 @@ def test_data_and_commands_of_the_real_values(tmp_path, monkeypatch):
     ]
     file = tmp_path / "scored.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    args = dict(scored=file, held_out=["p4", "p5"], gap=2.0, max_characters=50, run_dir=tmp_path, out=tmp_path, all_policies=True)
-    args |= dict(model="m", layers=2, lr=1e-4, epochs=1, batch_size=8, max_prompt_length=8, max_response_length=8, critic="")
+    args = dict(
+        scored=file,
+        held_out=["p4", "p5"],
+        gap=2.0,
+        max_characters=50,
+        run_dir=tmp_path,
+        out=tmp_path,
+        all_policies=True,
+    )
+    args |= dict(
+        model="m",
+        layers=2,
+        lr=1e-4,
+        epochs=1,
+        batch_size=8,
+        max_prompt_length=8,
+        max_response_length=8,
+        critic="",
+    )
     args = types.SimpleNamespace(**args, context_pairs=[0, 1])
     real_values.write_data(args)
-    read = lambda name: [json.loads(line) for line in gzip.decompress((tmp_path / f"{name}.jsonl.gz").read_bytes()).splitlines()]  # noqa: E731
+    read = lambda name: [
+        json.loads(line)
+        for line in gzip.decompress((tmp_path / f"{name}.jsonl.gz").read_bytes()).splitlines()
+    ]
     assert {row["policy"] for row in read("known")} == {"p0", "p1", "p2", "p3"} and len(read("known")) == 24
-    assert {row["prompt"] for row in read("known_test_pairs")} == {"q6", "q7"} and len(read("known_test_pairs")) == 2 * 3
+    assert {row["prompt"] for row in read("known_test_pairs")} == {"q6", "q7"} and len(
+        read("known_test_pairs")
+    ) == 2 * 3
     assert len(read("known_train_pairs")) == 6 * 2 and not read("strange_pairs")  # p4 and p5 are 1 apart
     for name in ("known_train_pairs", "all_test_pairs"):
         assert all(int(row["chosen"][-1]) - int(row["rejected"][-1]) >= 2 for row in read(name))
@@ -128,8 +160,18 @@ def test_data_and_commands_of_the_real_values(tmp_path, monkeypatch):
 @pytest.mark.parametrize("scored", ["s.jsonl", ""])
 def test_commands_of_the_real_policies(tmp_path, scored):
     """Every command is one its script accepts, each part of the data goes to one stage, and all that is measured is trained."""
-    args = dict(model="m", pairs="p.jsonl", scored=scored, reward=["a:b"], only=[*real_policies.NAMES], steps=3, rl_steps=2)
-    args |= dict(threshold=0.0, prompts=4, flags="--max-response-length 8", offline_flags="", rl_flags="--epochs 1")
+    args = dict(
+        model="m",
+        pairs="p.jsonl",
+        scored=scored,
+        reward=["a:b"],
+        only=[*real_policies.NAMES],
+        steps=3,
+        rl_steps=2,
+    )
+    args |= dict(
+        threshold=0.0, prompts=4, flags="--max-response-length 8", offline_flags="", rl_flags="--epochs 1"
+    )
     commands, wanted = real_policies.commands(types.SimpleNamespace(**args))
     assert wanted == [name for name in real_policies.NAMES if scored or name not in ("kto", "dro", "rpo")]
     jobs = Jobs(tmp_path, commands, [(0, "measured")], set())
@@ -141,7 +183,9 @@ def test_commands_of_the_real_policies(tmp_path, scored):
             assert parsed.max_response_length == 8 and parsed.part == "rl"
         else:
             parsed = parse(importlib.import_module(words[0].removesuffix(".py")).Args, {}, words[1:])
-            assert parsed.part == ("sft" if job[1] == "sft" else "rl" if job[1] in real_policies.ONLINE else "value")
+            assert parsed.part == (
+                "sft" if job[1] == "sft" else "rl" if job[1] in real_policies.ONLINE else "value"
+            )
 
 
 def test_scripts_of_the_variants_exist():
@@ -161,14 +205,18 @@ def test_tables_go_between_their_marks(tmp_path, monkeypatch, capsys):
     tables = {"one": (lambda out, seeds: f"| {seeds} |", ["job"]), "two": (lambda *_: "x", ["job"])}
     monkeypatch.setattr(paper_report, "TABLES", tables)
     (tmp_path / "seed0/job").mkdir(parents=True)
-    (tmp_path / "seed0/job/job.json").write_text(json.dumps(dict(command=[], seconds=1, commit="abc", date="2026-01-01")))
+    (tmp_path / "seed0/job/job.json").write_text(
+        json.dumps(dict(command=[], seconds=1, commit="abc", date="2026-01-01"))
+    )
     (tmp_path / "docs").mkdir()
     page = tmp_path / "docs/results.md"
     page.write_text("before\n<!-- table one -->\nold\n<!-- end one -->\nafter\n")
     for _ in range(2):
         paper_report.write(tmp_path, [0], ["one", "two"], tmp_path / "docs")
         text = page.read_text()
-        assert text.startswith("before\n<!-- table one -->\n| [0] |\n") and text.endswith("<!-- end one -->\nafter\n")
+        assert text.startswith("before\n<!-- table one -->\n| [0] |\n") and text.endswith(
+            "<!-- end one -->\nafter\n"
+        )
         assert "old" not in text and "abc" in text and text.count("| [0] |") == 1
     assert (tmp_path / "table-two.md").read_text().startswith("x\n")
 
@@ -176,7 +224,10 @@ def test_tables_go_between_their_marks(tmp_path, monkeypatch, capsys):
 # --- a machine that does not work is red ------------------------------------------------------------------------------
 
 
-SOUND = [{"step": 0, "eval/reward": -0.1, "eval/grammatical": 0.98}, {"step": 20, "eval/reward": 2.3, "eval/grammatical": 0.97}]
+SOUND = [
+    {"step": 0, "eval/reward": -0.1, "eval/grammatical": 0.98},
+    {"step": 20, "eval/reward": 2.3, "eval/grammatical": 0.97},
+]
 GARBAGE = {"eval/reward": 0.1, "eval/grammatical": 0.0}  # what the rollouts without a cache gave
 
 
@@ -199,7 +250,9 @@ def test_what_no_working_installation_gives_is_named(before, after, words):
 @pytest.mark.parametrize("fault", [{}, GARBAGE])
 def test_the_demo_ends_with_an_error_where_it_learned_nothing(fault, tmp_path, monkeypatch, capsys):
     """Its scripts replaced by what they leave: the table is shown, then the exit code says it."""
-    rows = [row | {"eval/kl": 0.0, "eval/length": 12.0} for row in (SOUND[0], {**SOUND[1], "step": 10}, SOUND[1])]
+    rows = [
+        row | {"eval/kl": 0.0, "eval/length": 12.0} for row in (SOUND[0], {**SOUND[1], "step": 10}, SOUND[1])
+    ]
     rows[-1] |= fault
     metrics = [*rows, {"step": 1, "objective/score": 0.0}]
     samples = [{"step": row["step"], "prompt": "lunch", "response": "the soup was warm ."} for row in rows]
@@ -207,9 +260,13 @@ def test_the_demo_ends_with_an_error_where_it_learned_nothing(fault, tmp_path, m
     (tmp_path / "gvm_td/accuracy.json").write_text('{"mean": 0.9, "last": 0.9, "baseline_length": 0.5}')
     monkeypatch.setattr(demo, "OUT", tmp_path)
     monkeypatch.setattr(demo, "run", lambda *_: 1.0)
-    monkeypatch.setattr(demo, "read", lambda script, name="metrics.jsonl": metrics if name == "metrics.jsonl" else samples)
+    monkeypatch.setattr(
+        demo, "read", lambda script, name="metrics.jsonl": metrics if name == "metrics.jsonl" else samples
+    )
     if fault:
-        with pytest.raises(SystemExit, match="^error: this installation does not work: the true reward rose by 0.20"):
+        with pytest.raises(
+            SystemExit, match="^error: this installation does not work: the true reward rose by 0.20"
+        ):
             demo.main()
     else:
         demo.main()
@@ -220,7 +277,11 @@ def test_the_demo_ends_with_an_error_where_it_learned_nothing(fault, tmp_path, m
 def test_the_tables_end_with_an_error_where_nothing_was_learned(broken, tmp_path):
     for job, folder in (("sft", "sft"), ("dvpo", "seed0/dvpo"), ("dvpo", "seed1/dvpo")):
         (tmp_path / folder).mkdir(parents=True)
-        rows = [SOUND[0], SOUND[1] | (GARBAGE if job == broken and folder != "seed0/dvpo" else {}), {"step": 20, "sft/loss": 1.0}]
+        rows = [
+            SOUND[0],
+            SOUND[1] | (GARBAGE if job == broken and folder != "seed0/dvpo" else {}),
+            {"step": 20, "sft/loss": 1.0},
+        ]
         (tmp_path / folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if broken:
         name = {"sft": "sft: 0 % of the reviews", "dvpo": "dvpo, seed 1: the true reward rose by"}[broken]
@@ -233,14 +294,21 @@ def test_the_tables_end_with_an_error_where_nothing_was_learned(broken, tmp_path
 # --- what is installed ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["requirements", "requirements-test", "requirements-eval", "requirements-vllm"])
+@pytest.mark.parametrize(
+    "name", ["requirements", "requirements-test", "requirements-eval", "requirements-vllm"]
+)
 def test_requirements_are_pinned(name):
     """An open bound is another library tomorrow. Two files name the same version, but for what vLLM asks for."""
     lines = {}
     for file in sorted(helpers.ROOT.glob("requirements*.txt")):
         found = [line for line in file.read_text().splitlines() if line and not line.startswith("#")]
         lines[file.stem] = dict(line.partition("==")[::2] for line in found)
-    assert len(lines) == 4 and all(re.fullmatch(r"[\d.]+", version) for version in lines[name].values()), lines[name]
+    assert len(lines) == 4 and all(re.fullmatch(r"[\d.]+", version) for version in lines[name].values()), (
+        lines[name]
+    )
     for package, version in lines[name].items():
         expected = lines["requirements"].get(package, version)
-        assert version == expected or (name, package) == ("requirements-vllm", "transformers"), (name, package)
+        assert version == expected or (name, package) == ("requirements-vllm", "transformers"), (
+            name,
+            package,
+        )

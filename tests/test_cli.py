@@ -18,7 +18,13 @@ TINY = "--steps 2 --batch-size 4 --eval-every 2 --save-every 2".split()
 OFFLINE = [*TINY, "--eval-fraction", "0.02"]
 ONLINE = [*TINY, *"--mini-batch-size 2 --epochs 1 --max-response-length 8 --eval-prompts 4".split()]
 FLAGS = {"sft": OFFLINE, "reward": OFFLINE, "gvm_td": OFFLINE, "dvpo": ONLINE, "ppo": ONLINE, "rpo": OFFLINE}
-FLAGS |= {"dro": OFFLINE, "kto": OFFLINE, "dpo": OFFLINE, "grpo": [*ONLINE, "--group-size", "2"], "remax": ONLINE}
+FLAGS |= {
+    "dro": OFFLINE,
+    "kto": OFFLINE,
+    "dpo": OFFLINE,
+    "grpo": [*ONLINE, "--group-size", "2"],
+    "remax": ONLINE,
+}
 FILES = {  # the same on the small files: torchrun's workers are slow enough to start
     "sft": "--dataset scored.jsonl --eval-fraction 0.2",
     "reward": "--dataset pairs.jsonl --eval-fraction 0.2",
@@ -33,17 +39,25 @@ FILES = {  # the same on the small files: torchrun's workers are slow enough to 
     "remax": "--dataset prompts.jsonl --reward assets.reviews:reward",
 }
 PAPER = {  # 2502.16944; the others' own papers
-    "dro": dict(lr=1e-4, lr_schedule="linear", warmup_steps=150, tau=1.0, shared_encoder=False, rescale_lr=True),
+    "dro": dict(
+        lr=1e-4, lr_schedule="linear", warmup_steps=150, tau=1.0, shared_encoder=False, rescale_lr=True
+    ),
     "kto": dict(lr=5e-6, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0),
     "dpo": dict(lr=1e-6, beta=0.1, batch_size=64, warmup_steps=150),
     "grpo": dict(lr=1e-6, beta=0.04, epochs=1, clip=0.2, scale_std=True, aggregation="grpo"),
     "remax": dict(lr=1e-6, epochs=1),
-    "rpo": dict(lr=1e-4, lr_schedule="linear", warmup_steps=150, tau=1.0, partition=True, length_normalise=False),
+    "rpo": dict(
+        lr=1e-4, lr_schedule="linear", warmup_steps=150, tau=1.0, partition=True, length_normalise=False
+    ),
     "sft": dict(lr=2e-5, lr_schedule="cosine", batch_size=16, epochs=3),
     "reward": dict(lr=2e-5, lr_schedule="linear", epochs=2),
     "gvm_td": dict(lr=2e-6, batch_size=32),
-    "dvpo": dict(lr=2e-6, batch_size=8, mini_batch_size=2, epochs=4, max_response_length=1024, beta=0.05, clip=0.2),
-    "ppo": dict(lr=2e-6, batch_size=8, mini_batch_size=2, epochs=4, max_response_length=1024, beta=0.05, clip=0.2),
+    "dvpo": dict(
+        lr=2e-6, batch_size=8, mini_batch_size=2, epochs=4, max_response_length=1024, beta=0.05, clip=0.2
+    ),
+    "ppo": dict(
+        lr=2e-6, batch_size=8, mini_batch_size=2, epochs=4, max_response_length=1024, beta=0.05, clip=0.2
+    ),
 }
 
 
@@ -51,7 +65,9 @@ def fields(script):
     """name -> docstring of the fields of a script's Args."""
     tree = ast.parse((helpers.ROOT / f"{script}.py").read_text())
     (args,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
-    return {field.target.id: doc.value.value for field, doc in zip(args.body[::2], args.body[1::2], strict=True)}
+    return {
+        field.target.id: doc.value.value for field, doc in zip(args.body[::2], args.body[1::2], strict=True)
+    }
 
 
 def squeeze(text):
@@ -73,15 +89,20 @@ def test_defaults(script):
     """The embedded world's defaults hold for it alone, the paper's for all other data, and a flag wins over both."""
 
     module = importlib.import_module(script)
-    of = lambda *argv: parse(module.Args, module.REVIEWS, list(argv))  # noqa: E731
+    of = lambda *argv: parse(module.Args, module.REVIEWS, list(argv))
     assert vars(of()) == vars(module.Args(**module.REVIEWS))
-    assert vars(of("--lr", "0.5", "--part", "all")) == vars(module.Args(**module.REVIEWS)) | {"lr": 0.5, "part": "all"}
+    assert vars(of("--lr", "0.5", "--part", "all")) == vars(module.Args(**module.REVIEWS)) | {
+        "lr": 0.5,
+        "part": "all",
+    }
     default = of("--dataset", "answers.jsonl")
     assert vars(default) == vars(module.Args()) | {"dataset": "answers.jsonl"}
     assert {name: getattr(default, name) for name in PAPER[script]} == PAPER[script]
     if script == "gvm_td":
         assert default.max_prompt_length + default.max_response_length == 1024
-    assert of("--dataset", "answers.jsonl", "--columns", "prompt", "question").columns == {"prompt": "question"}
+    assert of("--dataset", "answers.jsonl", "--columns", "prompt", "question").columns == {
+        "prompt": "question"
+    }
 
 
 @pytest.mark.parametrize("script", helpers.SCRIPTS)
@@ -101,7 +122,9 @@ def test_sizes_must_be_positive(script):
 def test_unknown_part(world):
     """--part takes the parts there are; the message names them."""
     result = world.command("sft", "--part", "best")
-    assert result.codes == [2] and all(part in result.output for part in ("--part", "best", "sft", "value", "rl"))
+    assert result.codes == [2] and all(
+        part in result.output for part in ("--part", "best", "sft", "value", "rl")
+    )
     assert "Traceback" not in result.output
 
 
@@ -118,7 +141,9 @@ def test_log_odds(world):
     """--log-odds scores a response with atanh of the GVM's last value."""
     found = []
     for log_odds in (False, True):
-        args = helpers.ARGS["dvpo"] | dict(steps=1, batch_size=1, mini_batch_size=1, eval_every=0, log_odds=log_odds)
+        args = helpers.ARGS["dvpo"] | dict(
+            steps=1, batch_size=1, mini_batch_size=1, eval_every=0, log_odds=log_odds
+        )
         world.run("dvpo", **args, run_dir=f"runs/odds-{log_odds}").ok()
         found += [helpers.metrics(world.path(f"runs/odds-{log_odds}"))[0]["objective/score"]]
     assert found[1] == pytest.approx(math.atanh(max(-0.99, min(0.99, found[0]))), rel=1e-5)
@@ -154,7 +179,9 @@ def test_plain_process(world):
     flags = [*FLAGS["reward"], "--run-dir", "runs/plain-reward"]
     command = [sys.executable, str(helpers.ROOT / "reward.py"), *flags]
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=world.folder, capture_output=True, text=True, timeout=helpers.TIMEOUT, env=env)
+    done = subprocess.run(
+        command, cwd=world.folder, capture_output=True, text=True, timeout=helpers.TIMEOUT, env=env
+    )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
     assert_complete(world.path("runs/plain-reward"), "reward")

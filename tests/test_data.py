@@ -61,7 +61,9 @@ def test_aliases_columns_and_split(tmp_path):
     columns = {"prompt": "question", "response": "answer", "reward": "grade", "policy": "model"}
     (row,) = read_rows(write(tmp_path / "b.jsonl", theirs), "scored", columns=columns)
     assert (row["prompt"], row["response"], row["reward"], row["policy"]) == ("p", "r", 2, "m")
-    split = write(tmp_path / "c.jsonl", [{**row, "split": "test" if i == 3 else "train"} for i, row in enumerate(ROWS)])
+    split = write(
+        tmp_path / "c.jsonl", [{**row, "split": "test" if i == 3 else "train"} for i, row in enumerate(ROWS)]
+    )
     assert [r["row"] for r in read_rows(split, "scored")] == [1, 2, 3, 5]
     assert [r["row"] for r in read_rows(split, "scored", split="test")] == [4]
     with pytest.raises(SystemExit, match="no row whose `split` is 'dev'"):
@@ -71,20 +73,33 @@ def test_aliases_columns_and_split(tmp_path):
 def test_ultrafeedback_nesting_for_every_kind(tmp_path):
     """A row of four completions: all of them for scored and responses, best against worst for preference, the best for sft,
     one prompt; a tie is no pair."""
-    make = lambda *scores: [{"response": f"r{s}.{i}", "overall_score": s, "model": f"m{i}"} for i, s in enumerate(scores)]  # noqa: E731
-    nested = [{"instruction": "a", "completions": make(5, 9, 2, 7)}, {"instruction": "b", "completions": make(4, 4)}]
+    make = lambda *scores: [
+        {"response": f"r{s}.{i}", "overall_score": s, "model": f"m{i}"} for i, s in enumerate(scores)
+    ]
+    nested = [
+        {"instruction": "a", "completions": make(5, 9, 2, 7)},
+        {"instruction": "b", "completions": make(4, 4)},
+    ]
     name = write(tmp_path / "u.jsonl", nested)
     scored = read_rows(name, "scored")
     assert [(r["prompt"], r["reward"], r["policy"]) for r in scored] == [
-        ("a", 5, "m0"), ("a", 9, "m1"), ("a", 2, "m2"), ("a", 7, "m3"), ("b", 4, "m0"), ("b", 4, "m1"),
-    ]  # fmt: skip
+        ("a", 5, "m0"),
+        ("a", 9, "m1"),
+        ("a", 2, "m2"),
+        ("a", 7, "m3"),
+        ("b", 4, "m0"),
+        ("b", 4, "m1"),
+    ]
     assert scored[1]["response"] == "r9.1"
     assert [r["response"] for r in read_rows(name, "responses")] == [r["response"] for r in scored]
     assert without(read_rows(name, "preference")) == [
         {"prompt": "a", "chosen": "r9.1", "rejected": "r2.2", "chosen_policy": "m1", "rejected_policy": "m2"}
     ]
     sft = read_rows(name, "sft")
-    assert [(r["prompt"], r["response"]) for r in sft][0] == ("a", "r9.1") and [r["prompt"] for r in sft] == ["a", "b"]
+    assert [(r["prompt"], r["response"]) for r in sft][0] == ("a", "r9.1") and [r["prompt"] for r in sft] == [
+        "a",
+        "b",
+    ]
     assert [r["prompt"] for r in read_rows(name, "prompts")] == ["a", "b"]
 
 
@@ -92,7 +107,10 @@ def test_ultrafeedback_prompts_without_a_row_are_counted(tmp_path, capsys):
     """Prompts that give no pair, by a tie or without two scores, are reported, not silently lost."""
     scores = {"tie": [1, 1], "better": [1, 2], "one": [1, None], "none": []}
     nested = [
-        {"instruction": name, "completions": [{"response": str(i), "overall_score": s} for i, s in enumerate(found)]}
+        {
+            "instruction": name,
+            "completions": [{"response": str(i), "overall_score": s} for i, s in enumerate(found)],
+        }
         for name, found in scores.items()
     ]
     rows = read_rows(write(tmp_path / "u.jsonl", nested), "preference")
@@ -113,14 +131,22 @@ def test_chat_messages_and_whole_conversations(tmp_path):
     rows = [{"prompt": [user], "response": [reply("a")]}, {"prompt": [{**user, "extra": 1}], "response": "b"}]
     got = read_rows(write(tmp_path / "a.jsonl", rows), "sft")
     assert [(r["prompt"], r["response"]) for r in got] == [([user], "a"), ([user], "b")]
-    whole = [{"chosen": [user, reply("x"), user, reply("good")], "rejected": [user, reply("x"), user, reply("bad")]}]
+    whole = [
+        {
+            "chosen": [user, reply("x"), user, reply("good")],
+            "rejected": [user, reply("x"), user, reply("bad")],
+        }
+    ]
     (pair,) = read_rows(write(tmp_path / "b.jsonl", whole), "preference")
     assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ([user, reply("x"), user], "good", "bad")
 
 
 def test_bad_rows_are_named_or_dropped_and_counted(tmp_path, capsys):
     """The first bad row stops with one line that names file and row; --skip-bad-rows drops and counts."""
-    name = write(tmp_path / "d.jsonl", [ROWS[0], {**ROWS[1], "reward": float("nan")}, {**ROWS[2], "response": " "}, ROWS[3]])
+    name = write(
+        tmp_path / "d.jsonl",
+        [ROWS[0], {**ROWS[1], "reward": float("nan")}, {**ROWS[2], "response": " "}, ROWS[3]],
+    )
     with pytest.raises(SystemExit) as stop:
         read_rows(name, "scored")
     assert f"{name}, row 2" in str(stop.value) and "\n" not in str(stop.value)
@@ -133,7 +159,9 @@ def test_a_hub_id_with_a_dot_is_a_hub_id(monkeypatch):
     asked = []
     hub = SimpleNamespace(to_list=lambda: ROWS)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or hub)
-    assert without(read_rows("org/set-v1.5", "scored", split="dev")) == ROWS and asked == [("org/set-v1.5", "dev")]
+    assert without(read_rows("org/set-v1.5", "scored", split="dev")) == ROWS and asked == [
+        ("org/set-v1.5", "dev")
+    ]
 
 
 # --- splits ----------------------------------------------------------------------------------------------------------
@@ -143,13 +171,17 @@ def test_parts_are_disjoint_by_prompt_complete_stable_and_near_their_shares(tmp_
     """30 / 50 / 20 % of 3,000 prompts within four deviations; a prompt's rows in one part, whatever the order or the rest."""
     rows = [{"prompt": f"prompt {i // 2}", "response": str(i)} for i in range(6000)]
     name = write(tmp_path / "d.jsonl", rows)
-    parts = {part: {r["prompt"] for r in read_rows(name, "sft", part=part)} for part in ("sft", "value", "rl")}
+    parts = {
+        part: {r["prompt"] for r in read_rows(name, "sft", part=part)} for part in ("sft", "value", "rl")
+    }
     for part, share in (("sft", 0.3), ("value", 0.5), ("rl", 0.2)):
         assert abs(len(parts[part]) - 3000 * share) < 4 * (3000 * share * (1 - share)) ** 0.5
     assert sum(map(len, parts.values())) == 3000 == len(set().union(*parts.values()))
     random.Random(0).shuffle(rows)
     fewer = write(tmp_path / "e.jsonl", rows[:1000])
-    assert {r["prompt"] for r in read_rows(fewer, "sft", part="rl")} == parts["rl"] & {r["prompt"] for r in rows[:1000]}
+    assert {r["prompt"] for r in read_rows(fewer, "sft", part="rl")} == parts["rl"] & {
+        r["prompt"] for r in rows[:1000]
+    }
     assert {r["prompt"] for r in read_rows(name, "sft", part="rl", split_seed=1)} != parts["rl"]
 
 
@@ -177,26 +209,42 @@ def word_tokenizer(template=None, special=("<start>", "<end>"), adds_eos=False):
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tail = " <eos>" if adds_eos else ""
-    core.post_processor = processors.TemplateProcessing(single=f"<bos> $A{tail}", special_tokens=[("<bos>", 0), ("<eos>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", additional_special_tokens=list(special)
+    core.post_processor = processors.TemplateProcessing(
+        single=f"<bos> $A{tail}", special_tokens=[("<bos>", 0), ("<eos>", 1)]
     )
-    tokenizer.add_tokens([AddedToken(word, special=True) for word in ("<start>", "<end>") if word not in special])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=list(special),
+    )
+    tokenizer.add_tokens(
+        [AddedToken(word, special=True) for word in ("<start>", "<end>") if word not in special]
+    )
     tokenizer.chat_template = template
     return tokenizer
 
 
 def encode(tokenizer, text, limit):
     """The answer's tokens, as the scripts get them."""
-    return tokenize([{"prompt": "a", "response": text}], tokenizer, ("response",), 99, limit, "d")[0]["response_ids"]
+    return tokenize([{"prompt": "a", "response": text}], tokenizer, ("response",), 99, limit, "d")[0][
+        "response_ids"
+    ]
 
 
 def test_prompts_go_through_the_chat_template_with_one_bos():
     """A string is a user's message; messages are taken as they are; the answer ends with the template's end of turn."""
     tokenizer = word_tokenizer(GEMMA)
     ids = tokenizer.convert_tokens_to_ids
-    assert encode_prompt(tokenizer, "a b") == ids(["<bos>", "<start>", "user", "a", "b", "<end>", "<start>", "model"])
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert encode_prompt(tokenizer, "a b") == ids(
+        ["<bos>", "<start>", "user", "a", "b", "<end>", "<start>", "model"]
+    )
+    chat = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
     turns = "<bos> <start> user a <end> <start> assistant b <end> <start> user c <end> <start> model"
     assert encode_prompt(tokenizer, chat) == ids(turns.split())
     assert stop_token(tokenizer) == ids("<end>") != tokenizer.eos_token_id
@@ -206,9 +254,14 @@ def test_prompts_go_through_the_chat_template_with_one_bos():
 
 def test_a_prompt_that_the_template_refuses_is_named():
     """Gemma's template raises on a system message: the error names the data set and the row."""
-    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + GEMMA
+    refusing = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        + GEMMA
+    )
     rows = [{"prompt": "a", "row": 4}, {"prompt": [{"role": "system", "content": "b"}], "row": 5}]
-    with pytest.raises(SystemExit, match="d.jsonl, row 5: the model's chat template refuses the prompt .System role"):
+    with pytest.raises(
+        SystemExit, match="d.jsonl, row 5: the model's chat template refuses the prompt .System role"
+    ):
         tokenize(rows, word_tokenizer(refusing), (), 99, 99, "d.jsonl")
 
 
@@ -219,7 +272,9 @@ def test_plain_text_without_a_template(adds_eos):
     ids = tokenizer.convert_tokens_to_ids
     assert encode_prompt(tokenizer, "a b") == ids(["<bos>", "a", "b"])
     assert encode_prompt(tokenizer, [{"role": "user", "content": "a"}]) == ids(["<bos>", "a"])
-    assert encode(tokenizer, "c", 9) == ids(["c", "<eos>"]) and stop_token(tokenizer) == tokenizer.eos_token_id
+    assert (
+        encode(tokenizer, "c", 9) == ids(["c", "<eos>"]) and stop_token(tokenizer) == tokenizer.eos_token_id
+    )
 
 
 def test_stop_token_that_is_special_without_a_role():
@@ -247,7 +302,9 @@ def test_add_context_takes_other_prompts_of_the_same_policy(k):
     """k pairs by the row's policy on other prompts, each cut, before the prompt; one BOS in all; the response stays."""
     tokenizer = word_tokenizer()
     pool = []
-    for i in range(40):  # tokens tell prompt (100 + i), policy (200 or 201); four rows a prompt, two by each policy
+    for i in range(
+        40
+    ):  # tokens tell prompt (100 + i), policy (200 or 201); four rows a prompt, two by each policy
         prompt, policy = [0, 100 + i // 4], "xy"[i % 2]
         pool.append({"prompt_ids": prompt, "response_ids": [200 + i % 2, 300 + i, 9, 9], "policy": policy})
     out = add_context(pool, k, pool, tokenizer, 4, seed=0)
@@ -257,12 +314,20 @@ def test_add_context_takes_other_prompts_of_the_same_policy(k):
         assert ids[0] == 0 and ids.count(0) == 1 and ids[-1] == own and ids.count(own) == 1
         pairs = [ids[1 + 3 * j : 4 + 3 * j] for j in range(k)]  # four tokens a pair, less the BOS
         assert len(ids) == 1 + 3 * k + 1
-        assert all(100 <= p < 110 and author == row["response_ids"][0] and 300 <= r < 340 for p, author, r in pairs)
+        assert all(
+            100 <= p < 110 and author == row["response_ids"][0] and 300 <= r < 340 for p, author, r in pairs
+        )
         assert len({r for _, _, r in pairs}) == k  # drawn without replacement
-    assert add_context(pool, k, pool, tokenizer, 4, seed=0) == out != add_context(pool, k, pool, tokenizer, 4, seed=1)
+    assert (
+        add_context(pool, k, pool, tokenizer, 4, seed=0)
+        == out
+        != add_context(pool, k, pool, tokenizer, 4, seed=1)
+    )
     assert add_context(pool, 0, pool, tokenizer, 4, seed=0) == pool
     alone = [{"prompt_ids": [0, 5], "response_ids": [6], "policy": "z"}]
-    assert add_context(alone, k, alone + pool, tokenizer, 4, seed=0) == alone  # fewer other prompts than k: a shorter prefix
+    assert (
+        add_context(alone, k, alone + pool, tokenizer, 4, seed=0) == alone
+    )  # fewer other prompts than k: a shorter prefix
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -276,10 +341,16 @@ def test_collate_places_by_position():
     assert batch["response_mask"].tolist() == [[True] * 3, [True, False, False], [True, False, False]]
     assert batch["response_mask"].dtype == torch.bool and batch["input_ids"].dtype == torch.long
     empty = collate([], 3, "cpu")
-    assert not empty["response_mask"].any() and empty["input_ids"].shape[0] == 1 and empty["response_mask"].shape == (1, 1)
+    assert (
+        not empty["response_mask"].any()
+        and empty["input_ids"].shape[0] == 1
+        and empty["response_mask"].shape == (1, 1)
+    )
 
 
-@pytest.mark.parametrize("n, size, world", [(8, 2, 1), (8, 2, 2), (7, 2, 2), (5, 3, 4), (1, 4, 4), (13, 4, 3)])
+@pytest.mark.parametrize(
+    "n, size, world", [(8, 2, 1), (8, 2, 2), (7, 2, 2), (5, 3, 4), (1, 4, 4), (13, 4, 3)]
+)
 def test_micro_batches_deal_every_index_once(n, size, world):
     """Over ranks each index once, no micro-batch over `size`, as many on each rank, lengths descending; balanced to one row."""
     lengths = torch.randint(1, 50, (40,), generator=torch.Generator().manual_seed(n)).tolist()
@@ -297,11 +368,17 @@ def test_micro_batches_deal_every_index_once(n, size, world):
 
 def test_batch_indices_covers_each_epoch_once():
     """An epoch's batches are disjoint and cover all but a last short one; epochs and seeds differ; a step needs no history."""
-    epochs = [[i for step in range(e * 5, e * 5 + 5) for i in batch_indices(23, 4, step, 0)] for e in range(8)]
+    epochs = [
+        [i for step in range(e * 5, e * 5 + 5) for i in batch_indices(23, 4, step, 0)] for e in range(8)
+    ]
     for epoch in epochs:
         assert len(set(epoch)) == 20 and set(epoch) <= set(range(23))
-    assert len(set(map(tuple, epochs))) == 8 and len(set().union(*epochs)) == 23  # no row is left out for good
-    assert batch_indices(23, 4, 7, 0) == epochs[1][8:12] and batch_indices(23, 4, 7, 1) != batch_indices(23, 4, 7, 0)
+    assert (
+        len(set(map(tuple, epochs))) == 8 and len(set().union(*epochs)) == 23
+    )  # no row is left out for good
+    assert batch_indices(23, 4, 7, 0) == epochs[1][8:12] and batch_indices(23, 4, 7, 1) != batch_indices(
+        23, 4, 7, 0
+    )
     few = batch_indices(3, 8, 0, 0)  # fewer rows than a batch: they repeat
     assert set(few) == {0, 1, 2} and len(few) == 8
 
@@ -358,7 +435,9 @@ def test_reviews_data_is_grammatical_consistent_and_in_vocabulary():
     assert reviews.reward(prompts, responses) == [r["reward"] for r in rows]
     assert {r["policy"] for r in rows} == set(reviews.AUTHORS) and len(set(prompts)) == 960
     pairs = reviews.rows("preference")
-    sides = [reviews.reward([r["prompt"] for r in pairs], [r[s] for r in pairs]) for s in ("chosen", "rejected")]
+    sides = [
+        reviews.reward([r["prompt"] for r in pairs], [r[s] for r in pairs]) for s in ("chosen", "rejected")
+    ]
     assert min(c - r for c, r in zip(*sides, strict=True)) >= reviews.MIN_GAP
     tokenizer = load_tokenizer(reviews.folder("untrained"))
     texts = sorted(set(prompts)) + sorted(set(responses))[::10]
@@ -367,7 +446,9 @@ def test_reviews_data_is_grammatical_consistent_and_in_vocabulary():
     ids = encode_prompt(tokenizer, prompts[0])
     assert tokenizer.decode(ids) == f"<bos> <user> {prompts[0]} <writer>"
     assert encode(tokenizer, responses[0], 99)[-1] == tokenizer.eos_token_id == stop_token(tokenizer)
-    assert max(len(encode_prompt(tokenizer, p)) for p in set(prompts)) <= 16  # the scripts' limits for this world
+    assert (
+        max(len(encode_prompt(tokenizer, p)) for p in set(prompts)) <= 16
+    )  # the scripts' limits for this world
     assert max(len(r.split()) + 1 for r in responses) <= 32
 
 

@@ -22,11 +22,41 @@ REFERENCE = re.compile(r"\[`([\w./]+\.py)(?:: (\w+))?`\]\(([\w./]+)\)\s+(`+)(.+?
 NUMBERED = re.compile(r"[\w./]+\.py(?::\d+|#L\d+)")  # a line number, in whatever form: it would drift
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 METRIC = re.compile(r"[a-z_]+/[a-z0-9_<> ]+")
-OTHERS = {"--help", "--logdir", "--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"}  # not the scripts'
+OTHERS = {
+    "--help",
+    "--logdir",
+    "--nnodes",
+    "--nproc_per_node",
+    "--rdzv_backend",
+    "--rdzv_endpoint",
+}  # not the scripts'
 OTHERS |= {"--model_outputs"}  # of alpaca_eval
-OTHERS |= {"--algorithm", "--gpus", "--gpus-a-node", "--largest", "--validate", "--table", "--intra", "--inter"}  # memory.py's
-OTHERS |= {"--n", "--size", "--only", "--scaling", "--vocabulary", "--hidden-size", "--tokens"}  # of benchmarks
-OTHERS |= {"--no-partition", "--no-scale-std", "--no-lora-merge", "--no-precompute-ref", "--no-rescale-lr"}  # tyro's opposites
+OTHERS |= {
+    "--algorithm",
+    "--gpus",
+    "--gpus-a-node",
+    "--largest",
+    "--validate",
+    "--table",
+    "--intra",
+    "--inter",
+}  # memory.py's
+OTHERS |= {
+    "--n",
+    "--size",
+    "--only",
+    "--scaling",
+    "--vocabulary",
+    "--hidden-size",
+    "--tokens",
+}  # of benchmarks
+OTHERS |= {
+    "--no-partition",
+    "--no-scale-std",
+    "--no-lora-merge",
+    "--no-precompute-ref",
+    "--no-rescale-lr",
+}  # tyro's opposites
 
 
 # --- references to code ----------------------------------------------------------------------------------------------
@@ -59,8 +89,12 @@ def wrong_references(text: str, read) -> list[str]:
         elif not target.endswith(file):
             problems.append(f"{where}: its link goes to {target}")
         elif not any(code in line for line in lines_of(source, name)):
-            problems.append(f"{where}: no line there contains `{code}`; quote the present code or drop the item")
-    return problems + [f"{found}: a line number drifts; name the function" for found in NUMBERED.findall(text)]
+            problems.append(
+                f"{where}: no line there contains `{code}`; quote the present code or drop the item"
+            )
+    return problems + [
+        f"{found}: a line number drifts; name the function" for found in NUMBERED.findall(text)
+    ]
 
 
 def test_references_quote_code_that_is_there():
@@ -138,18 +172,24 @@ def test_metrics_are_found_in_the_source():
     source = 'o = {"a/b": 1, **{f"a/c_{k}": v for k, v in x}}\no["a/d"] = 1\nrun.metrics(1, o | {"runs": "runs/f"})\n'
     assert logged(source) == {"a/b", "a/c_<>", "a/d"}
     for file, names in all_logged().items():
-        assert len(names) >= (1 if "/" in file else 8), f"{file}: found only {names}; has its log another form?"
+        assert len(names) >= (1 if "/" in file else 8), (
+            f"{file}: found only {names}; has its log another form?"
+        )
 
 
 def test_every_metric_is_explained():
     rows = explained()
     known = {re.sub("<.*?>", "<>", name) for name in rows}
-    missing = [f"{file} logs {name}" for file, names in all_logged().items() for name in sorted(names - known)]
+    missing = [
+        f"{file} logs {name}" for file, names in all_logged().items() for name in sorted(names - known)
+    ]
     assert not missing, "add a row to a table of docs/metrics.md for each:\n" + "\n".join(missing)
     stale = [name for name in rows if re.sub("<.*?>", "<>", name) not in set.union(*all_logged().values())]
     assert not stale, f"docs/metrics.md explains what no script logs: {stale}"
     for name, cells in rows.items():
-        assert len(cells) == 4 and all(cells), f"docs/metrics.md, {name}: formula, unit, healthy range and what a bad value means"
+        assert len(cells) == 4 and all(cells), (
+            f"docs/metrics.md, {name}: formula, unit, healthy range and what a bad value means"
+        )
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------
@@ -161,7 +201,10 @@ def args_of(script: str, name: str = "Args") -> dict[str, str]:
     tree = ast.parse(read_source(f"{script}.py"))
     body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name).body
     fields = [node for node in body if isinstance(node, ast.AnnAssign)]
-    return {"--" + node.target.id.replace("_", "-"): ast.unparse(node.value) if node.value else "" for node in fields}
+    return {
+        "--" + node.target.id.replace("_", "-"): ast.unparse(node.value) if node.value else ""
+        for node in fields
+    }
 
 
 def options(page: str) -> dict[str, str]:
@@ -184,9 +227,13 @@ def test_option_tables_have_real_flags_and_defaults():
         assert table, f"docs/{script}.md has no option table"
         for flag, default in table.items():
             assert flag in flags, f"docs/{script}.md: {script}.py has no {flag}"
-            assert same(default, flags[flag]), f"docs/{script}.md: {flag} defaults to {flags[flag]}, not {default}"
+            assert same(default, flags[flag]), (
+                f"docs/{script}.md: {flag} defaults to {flags[flag]}, not {default}"
+            )
         left_out = set(flags) - set(table)
-        assert not left_out or f"python {script}.py --help" in page, f"docs/{script}.md lists neither {left_out} nor --help"
+        assert not left_out or f"python {script}.py --help" in page, (
+            f"docs/{script}.md lists neither {left_out} nor --help"
+        )
 
 
 def test_option_tables_of_evaluate():
@@ -195,24 +242,37 @@ def test_option_tables_of_evaluate():
         text = (ROOT / page).read_text(encoding="utf-8")
         flags, table = args_of(HOME[name], name), options(text)
         assert table and set(table) <= set(flags), f"{page}: {set(table) - set(flags)}"
-        wrong = [f"{flag} defaults to {flags[flag]}, not {said}" for flag, said in table.items() if not same(said, flags[flag])]
+        wrong = [
+            f"{flag} defaults to {flags[flag]}, not {said}"
+            for flag, said in table.items()
+            if not same(said, flags[flag])
+        ]
         assert not wrong, (page, wrong)
-        assert set(table) == set(flags) or f"evaluate.py {name.lower()} --help" in text, f"{page}: {set(flags) - set(table)}"
+        assert set(table) == set(flags) or f"evaluate.py {name.lower()} --help" in text, (
+            f"{page}: {set(flags) - set(table)}"
+        )
 
 
 def test_flags_on_the_pages_exist():
-    everywhere = OTHERS.union(*(args_of(script) for script in SCRIPTS), *(args_of(HOME[name], name) for name in COMMANDS))
+    everywhere = OTHERS.union(
+        *(args_of(script) for script in SCRIPTS), *(args_of(HOME[name], name) for name in COMMANDS)
+    )
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         unknown = {flag for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)} - everywhere
-        written_elsewhere = page.name in ("README.md", "results.md")  # they name flags of pip, benchmarks and so on
+        written_elsewhere = page.name in (
+            "README.md",
+            "results.md",
+        )  # they name flags of pip, benchmarks and so on
         assert written_elsewhere or not unknown, f"{page.name}: no script has {sorted(unknown)}"
         for block in FENCE.findall(text):
             for command in block.replace("\\\n", " ").splitlines():
                 for script in SCRIPTS:
                     _, called, rest = command.partition(f" {script}.py")
                     wrong = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", rest)) - set(args_of(script)) - OTHERS
-                    assert not (called and wrong), f"{page.name}: {script}.py has no {sorted(wrong)}: {command.strip()}"
+                    assert not (called and wrong), (
+                        f"{page.name}: {script}.py has no {sorted(wrong)}: {command.strip()}"
+                    )
 
 
 def test_no_page_has_a_gap():

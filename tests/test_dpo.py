@@ -22,9 +22,11 @@ def test_loss_against_a_loop(beta, smoothing):
     chosen, rejected = 5 * noise(2, 7)
     chosen.requires_grad_(), rejected.requires_grad_()
     loss = dpo.dpo_loss(chosen, rejected, beta, smoothing)
-    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))
     margins = [beta * (c - r) for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)]
-    expected = sum(-(1 - smoothing) * math.log(sigmoid(m)) - smoothing * math.log(sigmoid(-m)) for m in margins)
+    expected = sum(
+        -(1 - smoothing) * math.log(sigmoid(m)) - smoothing * math.log(sigmoid(-m)) for m in margins
+    )
     assert loss.shape == () and loss.item() == pytest.approx(expected, abs=1e-9)
     gradients = torch.autograd.grad(loss, (chosen, rejected))
     slopes = [beta * (smoothing * sigmoid(m) - (1 - smoothing) * sigmoid(-m)) for m in margins]
@@ -37,7 +39,9 @@ def test_default_is_no_smoothing_and_smoothing_is_the_pair_turned_round():
     chosen, rejected = noise(2, 7)
     plain, turned = dpo.dpo_loss(chosen, rejected, 0.7), dpo.dpo_loss(rejected, chosen, 0.7)
     assert plain.item() == pytest.approx(-torch.sigmoid(0.7 * (chosen - rejected)).log().sum().item())
-    assert dpo.dpo_loss(chosen, rejected, 0.7, 0.2).item() == pytest.approx((0.8 * plain + 0.2 * turned).item())
+    assert dpo.dpo_loss(chosen, rejected, 0.7, 0.2).item() == pytest.approx(
+        (0.8 * plain + 0.2 * turned).item()
+    )
 
 
 def test_large_margins_stay_finite():
@@ -61,7 +65,7 @@ def test_reaches_the_closed_form_optimum_of_an_enumerable_world():
         optimum = (ref + rewards / beta).softmax(0)
         logits = world.ref_logits.clone().requires_grad_()
         optimizer = torch.optim.Adam([logits], lr=0.1)
-        distance = lambda: 0.5 * (logprobs_of(logits.detach()).sum(1).exp() - optimum).abs().sum().item()  # noqa: E731
+        distance = lambda: 0.5 * (logprobs_of(logits.detach()).sum(1).exp() - optimum).abs().sum().item()
         assert distance() > 0.1
         turned = torch.sigmoid(rewards[second] - rewards[first])
         for _ in range(400):
@@ -75,9 +79,13 @@ def test_reaches_the_closed_form_optimum_of_an_enumerable_world():
 def test_first_step_by_hand(world):
     """Where the policy is the reference all margins are 0: the logged loss is log 2 whatever beta and smoothing; the step after
     it has parted the two sides."""
-    args = helpers.ARGS["dpo"] | dict(steps=2, label_smoothing=0.3, beta=0.4, lr_schedule="constant", precision="fp64")
+    args = helpers.ARGS["dpo"] | dict(
+        steps=2, label_smoothing=0.3, beta=0.4, lr_schedule="constant", precision="fp64"
+    )
     world.run("dpo", **args, run_dir="runs/dpo-first").ok()
     found = [row for row in helpers.metrics(world.path("runs/dpo-first")) if "dpo/loss" in row]
     assert found[0]["dpo/loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert found[0]["dpo/log_ratio_chosen"] == pytest.approx(0, abs=1e-6) == found[0]["dpo/log_ratio_rejected"]
+    assert (
+        found[0]["dpo/log_ratio_chosen"] == pytest.approx(0, abs=1e-6) == found[0]["dpo/log_ratio_rejected"]
+    )
     assert found[1]["dpo/log_ratio_chosen"] > found[1]["dpo/log_ratio_rejected"]

@@ -52,15 +52,29 @@ def test_value_is_of_the_last_prompt_token():
     """A ragged batch against a decoder's last output on one unpadded prompt at a time; neither the padding nor the response is
     read. (An encoder's mean over the prompt: test_t5.py.)"""
     torch.manual_seed(0)
-    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3)
-    model = LlamaForTokenClassification(LlamaConfig(vocab_size=12, num_labels=1, pad_token_id=0, **shape)).eval()
+    shape = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+    )
+    model = LlamaForTokenClassification(
+        LlamaConfig(vocab_size=12, num_labels=1, pad_token_id=0, **shape)
+    ).eval()
     with torch.no_grad():
-        expected = torch.stack([model(input_ids=torch.tensor([prompt])).logits[0, -1, 0] for prompt, _ in SEQUENCES])
+        expected = torch.stack(
+            [model(input_ids=torch.tensor([prompt])).logits[0, -1, 0] for prompt, _ in SEQUENCES]
+        )
         assert expected.std() > 0.1
         for pad in (0, 3):
-            torch.testing.assert_close(dro.prompt_values(model, **collate(SEQUENCES, pad, "cpu")), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                dro.prompt_values(model, **collate(SEQUENCES, pad, "cpu")), expected, rtol=0, atol=1e-5
+            )
         others = [(prompt, [11 - token for token in response]) for prompt, response in SEQUENCES]
-        torch.testing.assert_close(dro.prompt_values(model, **collate(others, 0, "cpu")), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            dro.prompt_values(model, **collate(others, 0, "cpu")), expected, rtol=0, atol=1e-5
+        )
 
 
 # --- optimum ---------------------------------------------------------------------------------------------------------
@@ -72,7 +86,7 @@ def test_reaches_the_closed_form_optimum_of_an_enumerable_world():
     worlds, tau = [World(seed) for seed in range(3)], 0.5
     count = len(worlds[0].scores)
     rewards = torch.cat([world.scores for world in worlds])
-    logprobs_all = lambda tables: torch.cat([logprobs_of(table).sum(1) for table in tables])  # noqa: E731
+    logprobs_all = lambda tables: torch.cat([logprobs_of(table).sum(1) for table in tables])
     ref = logprobs_all([world.ref_logits for world in worlds])
     assert ref.view(-1, count).exp().sum(1).tolist() == pytest.approx([1.0] * 3)  # all responses are there
     tilted = (ref + rewards / tau).view(-1, count)
@@ -80,7 +94,7 @@ def test_reaches_the_closed_form_optimum_of_an_enumerable_world():
     logits = torch.stack([world.ref_logits for world in worlds]).requires_grad_()
     values = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     optimizers = [torch.optim.Adam([logits], lr=0.05), torch.optim.Adam([values], lr=0.05)]
-    distance = lambda: 0.5 * (logprobs_all(logits.detach()).view(-1, count).exp() - optimum).abs().sum(1)  # noqa: E731
+    distance = lambda: 0.5 * (logprobs_all(logits.detach()).view(-1, count).exp() - optimum).abs().sum(1)
     assert distance().min() > 0.1 and (values.detach() - partition).abs().min() > 0.1
     for _ in range(400):
         losses = dro.dro_losses(logprobs_all(logits), ref, rewards, values.repeat_interleave(count), tau)
@@ -99,12 +113,16 @@ def test_first_step_by_hand(world, rescale):
     """Where the policy is the reference and V is 0, the loss over all of the data is half the mean square of the standardised
     rewards, (N - 1) / 2N; the policy's learning rate is lr / tau, or lr without the paper's rescale."""
     rows = len(world.path("scored.jsonl").read_text().splitlines())
-    args = helpers.ARGS["dro"] | dict(eval_dataset="scored.jsonl", eval_split="train", batch_size=rows, micro_batch_size=32)
+    args = helpers.ARGS["dro"] | dict(
+        eval_dataset="scored.jsonl", eval_split="train", batch_size=rows, micro_batch_size=32
+    )
     args |= dict(steps=1, tau=0.25, lr=1e-3, lr_schedule="constant", rescale_lr=rescale, precision="fp64")
     run_dir = f"runs/dro-first-{rescale}"
     world.run("dro", **args, run_dir=run_dir).ok()
     (row,) = (row for row in helpers.metrics(world.path(run_dir)) if "dro/loss" in row)
     assert row["dro/loss"] == pytest.approx(0.5 * (rows - 1) / rows, abs=1e-6)
-    assert row["dro/log_ratio"] == pytest.approx(0, abs=1e-6) and row["dro/value"] == pytest.approx(0, abs=1e-6)
+    assert row["dro/log_ratio"] == pytest.approx(0, abs=1e-6) and row["dro/value"] == pytest.approx(
+        0, abs=1e-6
+    )
     assert row["dro/lr"] == pytest.approx(4e-3 if rescale else 1e-3)
     assert row["dro/grad_norm"] > 0 and row["dro/value_grad_norm"] > 0

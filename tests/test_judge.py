@@ -47,7 +47,10 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version, wbufsize = "HTTP/1.1", 1 << 16  # head and body in one packet, or each reply waits for an acknowledgement
+    protocol_version, wbufsize = (
+        "HTTP/1.1",
+        1 << 16,
+    )  # head and body in one packet, or each reply waits for an acknowledgement
 
     def log_message(self, *args):
         pass
@@ -86,7 +89,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             does = 200, {}, json.dumps({"id": "x", "object": "chat.completion", "choices": [choice]})
         status, headers, text = does
         self.send_response(status)
-        for name, value in ({"content-type": "application/json"} | headers | {"content-length": str(len(text.encode()))}).items():
+        for name, value in (
+            {"content-type": "application/json"} | headers | {"content-length": str(len(text.encode()))}
+        ).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(text.encode())
@@ -113,7 +118,7 @@ def write(path, rows):
 @pytest.fixture
 def pair(tmp_path):
     """Two files of ten responses: the first is the better one for prompts 0 to 6, the second for 7 to 9."""
-    words = lambda good: "good" if good else "bad"  # noqa: E731
+    words = lambda good: "good" if good else "bad"
     return tuple(
         write(
             tmp_path / f"{name}.jsonl",
@@ -128,7 +133,9 @@ def run(server, files, folder, **changes):
     endpoint = server if isinstance(server, str) else server.endpoint
     error = None
     try:
-        evaluate.judge(evaluate.Judge(responses=files, run_dir=str(folder), **FAST | {"endpoint": endpoint} | changes))
+        evaluate.judge(
+            evaluate.Judge(responses=files, run_dir=str(folder), **FAST | {"endpoint": endpoint} | changes)
+        )
     except SystemExit as stop:
         error = str(stop)
     file = Path(folder, "judge.json")
@@ -153,26 +160,67 @@ def lines(folder):
 # --- parsing and templates -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "verdict"), [
-    ("Verdict: A", "A"), ("verdict: b", "B"), ("VERDICT: NEUTRAL.", "neutral"), ("**Verdict:** B", "B"), ("**Verdict: A**", "A"),
-    ("### Final verdict: `B`", "B"), ("Verdict: [[A]]", "A"), ("Verdict: answer B.", "B"), ("Verdict:\n\nA\n", "A"),
-    ("Verdict: tie", "neutral"), ("*Verdict*: **A**\n\nI hope that helps.", "A"), ("Verdict: A\nNo, wait.\nVerdict: B", "B"),
-    ("<think>Verdict: A</think>\nVerdict: B", "B"), ("Verdict：A", "A"),
-    # no guesses
-    ("", None), ("A", None), ("Answer A is better.", None), ("Verdict: A|B|neutral", None), ("Verdict: A or B", None),
-    ("Verdict: a close call", None), ("Verdict: Both", None), ("Verdict: A/B", None), ("Verdict: A\nVerdict: unclear", None),
-    ("<think>Verdict: A", None), ("Verdict: C", None), ("Verdict:", None), ("Verdict: A tie", None), ("Score: 4", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("Verdict: A", "A"),
+        ("verdict: b", "B"),
+        ("VERDICT: NEUTRAL.", "neutral"),
+        ("**Verdict:** B", "B"),
+        ("**Verdict: A**", "A"),
+        ("### Final verdict: `B`", "B"),
+        ("Verdict: [[A]]", "A"),
+        ("Verdict: answer B.", "B"),
+        ("Verdict:\n\nA\n", "A"),
+        ("Verdict: tie", "neutral"),
+        ("*Verdict*: **A**\n\nI hope that helps.", "A"),
+        ("Verdict: A\nNo, wait.\nVerdict: B", "B"),
+        ("<think>Verdict: A</think>\nVerdict: B", "B"),
+        ("Verdict：A", "A"),
+        # no guesses
+        ("", None),
+        ("A", None),
+        ("Answer A is better.", None),
+        ("Verdict: A|B|neutral", None),
+        ("Verdict: A or B", None),
+        ("Verdict: a close call", None),
+        ("Verdict: Both", None),
+        ("Verdict: A/B", None),
+        ("Verdict: A\nVerdict: unclear", None),
+        ("<think>Verdict: A", None),
+        ("Verdict: C", None),
+        ("Verdict:", None),
+        ("Verdict: A tie", None),
+        ("Score: 4", None),
+    ],
+)
 def test_verdicts(text, verdict):
     assert asking.parse_verdict("pairwise", text) == verdict
 
 
-@pytest.mark.parametrize(("text", "score"), [
-    ("Score: 4", 4), ("**Score:** 5/5", 5), ("score: **1**.", 1), ("Score: 3 out of 5", 3), ("Score: 2\nScore: 4.0", 4),
-    ("Score: [[2]]", 2), ("Score: 0", None), ("Score: 6", None), ("Score: 45", None), ("Score: 4.5", None), ("Score: 4,5", None),
-    ("Score: 1-5", None), ("Score: 4/10", None), ("Score: -3", None), ("4", None), ("Score: four", None), ("Score: 3 or 4", None),
-    ("Verdict: A", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("Score: 4", 4),
+        ("**Score:** 5/5", 5),
+        ("score: **1**.", 1),
+        ("Score: 3 out of 5", 3),
+        ("Score: 2\nScore: 4.0", 4),
+        ("Score: [[2]]", 2),
+        ("Score: 0", None),
+        ("Score: 6", None),
+        ("Score: 45", None),
+        ("Score: 4.5", None),
+        ("Score: 4,5", None),
+        ("Score: 1-5", None),
+        ("Score: 4/10", None),
+        ("Score: -3", None),
+        ("4", None),
+        ("Score: four", None),
+        ("Score: 3 or 4", None),
+        ("Verdict: A", None),
+    ],
+)
 def test_scores(text, score):
     assert asking.parse_verdict("score", text) == score
 
@@ -184,10 +232,14 @@ def test_fill_leaves_braces_of_answers_alone():
         == r"{answer_a}|{answer_b} {}|\1|{other}"
     )
     for mode, text in (("pairwise", asking.PAIRWISE), ("score", asking.SCORE)):
-        parts = dict(prompt="P", answer="R") if mode == "score" else dict(prompt="P", answer_a="R", answer_b="S")
+        parts = (
+            dict(prompt="P", answer="R") if mode == "score" else dict(prompt="P", answer_a="R", answer_b="S")
+        )
         filled = asking.fill(text, **parts)
         assert "{" not in filled and filled.count("P\n") and "\nR\n" in filled
-        assert asking.parse_verdict(mode, filled) is None  # a judge that repeats its instructions has said nothing
+        assert (
+            asking.parse_verdict(mode, filled) is None
+        )  # a judge that repeats its instructions has said nothing
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -212,7 +264,10 @@ def test_wilson_inverts_the_score_test(mean, n):
 
 def test_average():
     values = [1, 5, 4, 4, 2]
-    out, half = asking.average(values), 1.959963984540054 * math.sqrt(2.7) / math.sqrt(5)  # variance 2.7, by hand
+    out, half = (
+        asking.average(values),
+        1.959963984540054 * math.sqrt(2.7) / math.sqrt(5),
+    )  # variance 2.7, by hand
     assert out["mean"] == 3.2 and statistics.variance(values) == pytest.approx(2.7)
     assert out["ci95"] == pytest.approx([3.2 - half, 3.2 + half])
     assert math.isnan(asking.average([3])["ci95"][0]) and math.isnan(asking.average([])["mean"])
@@ -238,10 +293,12 @@ def test_pairwise_numbers_by_hand():
     out = asking.pairwise_summary(rows)
     assert (out["pairs"], out["judged"], out["identical"]) == (7, 6, 1)
     assert (out["wins"], out["ties"], out["losses"]) == (2, 3, 1)
-    assert out["win_rate"] == pytest.approx((1 + 0.5 + 0.75 + 0 + 0.5 + 0.5) / 6) and out["ci95"] == asking.wilson(
-        out["win_rate"], 6
+    assert out["win_rate"] == pytest.approx((1 + 0.5 + 0.75 + 0 + 0.5 + 0.5) / 6) and out[
+        "ci95"
+    ] == asking.wilson(out["win_rate"], 6)
+    assert out["win_rate_without_ties"] == pytest.approx(2 / 3) and out["contradictory"] == pytest.approx(
+        1 / 5
     )
-    assert out["win_rate_without_ties"] == pytest.approx(2 / 3) and out["contradictory"] == pytest.approx(1 / 5)
     assert out["says_a"] == pytest.approx(5 / 7) and out["longer_wins"] == pytest.approx(2 / 3)
 
 
@@ -268,9 +325,17 @@ def test_each_pair_once_in_each_order(pair, tmp_path):
     for a, _ in both:
         first.setdefault(a.split()[-1], a.split()[0])
     assert set(first.values()) == {"one", "two"}
-    assert (out["wins"], out["ties"], out["losses"], out["win_rate"], out["contradictory"]) == (7, 0, 3, 0.7, 0.0)
+    assert (out["wins"], out["ties"], out["losses"], out["win_rate"], out["contradictory"]) == (
+        7,
+        0,
+        3,
+        0.7,
+        0.0,
+    )
     assert out["ci95"] == pytest.approx(asking.wilson(0.7, 10)) and out["says_a"] == 0.5
-    assert out["judgements"] == dict(wanted=20, cached=0, valid=20, unparsable=0, failed=0, not_asked=0, cut=0)
+    assert out["judgements"] == dict(
+        wanted=20, cached=0, valid=20, unparsable=0, failed=0, not_asked=0, cut=0
+    )
     rows = [json.loads(line) for line in (tmp_path / "run/results.jsonl").read_text().splitlines()]
     assert {row["prompt"]: row["points"] for row in rows} == {f"q{i}?": float(i < 7) for i in range(10)}
 
@@ -285,8 +350,15 @@ def test_a_judge_that_always_says_a(pair, tmp_path):
     """Position alone gives no side a win, and shows."""
     with serving(lambda *_: "Verdict: A") as server:
         out, error = run(server, pair, tmp_path / "run")
-    assert error is None and (out["win_rate"], out["ties"], out["contradictory"], out["says_a"]) == (0.5, 10, 1.0, 1.0)
-    assert out["ci95"][1] - out["ci95"][0] > 0.4 and out["win_rate_without_ties"] is None  # no certainty from ten ties
+    assert error is None and (out["win_rate"], out["ties"], out["contradictory"], out["says_a"]) == (
+        0.5,
+        10,
+        1.0,
+        1.0,
+    )
+    assert (
+        out["ci95"][1] - out["ci95"][0] > 0.4 and out["win_rate_without_ties"] is None
+    )  # no certainty from ten ties
 
 
 def test_seed_decides_the_prompts_and_the_order(pair, tmp_path):
@@ -304,8 +376,9 @@ def test_request(pair, tmp_path, monkeypatch):
     with serving(honest) as server:
         _, error = run(server, pair, tmp_path / "run", prompts=1, extra='{"max_tokens": null, "top_p": 0.5}')
         assert error is None and server.keys[0] == "Bearer sk-test"
-        assert {key: server.bodies[0].get(key) for key in ("model", "temperature", "max_tokens", "top_p")} == {
-            "model": "m", "temperature": 0.0, "max_tokens": None, "top_p": 0.5}  # fmt: skip
+        assert {
+            key: server.bodies[0].get(key) for key in ("model", "temperature", "max_tokens", "top_p")
+        } == {"model": "m", "temperature": 0.0, "max_tokens": None, "top_p": 0.5}
         monkeypatch.delenv("OPENAI_API_KEY")
         run(server, pair, tmp_path / "run", prompts=1)  # other settings: other questions
         assert server.keys[-1] == "Bearer none" and len(server.asked) == 4
@@ -333,8 +406,10 @@ FAULTS = {
 def test_faults_that_pass(pair, tmp_path, fault):
     """A question whose first tries meet a fault is asked again; all are judged once, and no more is asked than needed."""
     slow = fault == "slow"  # the others wait long enough for any machine
-    bad = lambda question: "q3?" in question and "one good 3" in shown(question)[0]  # noqa: E731
-    script = lambda question, _, before: FAULTS[fault] if bad(question) and before < 2 - slow else honest(question)  # noqa: E731
+    bad = lambda question: "q3?" in question and "one good 3" in shown(question)[0]
+    script = lambda question, _, before: (
+        FAULTS[fault] if bad(question) and before < 2 - slow else honest(question)
+    )
     with serving(script) as server:
         out, error = run(server, pair, tmp_path / "run", **(dict(timeout=1.0, tries=10) if slow else {}))
     assert error is None and out["judgements"]["valid"] == 20 and len(lines(tmp_path / "run")) == 20
@@ -345,7 +420,7 @@ def test_faults_that_pass(pair, tmp_path, fault):
 def test_everything_at_once(pair, tmp_path):
     """Every first try fails, in all quick ways by turns."""
     quick = [fault for name, fault in FAULTS.items() if name != "slow"]
-    script = lambda question, number, before: honest(question) if before else quick[number % len(quick)]  # noqa: E731
+    script = lambda question, number, before: honest(question) if before else quick[number % len(quick)]
     with serving(script) as server:
         out, error = run(server, pair, tmp_path / "run")
     assert error is None and out["judgements"]["valid"] == 20 and server.most <= FAST["concurrency"]
@@ -369,13 +444,20 @@ def test_retry_after_is_obeyed(pair, tmp_path, form):
     with serving(script) as server:
         _, error = run(server, pair, tmp_path / "run", concurrency=2, prompts=3)
     early = [t for t in server.times[1:] if t < server.times[0] + least - 0.01]
-    assert error is None and len(server.asked) == 7 and len(early) <= 2  # the one under way; one that its answer let go before
+    assert (
+        error is None and len(server.asked) == 7 and len(early) <= 2
+    )  # the one under way; one that its answer let go before
 
 
 def test_a_server_that_asks_for_too_long_a_wait(pair, tmp_path):
     with serving(lambda *_: (429, {"retry-after": "3600"}, '{"error": {"message": "quota"}}')) as server:
         out, error = run(server, pair, tmp_path / "run", max_wait=1.0)
-    assert out is None and len(server.asked) <= 2 * FAST["concurrency"] and "asks to wait 3600 s" in error and "\n" not in error
+    assert (
+        out is None
+        and len(server.asked) <= 2 * FAST["concurrency"]
+        and "asks to wait 3600 s" in error
+        and "\n" not in error
+    )
 
 
 def test_pauses_grow_and_are_random(pair, tmp_path, monkeypatch):
@@ -385,15 +467,23 @@ def test_pauses_grow_and_are_random(pair, tmp_path, monkeypatch):
     with serving(lambda *_: (500, {}, "")) as server:
         run(server, pair, tmp_path / "run", concurrency=1, tries=6, backoff=1.0, max_wait=10.0, prompts=1)
     assert len(server.asked) == 12 and len(slept) == 10
-    assert all(peak / 2 <= s <= peak for s, peak in zip(slept, [1, 2, 4, 8, 10] * 2, strict=True)) and len(set(slept)) == 10
+    assert (
+        all(peak / 2 <= s <= peak for s, peak in zip(slept, [1, 2, 4, 8, 10] * 2, strict=True))
+        and len(set(slept)) == 10
+    )
 
 
 def test_unparsable_answers_are_kept_and_counted(pair, tmp_path):
     """Asked again only with --retry-unparsable; their pairs have no result."""
-    vague = lambda question, *_: "I like both." if "q1?" in question else honest(question)  # noqa: E731
+    vague = lambda question, *_: "I like both." if "q1?" in question else honest(question)
     with serving(vague) as server:
         out, error = run(server, pair, tmp_path / "run")
-        assert error is None and len(server.asked) == 20 and out["judgements"]["unparsable"] == 2 and out["judged"] == 9
+        assert (
+            error is None
+            and len(server.asked) == 20
+            and out["judgements"]["unparsable"] == 2
+            and out["judged"] == 9
+        )
         again, _ = run(server, pair, tmp_path / "run")
         assert (
             len(server.asked) == 20
@@ -402,7 +492,9 @@ def test_unparsable_answers_are_kept_and_counted(pair, tmp_path):
         )
         server.script = honest
         out, _ = run(server, pair, tmp_path / "run", retry_unparsable=True)
-        assert len(server.asked) == 22 and out["judgements"]["valid"] == 20 and out["judgements"]["cached"] == 18
+        assert (
+            len(server.asked) == 22 and out["judgements"]["valid"] == 20 and out["judgements"]["cached"] == 18
+        )
         run(server, pair, tmp_path / "run", retry_unparsable=True)
         assert len(server.asked) == 22
 
@@ -412,22 +504,41 @@ def test_an_answer_without_text(pair, tmp_path):
     choice = {"index": 0, "message": {"role": "assistant", "content": None}, "finish_reason": "length"}
     with serving(lambda *_: (200, {}, json.dumps({"choices": [choice]}))) as server:
         out, error = run(server, pair, tmp_path / "run")
-    assert error is None and out["judgements"]["unparsable"] == out["judgements"]["cut"] == len(server.asked) == 20
+    assert (
+        error is None
+        and out["judgements"]["unparsable"] == out["judgements"]["cut"] == len(server.asked) == 20
+    )
     assert out["win_rate"] is None and out["judged"] == 0
 
 
 def test_a_question_that_always_fails_is_reported(pair, tmp_path):
     """After --tries tries, as failed, not cached; the others are judged; the same command asks for it alone."""
-    poison = lambda question, *_: (500, {}, "boom") if "q4?" in question else honest(question)  # noqa: E731
+    poison = lambda question, *_: (500, {}, "boom") if "q4?" in question else honest(question)
     with serving(poison) as server:
         out, error = run(server, pair, tmp_path / "run")
-        assert "2 of 20 judgements are missing" in error and "HTTP 500" in error and "boom" in error and "\n" not in error
-        assert out["judgements"] == dict(wanted=20, cached=0, valid=18, unparsable=0, failed=2, not_asked=0, cut=0)
-        assert out["judged"] == 9 and sum(out["failures"].values()) == 2 and len(server.asked) == 18 + 2 * FAST["tries"]
+        assert (
+            "2 of 20 judgements are missing" in error
+            and "HTTP 500" in error
+            and "boom" in error
+            and "\n" not in error
+        )
+        assert out["judgements"] == dict(
+            wanted=20, cached=0, valid=18, unparsable=0, failed=2, not_asked=0, cut=0
+        )
+        assert (
+            out["judged"] == 9
+            and sum(out["failures"].values()) == 2
+            and len(server.asked) == 18 + 2 * FAST["tries"]
+        )
         server.asked.clear()
         server.script = honest
         out, error = run(server, pair, tmp_path / "run")
-    assert error is None and len(server.asked) == 2 and out["judgements"]["valid"] == 20 and out["judgements"]["cached"] == 18
+    assert (
+        error is None
+        and len(server.asked) == 2
+        and out["judgements"]["valid"] == 20
+        and out["judgements"]["cached"] == 18
+    )
 
 
 def test_a_question_that_is_too_long_stops_nothing(pair, tmp_path):
@@ -438,7 +549,12 @@ def test_a_question_that_is_too_long_stops_nothing(pair, tmp_path):
     assert len(server.asked) == 20 and out["judgements"]["failed"] == 2 and "maximum context length" in error
     with serving(lambda *_: (400, {}, '{"error": {"message": "unsupported parameter"}}')) as server:
         out, error = run(server, pair, tmp_path / "none")
-    assert out is None and len(server.asked) <= 2 * FAST["concurrency"] and "unsupported parameter" in error and "\n" not in error
+    assert (
+        out is None
+        and len(server.asked) <= 2 * FAST["concurrency"]
+        and "unsupported parameter" in error
+        and "\n" not in error
+    )
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -446,7 +562,11 @@ def test_wrong_key_or_model_ends_at_once(pair, tmp_path, status):
     with serving(lambda *_: (status, {}, '{"error": {"message": "no such\\nthing"}}')) as server:
         out, error = run(server, pair, tmp_path / "run")
     assert out is None and len(server.asked) <= FAST["concurrency"] and lines(tmp_path / "run") == []
-    assert error.startswith(f"error: {server.endpoint}: HTTP {status}") and "no such" in error and "\n" not in error
+    assert (
+        error.startswith(f"error: {server.endpoint}: HTTP {status}")
+        and "no such" in error
+        and "\n" not in error
+    )
 
 
 def test_no_server(pair, tmp_path):
@@ -454,7 +574,11 @@ def test_no_server(pair, tmp_path):
         free.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     out, error = run(endpoint, pair, tmp_path / "run")
-    assert out is None and error.startswith(f"error: {endpoint}: no connection") and f"({FAST['tries']} tries)" in error
+    assert (
+        out is None
+        and error.startswith(f"error: {endpoint}: no connection")
+        and f"({FAST['tries']} tries)" in error
+    )
 
 
 def test_a_server_that_dies_on_the_way(pair, tmp_path):
@@ -462,13 +586,21 @@ def test_a_server_that_dies_on_the_way(pair, tmp_path):
     with serving(lambda question, number, before: honest(question) if number < 9 else "cut") as server:
         out, error = run(server, pair, tmp_path / "run")
         counts = out["judgements"]
-        assert counts["valid"] == 9 == len(lines(tmp_path / "run")) and counts["failed"] + counts["not_asked"] == 11
+        assert (
+            counts["valid"] == 9 == len(lines(tmp_path / "run"))
+            and counts["failed"] + counts["not_asked"] == 11
+        )
         assert counts["not_asked"] and "11 of 20 judgements are missing" in error and "no connection" in error
         assert len(server.asked) <= 9 + (FAST["concurrency"] * 2 - 1) * FAST["tries"]
         server.asked.clear()
         server.script = honest
         out, error = run(server, pair, tmp_path / "run")
-    assert error is None and len(server.asked) == 11 and out["judgements"]["valid"] == 20 and out["win_rate"] == 0.7
+    assert (
+        error is None
+        and len(server.asked) == 11
+        and out["judgements"]["valid"] == 20
+        and out["win_rate"] == 0.7
+    )
 
 
 def test_a_torn_line_is_survived(pair, tmp_path):
@@ -510,8 +642,10 @@ def test_scores_and_forms_of_files(tmp_path, capsys):
     rows = [("q0", "5"), (chat, "4"), (talk, "3"), ("q0", "1"), ("q3", ""), ("mine", "5")]
     ours = write(tmp_path / "a.jsonl", [{"prompt": p, "response": r, "model": "x"} for p, r in rows])
     alpaca = [("q0", "4"), ("q1", "2"), ("[system]\nBe brief.\n\n[user]\nq1", "3"), ("q3", "2")]
-    (tmp_path / "b.json").write_text(json.dumps([{"instruction": p, "output": r, "generator": "y"} for p, r in alpaca]))
-    answer = lambda question: re.search(r"<answer>\n(.*?)\n</answer>", question, re.S)[1]  # noqa: E731
+    (tmp_path / "b.json").write_text(
+        json.dumps([{"instruction": p, "output": r, "generator": "y"} for p, r in alpaca])
+    )
+    answer = lambda question: re.search(r"<answer>\n(.*?)\n</answer>", question, re.S)[1]
     with serving(lambda question, *_: f"Score: {answer(question) or 1}") as server:
         out, error = run(server, (ours, str(tmp_path / "b.json")), tmp_path / "run", mode="score")
     assert error is None and len(server.asked) == 8  # both files answer one prompt with 3: one question
@@ -519,7 +653,11 @@ def test_scores_and_forms_of_files(tmp_path, capsys):
     first, second = out["files"]
     assert first["histogram"] == [1, 0, 1, 1, 2] and first["mean"] == 3.6 and first["n"] == 5
     assert second["histogram"] == [0, 2, 1, 1, 0] and second["mean"] == 2.75
-    assert out["difference"] == {"n": 4, "mean": 0.5, "ci95": pytest.approx(asking.average([1, 2, 0, -1])["ci95"])}
+    assert out["difference"] == {
+        "n": 4,
+        "mean": 0.5,
+        "ci95": pytest.approx(asking.average([1, 2, 0, -1])["ci95"]),
+    }
     said = capsys.readouterr().out
     assert (
         "1 of its prompts are not in every file" in said
@@ -531,9 +669,15 @@ def test_scores_and_forms_of_files(tmp_path, capsys):
 def test_equal_responses_are_a_tie_unasked(tmp_path):
     one = write(
         tmp_path / "a.jsonl",
-        [{"prompt": "p", "response": "same"}, {"prompt": "q", "response": "good"}, {"prompt": "z", "response": "z"}],
+        [
+            {"prompt": "p", "response": "same"},
+            {"prompt": "q", "response": "good"},
+            {"prompt": "z", "response": "z"},
+        ],
     )
-    two = write(tmp_path / "b.jsonl", [{"prompt": "q", "response": "bad"}, {"prompt": "p", "response": "same"}])
+    two = write(
+        tmp_path / "b.jsonl", [{"prompt": "q", "response": "bad"}, {"prompt": "p", "response": "same"}]
+    )
     with serving(honest) as server:
         out, error = run(server, (one, two), tmp_path / "run")
     assert error is None and len(server.asked) == 2 and out["not_in_every_file"] == [1, 0]
@@ -542,7 +686,9 @@ def test_equal_responses_are_a_tie_unasked(tmp_path):
 
 def test_template(pair, tmp_path):
     file = tmp_path / "t.txt"
-    file.write_text("Which? {prompt} <answer_a>\n{answer_a}\n</answer_a><answer_b>\n{answer_b}\n</answer_b> Say `Verdict: X`.")
+    file.write_text(
+        "Which? {prompt} <answer_a>\n{answer_a}\n</answer_a><answer_b>\n{answer_b}\n</answer_b> Say `Verdict: X`."
+    )
     with serving(honest) as server:
         out, error = run(server, pair, tmp_path / "run", template=str(file))
         assert error is None and server.asked[0].startswith("Which? q") and out["win_rate"] == 0.7
@@ -554,11 +700,16 @@ def test_arguments_and_files_that_make_no_sense(pair, tmp_path, monkeypatch):
     bad = write(tmp_path / "bad.jsonl", [{"prompt": "p", "response": "r"}, {"prompt": "p", "text": "r"}])
     other = write(tmp_path / "other.jsonl", [{"prompt": "p", "response": "r"}])
     for files, changes, words in [
-        (pair[:1], {}, "takes two files, not 1"), ((pair[0], "none.jsonl"), {}, "none.jsonl: no such file"),
-        ((pair[0], bad), {}, "bad.jsonl, row 2: no 'response'"), ((pair[0], other), {}, "no prompt is in both"),
-        (pair, {"concurrency": 0}, "--concurrency"), (pair, {"extra": "[1]"}, "--extra"), (pair, {"extra": "{"}, "--extra"),
-        (pair, {"endpoint": "localhost:8000"}, "begins with http"), (pair, {"template": "none"}, "--template none: no such file"),
-    ]:  # fmt: skip
+        (pair[:1], {}, "takes two files, not 1"),
+        ((pair[0], "none.jsonl"), {}, "none.jsonl: no such file"),
+        ((pair[0], bad), {}, "bad.jsonl, row 2: no 'response'"),
+        ((pair[0], other), {}, "no prompt is in both"),
+        (pair, {"concurrency": 0}, "--concurrency"),
+        (pair, {"extra": "[1]"}, "--extra"),
+        (pair, {"extra": "{"}, "--extra"),
+        (pair, {"endpoint": "localhost:8000"}, "begins with http"),
+        (pair, {"template": "none"}, "--template none: no such file"),
+    ]:
         _, error = run("http://127.0.0.1:9/v1", files, tmp_path / "run", **changes)
         assert words in error and "\n" not in error, error
     monkeypatch.setitem(sys.modules, "openai", None)
@@ -568,7 +719,16 @@ def test_arguments_and_files_that_make_no_sense(pair, tmp_path, monkeypatch):
 def test_command_line(pair, tmp_path, monkeypatch, capfd):
     """As from a shell: nothing but a bar on stderr, and that only on a terminal; --help explains every field."""
     with serving(honest) as server:
-        flags = ["--responses", *pair, "--judge-model", "m", "--endpoint", server.endpoint, "--run-dir", str(tmp_path / "out")]
+        flags = [
+            "--responses",
+            *pair,
+            "--judge-model",
+            "m",
+            "--endpoint",
+            server.endpoint,
+            "--run-dir",
+            str(tmp_path / "out"),
+        ]
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "judge", *flags, "--prompts", "2"])
         runpy.run_path(str(helpers.ROOT / "evaluate.py"), run_name="__main__")
     out, err = capfd.readouterr()
@@ -576,7 +736,7 @@ def test_command_line(pair, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "judge", "--help"])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(helpers.ROOT / "evaluate.py"), run_name="__main__")
-    squeeze = lambda text: re.sub(r"[^a-z0-9]", "", text.lower())  # noqa: E731
+    squeeze = lambda text: re.sub(r"[^a-z0-9]", "", text.lower())
     text = squeeze(capfd.readouterr().out)
     tree = ast.parse((helpers.ROOT / "evaluation/judge.py").read_text())
     (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Judge")
@@ -601,13 +761,18 @@ def test_transformers_serve(tmp_path, mode):
         "What is 2 + 2?": ("4", "It is 5, I think."),
         "Say hello.": ("Hello!", "No."),
     }
-    files = tuple(write(tmp_path / f"{i}.jsonl", [{"prompt": q, "response": r[i]} for q, r in questions.items()]) for i in (0, 1))
+    files = tuple(
+        write(tmp_path / f"{i}.jsonl", [{"prompt": q, "response": r[i]} for q, r in questions.items()])
+        for i in (0, 1)
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     tool = str(Path(sys.executable).with_name("transformers"))
     with open(tmp_path / "log", "w") as log:
-        server = subprocess.Popen([tool, "serve", "--host", "127.0.0.1", "--port", str(port), MODEL], stdout=log, stderr=log)
+        server = subprocess.Popen(
+            [tool, "serve", "--host", "127.0.0.1", "--port", str(port), MODEL], stdout=log, stderr=log
+        )
     try:
         deadline = time.monotonic() + 180
         while time.monotonic() < deadline and server.poll() is None:

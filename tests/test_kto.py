@@ -66,7 +66,11 @@ def test_mismatched_uses_every_response_once_where_all_prompts_differ():
 
 
 def test_mismatched_of_a_single_prompt_is_itself():
-    assert kto.mismatched(["p"] * 3, 0) == [0, 1, 2] and kto.mismatched(["p"], 0) == [0] and kto.mismatched([], 0) == []
+    assert (
+        kto.mismatched(["p"] * 3, 0) == [0, 1, 2]
+        and kto.mismatched(["p"], 0) == [0]
+        and kto.mismatched([], 0) == []
+    )
 
 
 # --- what it tends to ------------------------------------------------------------------------------------------------
@@ -78,12 +82,14 @@ def test_tends_to_the_majority_of_an_enumerable_world():
     policy ends with more than 0.95 there, from less than 0.9; every response's first gradient has the majority's sign."""
     for seed in (0, 2):
         world, beta, weights = World(seed), 1.0, (1.5, 1.0)
-        ups = torch.tensor([random.Random(100 * seed + i).choice((0, 2, 3, 5, 6, 9)) for i in range(len(RESPONSES))])
+        ups = torch.tensor(
+            [random.Random(100 * seed + i).choice((0, 2, 3, 5, 6, 9)) for i in range(len(RESPONSES))]
+        )
         good = weights[0] * ups > weights[1] * (10 - ups)
         at = torch.arange(len(RESPONSES)).repeat_interleave(10)
         labels = torch.arange(10).repeat(len(RESPONSES)) < ups[at]
         ref = logprobs_of(world.ref_logits).sum(1)
-        mass = lambda: logprobs_of(logits.detach()).sum(1).exp()[good].sum().item()  # noqa: E731
+        mass = lambda: logprobs_of(logits.detach()).sum(1).exp()[good].sum().item()
         h = torch.zeros(len(RESPONSES), dtype=torch.float64, requires_grad=True)
         (slope,) = torch.autograd.grad(kto.kto_loss(h[at], labels, 0.0, beta, *weights), h)
         assert ((slope < 0) == good).all() and good.any() and not good.all()
@@ -114,14 +120,25 @@ def summed_logprobs(folder, sequences, pad):
 def test_reference_point_is_the_clamped_mean_over_mismatched_pairs(world, weights):
     """At the first step 0, and each loss half its weight. At the second it is the drift of the policy exported after one step on
     the batch's prompts with other prompts' responses where that is positive (thumbs up rule), else 0 (thumbs down rule)."""
-    args = helpers.ARGS["kto"] | dict(eval_dataset="labels.jsonl", eval_split="train", lr_schedule="constant", precision="fp64")
-    args |= dict(zip(("desirable_weight", "undesirable_weight"), weights, strict=True), lr=3e-4, batch_size=30)
+    args = helpers.ARGS["kto"] | dict(
+        eval_dataset="labels.jsonl", eval_split="train", lr_schedule="constant", precision="fp64"
+    )
+    args |= dict(
+        zip(("desirable_weight", "undesirable_weight"), weights, strict=True), lr=3e-4, batch_size=30
+    )
     for steps in (1, 2):
         world.run("kto", **args | dict(steps=steps), run_dir=f"runs/kto-{weights[0]}-{steps}").ok()
     one, two = (row for row in helpers.metrics(world.path(f"runs/kto-{weights[0]}-2")) if "kto/loss" in row)
 
     tokenizer = load_tokenizer(reviews.folder("policy"))
-    rows = tokenize(read_rows(str(world.path("labels.jsonl")), "labelled"), tokenizer, ("response",), 24, 16, "labels.jsonl")
+    rows = tokenize(
+        read_rows(str(world.path("labels.jsonl")), "labelled"),
+        tokenizer,
+        ("response",),
+        24,
+        16,
+        "labels.jsonl",
+    )
     first, second = (batch_indices(len(rows), args["batch_size"], step, 0) for step in (0, 1))
     assert one["kto/reference_point"] == pytest.approx(0, abs=1e-6)
     halves = [0.5 * weights[0 if rows[i]["label"] else 1] for i in first]

@@ -25,9 +25,16 @@ pytest.importorskip("peft", reason="LoRA needs peft: pip install peft")
 pytestmark = pytest.mark.usefixtures("group")
 LORA = dict(lora_rank=4, lora_alpha=8.0)
 ARGS = SimpleNamespace(
-    precision="fp32", shard_size=0, gradient_checkpointing=False, micro_batch_size=3, ref_model="",
-    lora_rank=4, lora_alpha=8.0, lora_dropout=0.5, lora_merge=True,
-)  # fmt: skip
+    precision="fp32",
+    shard_size=0,
+    gradient_checkpointing=False,
+    micro_batch_size=3,
+    ref_model="",
+    lora_rank=4,
+    lora_alpha=8.0,
+    lora_dropout=0.5,
+    lora_merge=True,
+)
 SEQUENCES = [([1, 9, 12, 20], [30, 31, 2]), ([1, 8, 5], [33, 2]), ([1, 7, 7, 21, 22], [35, 36, 37, 38, 2])]
 
 
@@ -65,7 +72,9 @@ def test_adapters_start_as_nothing_and_alone_are_trained():
         assert torch.equal(logprobs(adapted), logprobs(base))
     trained = {key for key, parameter in adapted.named_parameters() if parameter.requires_grad}
     layers = [key for key, module in adapted.named_modules() if hasattr(module, "lora_A")]
-    assert len(layers) == 2 * 7 and len(trained) == 2 * len(layers) and all(".lora_" in key for key in trained)
+    assert (
+        len(layers) == 2 * 7 and len(trained) == 2 * len(layers) and all(".lora_" in key for key in trained)
+    )
     assert len(adamw(adapted, 1e-3).param_groups[0]["params"]) == len(trained)
     assert state_bytes([adapted]) < 1.5 * state_bytes([base])
 
@@ -130,16 +139,24 @@ def test_exports_compute_what_the_policy_does(policy, merge, tmp_path):
 def alone(world):
     @functools.cache
     def run(script):
-        world.run(script, **helpers.ARGS[script] | LORA | dict(precision="fp64", run_dir=f"runs/lora-{script}")).ok()
+        world.run(
+            script, **helpers.ARGS[script] | LORA | dict(precision="fp64", run_dir=f"runs/lora-{script}")
+        ).ok()
         return world.path(f"runs/lora-{script}")
 
     return run
 
 
-@pytest.mark.parametrize("script", ["sft", "reward", "gvm_td", "dvpo", "dro", "kto", "grpo", "remax"])  # ppo, rpo, dpo: below
+@pytest.mark.parametrize(
+    "script", ["sft", "reward", "gvm_td", "dvpo", "dro", "kto", "grpo", "remax"]
+)  # ppo, rpo, dpo: below
 def test_same_training_on_two_ranks(world, alone, script):
     """Losses, norms, KL, samples and merged weights: 2 ranks in small micro-batches as 1 rank in one."""
-    args = helpers.ARGS[script] | LORA | dict(precision="fp64", micro_batch_size=2, run_dir=f"runs/lora-{script}-2")
+    args = (
+        helpers.ARGS[script]
+        | LORA
+        | dict(precision="fp64", micro_batch_size=2, run_dir=f"runs/lora-{script}-2")
+    )
     world.run(script, 2, **args).ok()
     helpers.assert_same(alone(script), world.path(f"runs/lora-{script}-2"), weights=1e-9)
 
@@ -160,7 +177,9 @@ def test_reward_model_adapter_has_its_head_and_statistics(world, tmp_path):
         opened = peft.AutoPeftModelForSequenceClassification.from_pretrained(adapter, **options).eval()
         plain = AutoModelForSequenceClassification.from_pretrained(merged).eval()
         assert plain(input_ids=ids).logits.abs().item() > 1e-4
-        torch.testing.assert_close(opened(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            opened(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=0, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("script", ["dpo", "ppo"])
@@ -172,7 +191,9 @@ def test_resumed_is_unbroken(world, script):
     world.run(script, **args | dict(steps=2, run_dir=parts)).ok()
     world.run(script, **args | dict(steps=4, run_dir=parts, resume=True)).ok()
     assert helpers.exported(world.path(parts)) == helpers.exported(world.path(whole))
-    training = lambda run: [row for row in helpers.metrics(world.path(run)) if not any(key.startswith("eval/") for key in row)]  # noqa: E731
+    training = lambda run: [
+        row for row in helpers.metrics(world.path(run)) if not any(key.startswith("eval/") for key in row)
+    ]
     rows = [training(run) for run in (parts, whole)]
     assert rows[0] == rows[1] and len(rows[0]) == 4
     reader = FileSystemReader(world.path(whole) / "checkpoints/step-000004/dcp")
@@ -183,14 +204,26 @@ def test_resumed_is_unbroken(world, script):
 def test_encoder_decoder(world):
     """Adapters in encoder and decoder of a T5, on 1 and 2 ranks; the reference with adapters off; a merged export."""
     helpers.make_t5(world.path("runs/t5lora"))
-    sizes = dict(max_prompt_length=80, max_response_length=40, precision="fp64", model="runs/t5lora", precompute_ref=False)
+    sizes = dict(
+        max_prompt_length=80,
+        max_response_length=40,
+        precision="fp64",
+        model="runs/t5lora",
+        precompute_ref=False,
+    )
     for processes in (0, 2):
-        world.run("rpo", processes, **helpers.ARGS["rpo"] | LORA | sizes | dict(run_dir=f"runs/t5lora-{processes}")).ok()
+        world.run(
+            "rpo", processes, **helpers.ARGS["rpo"] | LORA | sizes | dict(run_dir=f"runs/t5lora-{processes}")
+        ).ok()
     helpers.assert_same(*(world.path(f"runs/t5lora-{processes}") for processes in (0, 2)), weights=1e-9)
-    before, after = (load_file(world.path(f) / "model.safetensors") for f in ("runs/t5lora", "runs/t5lora-0/model"))
+    before, after = (
+        load_file(world.path(f) / "model.safetensors") for f in ("runs/t5lora", "runs/t5lora-0/model")
+    )
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key].double(), after[key])}
-    assert changed == {key for key in before if "Attention." in key and "bias" not in key or "DenseReluDense" in key}
+    assert changed == {
+        key for key in before if "Attention." in key and "bias" not in key or "DenseReluDense" in key
+    }
 
 
 def test_resume_with_another_rank(world):
@@ -219,7 +252,11 @@ def test_resume_on_another_number_of_ranks(world, before, after):
 @pytest.mark.parametrize("script", ["ppo", "reward", "dro"])
 def test_with_bf16_checkpointing_and_dropout(world, script):
     """What a GPU run has on: no crash, finite losses, adapters that moved."""
-    args = helpers.ARGS[script] | LORA | dict(precision="bf16", gradient_checkpointing=True, lora_dropout=0.1, steps=2)
+    args = (
+        helpers.ARGS[script]
+        | LORA
+        | dict(precision="bf16", gradient_checkpointing=True, lora_dropout=0.1, steps=2)
+    )
     world.run(script, **args, run_dir=f"runs/all-{script}").ok()
     rows = helpers.metrics(world.path(f"runs/all-{script}"))
     norms = [value for row in rows for key, value in row.items() if key.endswith("grad_norm")]
@@ -232,13 +269,17 @@ def test_a_model_without_linear_layers(world):
 
     folder = helpers.edit_model(world, "policy", "gpt2")
     ids = dict(vocab_size=len(reviews.WORDS), bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64, **ids)).save_pretrained(world.path(folder))
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64, **ids)).save_pretrained(
+        world.path(folder)
+    )
     line = world.run("sft", **helpers.ARGS["sft"] | LORA | dict(model=folder, run_dir="runs/conv")).error()
     assert "--lora-rank" in line and "torch.nn.Linear" in line
 
 
 def test_without_peft(world):
     """One line with the pip command."""
-    line = world.run("dpo", patch=missing_peft, **helpers.ARGS["dpo"] | LORA | dict(run_dir="runs/nopeft")).error()
+    line = world.run(
+        "dpo", patch=missing_peft, **helpers.ARGS["dpo"] | LORA | dict(run_dir="runs/nopeft")
+    ).error()
     assert not world.path("runs/nopeft").exists()  # before the data are read, let alone scored
     assert "--lora-rank" in line and "pip install peft" in line

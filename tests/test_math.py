@@ -64,7 +64,9 @@ def test_td_targets_are_the_mixture_of_n_step_returns(gamma, lam):
                 total += (1 - lam) * lam ** (n - 1) * discount * q[t + n]
             # what remains of the weight is Monte Carlo
             expected[b, t] = total + lam ** (length - t) * gamma ** (length - max(t, 1)) * s
-    got = gvm_td.td_targets(values.masked_fill(~torch.cat([mask[:, :1], mask], 1), NAN), scores, mask, gamma, lam)
+    got = gvm_td.td_targets(
+        values.masked_fill(~torch.cat([mask[:, :1], mask], 1), NAN), scores, mask, gamma, lam
+    )
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
@@ -108,7 +110,9 @@ def test_whiten_reads_only_the_valid_entries():
     assert (scaled[~mask] == 0).all()
     for rubbish in (NAN, INF, 1e9):
         torch.testing.assert_close(ppo.whiten(x.masked_fill(~mask, rubbish), mask), clean, rtol=0, atol=0)
-    assert torch.isfinite(ppo.whiten(torch.ones(2, 3), ragged([1, 3]))).all()  # no spread is not a division by zero
+    assert torch.isfinite(
+        ppo.whiten(torch.ones(2, 3), ragged([1, 3]))
+    ).all()  # no spread is not a division by zero
 
 
 def test_token_rewards_puts_the_score_on_each_last_token():
@@ -118,7 +122,9 @@ def test_token_rewards_puts_the_score_on_each_last_token():
     for b, n in enumerate((1, 3)):
         for t in range(n):
             expected[b, t] = -0.3 * kl[b, t].item() + (scores[b].item() if t == n - 1 else 0.0)
-    torch.testing.assert_close(ppo.token_rewards(kl.masked_fill(~mask, NAN), scores, mask, 0.3), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        ppo.token_rewards(kl.masked_fill(~mask, NAN), scores, mask, 0.3), expected, rtol=0, atol=1e-12
+    )
 
 
 # --- KL --------------------------------------------------------------------------------------------------------------
@@ -139,11 +145,16 @@ def test_kl_estimates_leave_padding_out_before_exp():
     """Padding of any content, -inf - -inf and an exp that overflows included, gives 0."""
     mask = ragged([1, 2], 3)
     a, b = noise(2, 3).masked_fill(~mask, -INF), noise(2, 3, seed=1).masked_fill(~mask, -INF)
-    for x in (*ppo.kl_estimates(a, b, mask), *ppo.kl_estimates(a.masked_fill(~mask, -1e6), b.masked_fill(~mask, 0.0), mask)):
+    for x in (
+        *ppo.kl_estimates(a, b, mask),
+        *ppo.kl_estimates(a.masked_fill(~mask, -1e6), b.masked_fill(~mask, 0.0), mask),
+    ):
         assert torch.isfinite(x).all() and (x[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("kl, factor", [(0.1, 1.0), (0.11, 1 + 0.1 * 0.01), (0.5, 1 + 0.2 * 0.01), (0.0, 1 - 0.2 * 0.01)])
+@pytest.mark.parametrize(
+    "kl, factor", [(0.1, 1.0), (0.11, 1 + 0.1 * 0.01), (0.5, 1 + 0.2 * 0.01), (0.0, 1 - 0.2 * 0.01)]
+)
 def test_next_beta_follows_the_kl_and_is_clipped(kl, factor):
     """1909.08593: beta rises where the KL is over its target, by at most 20 % of batch / horizon."""
     assert ppo.next_beta(0.2, kl, 0.1, 100, horizon=10_000) == pytest.approx(0.2 * factor, rel=1e-12)
@@ -173,7 +184,9 @@ def test_policy_loss_value_gradient_and_statistics_against_a_loop():
     assert len(branches) >= 4  # clipped and pessimistic cases on either side are all in the sample
     assert loss.item() == pytest.approx(total, abs=1e-12)
     torch.testing.assert_close(new.grad, grad, rtol=0, atol=1e-12)
-    torch.testing.assert_close(stats, torch.tensor([clipped, k3, ratios], dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        stats, torch.tensor([clipped, k3, ratios], dtype=torch.float64), rtol=0, atol=1e-12
+    )
 
 
 def test_policy_loss_at_ratio_one_is_minus_the_advantage():
@@ -195,7 +208,9 @@ def test_policy_loss_padding_gives_no_nan(padding):
     old = noise(2, 3, seed=2).masked_fill(~mask, padding[1])
     loss, stats = ppo.policy_loss(new, old, adv, mask, 0.2)
     loss.backward()
-    clean, _ = ppo.policy_loss(new.detach().masked_fill(~mask, 0.0), old.masked_fill(~mask, 0.0), adv, mask, 0.2)
+    clean, _ = ppo.policy_loss(
+        new.detach().masked_fill(~mask, 0.0), old.masked_fill(~mask, 0.0), adv, mask, 0.2
+    )
     assert loss.item() == clean.item() and torch.isfinite(stats).all()
     assert torch.isfinite(new.grad).all() and (new.grad[~mask] == 0).all()
 
@@ -216,7 +231,9 @@ def test_bradley_terry_loss_closed_form_and_stable():
     """-log sigmoid(d) = log(1 + exp(-d)), summed; differences of +-1e4 neither overflow nor lose their gradient."""
     d = torch.tensor([0.0, 1.5, -2.0], dtype=torch.float64)
     expected = sum(math.log(1 + math.exp(-x)) for x in d.tolist())
-    assert reward.bradley_terry_loss(d + 3, torch.full_like(d, 3.0)).item() == pytest.approx(expected, abs=1e-12)
+    assert reward.bradley_terry_loss(d + 3, torch.full_like(d, 3.0)).item() == pytest.approx(
+        expected, abs=1e-12
+    )
     chosen = torch.tensor([1e4, -1e4], requires_grad=True)
     loss = reward.bradley_terry_loss(chosen, torch.zeros(2))
     loss.backward()
@@ -230,7 +247,9 @@ def test_normalise_is_batch_normalisation_of_the_valid_entries():
     weights = noise(3, 6, seed=1)
     mine, theirs = ((2 + 3 * noise(3, 6)).requires_grad_() for _ in range(2))
     normal, mean, std = gvm_td.normalise(mine, mask)
-    expected = torch.nn.functional.batch_norm(theirs[valid][:, None], None, None, training=True, eps=1e-5)[:, 0]
+    expected = torch.nn.functional.batch_norm(theirs[valid][:, None], None, None, training=True, eps=1e-5)[
+        :, 0
+    ]
     torch.testing.assert_close(normal[valid], expected, rtol=0, atol=1e-12)
     assert (normal[~valid] == 0).all()
     (normal * weights).sum().backward()
@@ -264,7 +283,10 @@ def test_pair_accuracy_counts_strict_wins():
 
 def test_make_pairs_of_scored_rows():
     """All ordered pairs within a prompt, the better one first; equal scores and other prompts make none."""
-    rows = [{"prompt": p, "response": str(i), "reward": r} for i, (p, r) in enumerate([("a", 1), ("b", 9), ("a", 2), ("a", 1)])]
+    rows = [
+        {"prompt": p, "response": str(i), "reward": r}
+        for i, (p, r) in enumerate([("a", 1), ("b", 9), ("a", 2), ("a", 1)])
+    ]
     pairs = [(x["response"], y["response"]) for x, y in measures.make_pairs(rows, 0.0)]
     assert sorted(pairs) == [("2", "0"), ("2", "3")]
     assert len(measures.make_pairs(rows, 1.0)) == 2 and not measures.make_pairs(rows, 1.5)  # "at least"
@@ -280,7 +302,9 @@ def test_learning_rate_schedules(schedule):
     assert rate[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
     for s in range(4, 25):
         x = (s - 4) / 20
-        assert rate[s] == pytest.approx({"constant": 2.0, "linear": 2 * (1 - x), "cosine": 1 + math.cos(math.pi * x)}[schedule])
+        assert rate[s] == pytest.approx(
+            {"constant": 2.0, "linear": 2 * (1 - x), "cosine": 1 + math.cos(math.pi * x)}[schedule]
+        )
     assert ppo.learning_rate(0, 10, 2.0, 0, schedule) == pytest.approx(2.0)  # no warm-up starts at the peak
 
 

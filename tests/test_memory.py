@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tools import plan_memory as memory
 
-SIZES = dict(vocab_size=1024, hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4)
+SIZES = dict(
+    vocab_size=1024, hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4
+)
 FLAGS = "--batch-size 4 --mini-batch-size 4 --micro-batch-size 2 --max-prompt-length 24 --max-response-length 8".split()
 FLAGS += ["--precision", "fp32"]
 STEP = ("rollout", "reward", "advantage", "update")
@@ -40,8 +42,12 @@ def plan(model):
 
 def parameters(head: bool) -> int:
     """Of a policy, or of a model with a head (and its bias)."""
-    h, f, layers, v = (SIZES[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"))
-    layer = 2 * h * h + 2 * h * h // 2 + 3 * h * f + 2 * h  # q and o, k and v of half the heads, feed-forward, norms
+    h, f, layers, v = (
+        SIZES[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    )
+    layer = (
+        2 * h * h + 2 * h * h // 2 + 3 * h * f + 2 * h
+    )  # q and o, k and v of half the heads, feed-forward, norms
     return v * h + layers * layer + h + (h + 1 if head else v * h)
 
 
@@ -70,12 +76,19 @@ def test_the_tracker_counts_what_is_alive(fake):
 
 @pytest.mark.parametrize(
     "algorithm, flags",
-    [("ppo", ["--precision", "bf16"]), ("grpo", ["--group-size", "2"]), ("dvpo", ["--precision", "bf16", "--offload-frozen"])],
+    [
+        ("ppo", ["--precision", "bf16"]),
+        ("grpo", ["--group-size", "2"]),
+        ("dvpo", ["--precision", "bf16", "--offload-frozen"]),
+    ],
 )
 def test_the_plan_is_what_a_real_step_takes(model, plan, algorithm, flags):
     """The script's main with real tensors and weights, watched by the same tracker: in bf16 through FSDP, in float32 without;
     GRPO's equal prompts are read once."""
-    planned, real = plan(algorithm, *flags), memory.measure(algorithm, ["--model", model, *FLAGS, *flags], fake=False)
+    planned, real = (
+        plan(algorithm, *flags),
+        memory.measure(algorithm, ["--model", model, *FLAGS, *flags], fake=False),
+    )
     assert planned.state == real.state
     for phase in STEP:
         assert planned.phases[phase] == pytest.approx(real.phases[phase], rel=0.05), phase
@@ -85,7 +98,9 @@ def test_the_plan_is_what_a_real_step_takes(model, plan, algorithm, flags):
 def test_an_offline_script_is_planned_too(model, algorithm):
     flags = [flag for flag in FLAGS if flag != "--mini-batch-size"]
     flags.remove("4")
-    planned, real = (memory.measure(algorithm, ["--model", model, *flags], fake=fake) for fake in (True, False))
+    planned, real = (
+        memory.measure(algorithm, ["--model", model, *flags], fake=fake) for fake in (True, False)
+    )
     assert planned.steps() == real.steps() == ["update"]
     assert planned.phases["update"] == pytest.approx(real.phases["update"], rel=0.01)
 
@@ -108,7 +123,11 @@ def test_eight_ranks_hold_an_eighth(plan):
         assert eight[name] == pytest.approx(one[name] / 8, rel=0.02), name  # a head of one row is on one rank
     replicas = plan("dvpo", "--shard-size", "4", gpus=8)
     assert replicas.state["gradients"] == pytest.approx(one["gradients"] / 4, rel=0.02)
-    assert {kind for phase, kind, _ in replicas.sent if phase == "update"} == {"all-gather", "reduce-scatter", "all-reduce"}
+    assert {kind for phase, kind, _ in replicas.sent if phase == "update"} == {
+        "all-gather",
+        "reduce-scatter",
+        "all-reduce",
+    }
 
 
 def test_what_a_rank_sends_has_its_closed_form(plan):
@@ -126,7 +145,10 @@ def test_what_a_rank_sends_has_its_closed_form(plan):
 def test_more_work_takes_more(plan):
     """A larger micro-batch and longer responses need more in the update, gradient checkpointing less, a critic more."""
     base, update = plan("dvpo"), lambda *flags, **more: plan("dvpo", *flags, **more).phases["update"]
-    assert update("--batch-size", "8", "--mini-batch-size", "8", "--micro-batch-size", "4") > 1.05 * base.phases["update"]
+    assert (
+        update("--batch-size", "8", "--mini-batch-size", "8", "--micro-batch-size", "4")
+        > 1.05 * base.phases["update"]
+    )
     assert update("--max-response-length", "24") > base.phases["update"]
     long = "--max-prompt-length", "300"
     assert update(*long, "--gradient-checkpointing") < 0.9 * update(*long)
@@ -135,9 +157,14 @@ def test_more_work_takes_more(plan):
     assert base.phases["update"] - update("--offload-frozen") == pytest.approx(frozen, rel=0.01)
     if transformers.__version__ < "5.23":
         pytest.skip("the closed form of a rollout's memory was derived for transformers 5.23 and later")
-    short, long = (plan("dvpo", "--max-response-length", n, "--micro-batch-size", "1").phases["rollout"] for n in ("150", "240"))
+    short, long = (
+        plan("dvpo", "--max-response-length", n, "--micro-batch-size", "1").phases["rollout"]
+        for n in ("150", "240")
+    )
     columns = 272 - 176  # the room for 24 + 240 - 1 tokens, and for 24 + 150 - 1, in multiples of 16
-    assert long - short == 2 * 2 * 2 * 32 * 4 * 4 * columns  # keys and values, 2 layers, 2 heads of 32, float32, 4 responses
+    assert (
+        long - short == 2 * 2 * 2 * 32 * 4 * 4 * columns
+    )  # keys and values, 2 layers, 2 heads of 32, float32, 4 responses
 
 
 def test_extrapolation_in_depth(plan, monkeypatch):
@@ -150,14 +177,22 @@ def test_extrapolation_in_depth(plan, monkeypatch):
 
 
 def test_an_unknown_model_is_one_line(capsys):
-    with pytest.raises(SystemExit, match="^error: Llama-9: neither a folder with a config.json nor one of Llama-3.2-1B"):
+    with pytest.raises(
+        SystemExit, match="^error: Llama-9: neither a folder with a config.json nor one of Llama-3.2-1B"
+    ):
         memory.measure("dvpo", ["--model", "Llama-9", *FLAGS])
     with pytest.raises(SystemExit, match="^error: the planner counts our own loop"):
         memory.measure("dvpo", ["--model", "Llama-3.2-1B", "--rollout-engine", "vllm", *FLAGS])
 
 
 def test_presets_have_the_published_sizes():
-    sizes = {"Llama-3.2-1B": 1.236, "Llama-3.2-3B": 3.213, "Llama-3-8B": 8.030, "Llama-3-70B": 70.554, "Qwen2.5-0.5B": 0.494}
+    sizes = {
+        "Llama-3.2-1B": 1.236,
+        "Llama-3.2-3B": 3.213,
+        "Llama-3-8B": 8.030,
+        "Llama-3-70B": 70.554,
+        "Qwen2.5-0.5B": 0.494,
+    }
     sizes |= {"Qwen2.5-7B": 7.616, "Qwen2.5-14B": 14.770, "Qwen2.5-32B": 32.764}
     assert sizes.keys() == memory.PRESETS.keys()
     for name, billions in sizes.items():

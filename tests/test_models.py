@@ -32,8 +32,14 @@ from common.tokenization import encode_prompt, load_tokenizer, stop_token, token
 from common.value_heads import response_values, sequence_scores
 
 PAD, BOS, EOS = (reviews.SPECIAL.index(f"<{role}>") for role in ("pad", "bos", "eos"))
-ARGS = SimpleNamespace(precision="fp32", shard_size=0, gradient_checkpointing=False, micro_batch_size=3, lora_rank=0)
-KINDS = {"policy": AutoModelForCausalLM, "value": AutoModelForTokenClassification, "reward": AutoModelForSequenceClassification}
+ARGS = SimpleNamespace(
+    precision="fp32", shard_size=0, gradient_checkpointing=False, micro_batch_size=3, lora_rank=0
+)
+KINDS = {
+    "policy": AutoModelForCausalLM,
+    "value": AutoModelForTokenClassification,
+    "reward": AutoModelForSequenceClassification,
+}
 pytestmark = pytest.mark.usefixtures("group")
 
 
@@ -41,12 +47,24 @@ pytestmark = pytest.mark.usefixtures("group")
 def folders(tmp_path_factory):
     """Random policy, value and reward folders with weights so large that no distribution is uniform; dropout in the config."""
     root, found = tmp_path_factory.mktemp("models"), {}
-    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3)
+    shape = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+    )
     for seed, (kind, auto) in enumerate(KINDS.items()):
         config = LlamaConfig(
-            vocab_size=len(reviews.WORDS), attention_dropout=0.3, num_labels=1, classifier_dropout=0.3,
-            pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, **shape,
-        )  # fmt: skip
+            vocab_size=len(reviews.WORDS),
+            attention_dropout=0.3,
+            num_labels=1,
+            classifier_dropout=0.3,
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            **shape,
+        )
         torch.manual_seed(seed)
         model = auto.from_config(config)
         if kind == "policy":  # the pad token would be a popular one, were it not forbidden
@@ -79,7 +97,7 @@ def plain(folders, kind):
 def sample_sequences(seed=0, sizes=((3, 1), (7, 9), (1, 4), (5, 6), (7, 2))):
     """Ragged (prompt, response) pairs of random words; no pad among the response tokens."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda n: torch.randint(3, len(reviews.WORDS), (n,), generator=generator).tolist()  # noqa: E731
+    draw = lambda n: torch.randint(3, len(reviews.WORDS), (n,), generator=generator).tolist()
     return [(draw(p), draw(r)) for p, r in sizes]
 
 
@@ -97,11 +115,13 @@ def expected_logprobs(model, prompt, response, temperature=1.0):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 12, 100])
-@pytest.mark.parametrize("temperature, forbidden, bias", [(1.0, None, False), (0.7, None, True), (1.3, 4, False)])
+@pytest.mark.parametrize(
+    "temperature, forbidden, bias", [(1.0, None, False), (0.7, None, True), (1.3, 4, False)]
+)
 def test_token_logprobs_is_a_full_log_softmax(chunk, temperature, forbidden, bias):
     """Chunked values, entropies and gradients (hidden, weight, bias) equal those of one log_softmax over [N, vocab]."""
     generator = torch.Generator().manual_seed(0)
-    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     leaves = [make(12, 8), make(9, 8), make(9) if bias else None]
     tokens, slope = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8, 0, 1, 2, 3]), make(12)
     results = []
@@ -124,9 +144,13 @@ def test_token_logprobs_is_a_full_log_softmax(chunk, temperature, forbidden, bia
 def test_the_last_chunks_logits_are_made_once_and_a_second_backward_is_as_the_first(monkeypatch):
     """Backward overwrites what forward left of the last chunk; where it is gone, the logits are made again."""
     calls, logits = [], TokenLogprobs.logits
-    monkeypatch.setattr(TokenLogprobs, "logits", lambda hidden, *rest: calls.append(len(hidden)) or logits(hidden, *rest))
+    monkeypatch.setattr(
+        TokenLogprobs, "logits", lambda hidden, *rest: calls.append(len(hidden)) or logits(hidden, *rest)
+    )
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(*shape, generator=generator).requires_grad_() for shape in ((12, 8), (9, 8)))
+    hidden, weight = (
+        torch.randn(*shape, generator=generator).requires_grad_() for shape in ((12, 8), (9, 8))
+    )
     logprobs, _ = token_logprobs(hidden, weight, None, torch.arange(12) % 9, chunk=5)
     gradients = [torch.autograd.grad(logprobs.sum(), (hidden, weight), retain_graph=True) for _ in range(2)]
     assert calls == [5, 5, 2] + [5, 5] + [2, 5, 5]
@@ -169,8 +193,12 @@ def test_ratio_is_one_and_kl_zero_before_the_first_update(folders, tokenizer, po
     prompts = [p for p, _ in sample_sequences(seed=2)] * 3
     responses = rollout(policy, tokenizer, prompts, 25, 0.8, (0, 1))[0]
     sequences = list(zip(prompts, responses, strict=True))
-    score = lambda model, size: run_micro_batches(  # noqa: E731
-        lambda mb: model.response_logprobs(**mb, temperature=0.8)[0], sequences, size, PAD, max(map(len, responses))
+    score = lambda model, size: run_micro_batches(
+        lambda mb: model.response_logprobs(**mb, temperature=0.8)[0],
+        sequences,
+        size,
+        PAD,
+        max(map(len, responses)),
     )
     old = score(policy, 5)
     assert policy.training and len(set(map(len, responses))) > 3
@@ -214,7 +242,9 @@ def test_response_values_alignment(folders, tokenizer):
         for t in range(1, len(response) + 1):
             torch.testing.assert_close(values[i, t], outputs[len(prompt) + t - 1], rtol=0, atol=2e-5)
         assert (values[i, len(response) + 1 :] == 0).all()
-    batch = collate([], PAD, "cpu")  # a rank with nothing to do: one masked sequence, all zero in spite of the head's bias
+    batch = collate(
+        [], PAD, "cpu"
+    )  # a rank with nothing to do: one masked sequence, all zero in spite of the head's bias
     assert (response_values(model, **batch) == 0).all()
 
 
@@ -250,7 +280,10 @@ def test_inverse_cdf_over_a_grid_of_uniforms_has_the_softmax_frequencies():
 def test_rollout_draws_from_the_policys_own_distribution(folders, tokenizer, policy):
     """First tokens of 4,000 samples at temperature 0.7 against the plain softmax: chi-square within four deviations; the pad
     token, which has a tenth or more of the raw probability, never."""
-    n, prompts = 4000, torch.randint(3, len(reviews.WORDS), (50, 4), generator=torch.Generator().manual_seed(0))
+    n, prompts = (
+        4000,
+        torch.randint(3, len(reviews.WORDS), (50, 4), generator=torch.Generator().manual_seed(0)),
+    )
     with torch.no_grad():
         logits = plain(folders, "policy")(input_ids=prompts).logits[:, -1].double() / 0.7
     popular = (logits.softmax(-1)[:, PAD] - 0.3).abs().argmin().item()
@@ -258,7 +291,9 @@ def test_rollout_draws_from_the_policys_own_distribution(folders, tokenizer, pol
     assert 0.1 < logits.softmax(-1)[PAD] < 0.6
     logits[PAD] = -math.inf
     p = logits.softmax(-1)
-    counts = torch.tensor([r[0] for r in rollout(policy, tokenizer, [prompt] * n, 1, 0.7, (0, 1))[0]]).bincount(minlength=len(p))
+    counts = torch.tensor(
+        [r[0] for r in rollout(policy, tokenizer, [prompt] * n, 1, 0.7, (0, 1))[0]]
+    ).bincount(minlength=len(p))
     assert counts[PAD] == 0
     common = p * n >= 5
     observed = torch.cat([counts[common], counts[~common].sum()[None]]).double()
@@ -300,7 +335,16 @@ def test_a_cache_with_room_holds_what_transformers_own_holds(monkeypatch):
     config = LlamaConfig(num_hidden_layers=1)
     (roomy,), (plain,) = rollout_room.roomy(config).layers, DynamicCache(config=config).layers
     assert type(roomy) is rollout_room.RoomyLayer
-    for tokens, rows in ((3, [0, 0, 1, 1]), (1, None), (1, [3, 1]), (1, None), (5, None), (1, [1]), (7, None), (1, None)):
+    for tokens, rows in (
+        (3, [0, 0, 1, 1]),
+        (1, None),
+        (1, [3, 1]),
+        (1, None),
+        (5, None),
+        (1, [1]),
+        (7, None),
+        (1, None),
+    ):
         given = torch.randn(2, plain.keys.shape[0] if plain.is_initialized else 2, 2, tokens, 3)
         for layer in (roomy, plain):
             layer.update(*given)
@@ -316,7 +360,11 @@ def test_log_probabilities_of_the_sampler_are_those_of_the_policy(tokenizer, pol
     prompts, pad = [p for p, _ in sample_sequences(seed=7)] * 3, tokenizer.pad_token_id
     responses, sampled = rollout(policy, tokenizer, prompts, 25, temperature, (0, 1), 5)
     lengths = [len(r) for r in responses]
-    assert len(set(lengths)) > 2 and sampled.shape == (len(prompts), max(lengths)) and sampled.dtype == torch.float32
+    assert (
+        len(set(lengths)) > 2
+        and sampled.shape == (len(prompts), max(lengths))
+        and sampled.dtype == torch.float32
+    )
     forward = lambda mb: policy.response_logprobs(**mb, temperature=temperature)[0]
     scored = run_micro_batches(forward, list(zip(prompts, responses, strict=True)), 3, pad, max(lengths))
     torch.testing.assert_close(sampled, scored, atol=1e-5, rtol=0)
@@ -329,16 +377,22 @@ def test_log_probabilities_of_the_sampler_are_those_of_the_policy(tokenizer, pol
 def test_rollout_past_the_room_of_its_cache(monkeypatch, window):
     """Greedy, against the plain model without a cache; a sliding window keeps transformers' own layers."""
     monkeypatch.setattr(rollout_room, "ROOM", 8)
-    sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    sizes = dict(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MistralConfig(**sizes, num_key_value_heads=1, sliding_window=window)).eval()
+    model = AutoModelForCausalLM.from_config(
+        MistralConfig(**sizes, num_key_value_heads=1, sliding_window=window)
+    ).eval()
     model.forbidden_token, prompts, n = None, [[5, 6, 7], [8] * 9, [5, 6, 7]], 20
     ones = torch.ones(3, dtype=torch.float64)
     with torch.no_grad():
         found = decode(model, prompts, torch.rand(3, n, dtype=torch.float64), 0 * ones, [-1], 0)
         for prompt, (response, _) in zip(prompts, found, strict=True):
             assert len(response) == n
-            logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+            logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[
+                0, len(prompt) - 1 : -1
+            ]
             assert response == logits.argmax(-1).tolist()
 
 
@@ -358,7 +412,7 @@ def test_the_first_eos_is_kept_and_nothing_after_it(folders, tokenizer, pad_is_e
     assert all(len(r) == limit and EOS not in r for r in cut)
     assert any(PAD in r for r in responses) == pad_is_eos  # there <pad> is a word like any other
     sequences = list(zip(prompts, responses, strict=True))
-    forward = lambda mb: model.response_logprobs(**mb)[0]  # noqa: E731
+    forward = lambda mb: model.response_logprobs(**mb)[0]
     logprobs = run_micro_batches(forward, sequences, 8, tokenizer.pad_token_id, limit)
     lengths = torch.tensor([len(r) for r in responses])
     valid = torch.arange(limit)[None] < lengths[:, None]
@@ -395,10 +449,14 @@ def test_exports_open_in_a_fresh_process_with_plain_transformers(folders, tokeni
     template included; a value model carries its statistics in its config."""
     sequences = sample_sequences(seed=8)
     batch = collate(sequences, PAD, "cpu")
-    models = {kind: load_model(kind, folders[kind], tokenizer, ARGS, trained=True) for kind in ("policy", "value")}
+    models = {
+        kind: load_model(kind, folders[kind], tokenizer, ARGS, trained=True) for kind in ("policy", "value")
+    }
     before = {}
-    for kind, forward in (("policy", lambda: models["policy"].response_logprobs(**batch)[0]),
-                          ("value", lambda: response_values(models["value"], **batch))):  # fmt: skip
+    for kind, forward in (
+        ("policy", lambda: models["policy"].response_logprobs(**batch)[0]),
+        ("value", lambda: response_values(models["value"], **batch)),
+    ):
         start = forward()
         backward((start**2).mean())
         optimizer_step(models[kind], adamw(models[kind], 0.0), 1e-2, start.sum().detach(), 1.0, "")
@@ -414,21 +472,34 @@ def test_exports_open_in_a_fresh_process_with_plain_transformers(folders, tokeni
     table = out["policy"].log_softmax(-1)
     for i, (prompt, response) in enumerate(sequences):
         for t, token in enumerate(response):
-            assert table[i, len(prompt) + t - 1, token].item() == pytest.approx(before["policy"][i, t].item(), abs=2e-5)
-            assert out["value"][i, len(prompt) + t, 0].item() == pytest.approx(before["value"][i, t + 1].item(), abs=2e-5)
+            assert table[i, len(prompt) + t - 1, token].item() == pytest.approx(
+                before["policy"][i, t].item(), abs=2e-5
+            )
+            assert out["value"][i, len(prompt) + t, 0].item() == pytest.approx(
+                before["value"][i, t + 1].item(), abs=2e-5
+            )
 
 
 def test_tied_embeddings_stay_tied(tokenizer, tmp_path):
     """Through load, step and export, input and output embeddings are one tensor; the step is that of the unwrapped model."""
-    name, shape = str(tmp_path / "tied"), dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    name, shape = (
+        str(tmp_path / "tied"),
+        dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2),
+    )
     torch.manual_seed(0)
     shape |= dict(vocab_size=len(reviews.WORDS), pad_token_id=PAD, initializer_range=0.2)
     config = LlamaConfig(tie_word_embeddings=True, **shape)
     AutoModelForCausalLM.from_config(config).save_pretrained(name)
-    model, reference = load_model("policy", name, tokenizer, ARGS, trained=True), AutoModelForCausalLM.from_pretrained(name)
+    model, reference = (
+        load_model("policy", name, tokenizer, ARGS, trained=True),
+        AutoModelForCausalLM.from_pretrained(name),
+    )
     assert reference.config.tie_word_embeddings
     sequences = sample_sequences(seed=9)
-    optimizer, theirs = adamw(model, 0.0), torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer, theirs = (
+        adamw(model, 0.0),
+        torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.0),
+    )
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in reference.parameters())
     for _ in range(2):
         loss = -model.response_logprobs(**collate(sequences, PAD, "cpu"))[0].sum()
@@ -442,7 +513,10 @@ def test_tied_embeddings_stay_tied(tokenizer, tmp_path):
         plain_loss.backward()
         plain_norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0).item()
         assert norm > 1.0  # the clip is at work
-        assert (total, norm) == (pytest.approx(plain_loss.item(), rel=1e-4), pytest.approx(plain_norm, rel=1e-3))
+        assert (total, norm) == (
+            pytest.approx(plain_loss.item(), rel=1e-4),
+            pytest.approx(plain_norm, rel=1e-3),
+        )
         theirs.step()
         theirs.zero_grad()
     export(model, tokenizer, str(tmp_path / "out"), "fp32")
@@ -479,13 +553,23 @@ def test_a_frozen_reward_model_is_read_where_its_own_config_says(folders, tokeni
     got = judge([{"prompt": ""}] * len(sequences), sequences, [""] * len(sequences))
     for score, (prompt, response) in zip(got, sequences, strict=True):
         with torch.no_grad():
-            assert score.item() == pytest.approx(model(input_ids=torch.tensor([prompt + response])).logits.item(), abs=2e-5)
+            assert score.item() == pytest.approx(
+                model(input_ids=torch.tensor([prompt + response])).logits.item(), abs=2e-5
+            )
 
 
 def test_layers_of_a_model_that_lists_their_types_are_exported(tokenizer, tmp_path):
     """Qwen's config names the type of each layer; fewer layers must come with a shorter list."""
-    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2)
-    config = Qwen2Config(vocab_size=len(reviews.WORDS), pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, **shape)
+    shape = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    config = Qwen2Config(
+        vocab_size=len(reviews.WORDS), pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, **shape
+    )
     assert len(config.layer_types) == 3
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "whole")
     model = load_model("value", str(tmp_path / "whole"), tokenizer, ARGS, trained=True, layers=2)
@@ -526,7 +610,9 @@ def test_reward_model_scores_do_not_depend_on_padding(folders, tokenizer, pad_is
     for score, (prompt, response) in zip(got, sequences, strict=True):
         tokens = prompt + response
         with torch.no_grad():
-            hidden = reference.model(input_ids=torch.tensor([tokens])).last_hidden_state[0, -2 if pad_is_eos else -1]
+            hidden = reference.model(input_ids=torch.tensor([tokens])).last_hidden_state[
+                0, -2 if pad_is_eos else -1
+            ]
             assert score.item() == pytest.approx(reference.score(hidden).item(), abs=2e-5)
     assert got.std() > 0.1
 
@@ -539,7 +625,9 @@ def test_reward_folder_is_standardised_and_reads_text_where_tokenizers_differ(fo
     tokenizer.save_pretrained(tmp_path)
     rows = [{"prompt": "lunch : the soup ?"}, {"prompt": "dinner : the view and the wine ?"}]
     texts = ["the soup was warm .", "the view was not bad and the wine was good ."]
-    tokens = tokenize([{**r, "response": t} for r, t in zip(rows, texts, strict=True)], tokenizer, ("response",), 99, 99, "")
+    tokens = tokenize(
+        [{**r, "response": t} for r, t in zip(rows, texts, strict=True)], tokenizer, ("response",), 99, 99, ""
+    )
     sequences = [(r["prompt_ids"], r["response_ids"]) for r in tokens]
     same = Reward(str(tmp_path), tokenizer, ARGS)(rows, sequences, texts)
     for score, (prompt, response) in zip(same, sequences, strict=True):
@@ -549,7 +637,9 @@ def test_reward_folder_is_standardised_and_reads_text_where_tokenizers_differ(fo
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["zebra"])
     rubbish = [([7], [8])] * 2  # tokens of another vocabulary: not to be read
-    torch.testing.assert_close(Reward(str(tmp_path), other, ARGS)(rows, rubbish, texts), same, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        Reward(str(tmp_path), other, ARGS)(rows, rubbish, texts), same, rtol=0, atol=1e-6
+    )
 
 
 def test_a_critic_from_a_reward_model_starts_at_its_standardised_score(folders, tokenizer, tmp_path):
@@ -563,10 +653,16 @@ def test_a_critic_from_a_reward_model_starts_at_its_standardised_score(folders, 
     mask = collate(sequences, PAD, "cpu")["response_mask"]
     values = run_micro_batches(lambda mb: response_values(critic, **mb), sequences, 2, PAD, mask.shape[1] + 1)
     scores = Reward(str(tmp_path), tokenizer, ARGS)([{}] * len(sequences), sequences, [""] * len(sequences))
-    torch.testing.assert_close(values.gather(1, mask.sum(1, keepdim=True)).squeeze(1), scores, rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        values.gather(1, mask.sum(1, keepdim=True)).squeeze(1), scores, rtol=0, atol=2e-5
+    )
     export(critic, tokenizer, str(tmp_path / "out"), "fp32")
-    again = load_model("value", str(tmp_path / "out"), tokenizer, ARGS, trained=False)  # not standardised a second time
-    torch.testing.assert_close(response_values(again, **collate(sequences, PAD, "cpu")), values, rtol=0, atol=2e-5)
+    again = load_model(
+        "value", str(tmp_path / "out"), tokenizer, ARGS, trained=False
+    )  # not standardised a second time
+    torch.testing.assert_close(
+        response_values(again, **collate(sequences, PAD, "cpu")), values, rtol=0, atol=2e-5
+    )
 
 
 def test_reward_function_gets_columns_and_must_be_finite(tokenizer, tmp_path, monkeypatch):
@@ -584,7 +680,11 @@ def test_reward_function_gets_columns_and_must_be_finite(tokenizer, tmp_path, mo
     assert score(rows, sequences, texts).tolist() == [11.125, 22.25, 34.375] and score.label == "f"
     with pytest.raises(SystemExit) as stop:
         Reward("judge_of_tests:nan", tokenizer, ARGS)(rows, sequences, texts)
-    assert "judge_of_tests:nan gave nan" in str(stop.value) and "'bb'" in str(stop.value) and "\n" not in str(stop.value)
+    assert (
+        "judge_of_tests:nan gave nan" in str(stop.value)
+        and "'bb'" in str(stop.value)
+        and "\n" not in str(stop.value)
+    )
     for name in ("judge_of_tests:missing", "no_such_module:f"):
         with pytest.raises(SystemExit, match=f"--reward {name}"):
             Reward(name, tokenizer, ARGS)
@@ -616,7 +716,10 @@ def test_generation_settings_reach_the_export_but_not_the_rollout(folders, token
     policy = load_model("policy", str(tmp_path / "in"), tokenizer, ARGS, trained=False)
     prompts = [[BOS, 7, 8], [BOS, 9]] * 4
     unlike = load_model("policy", folders["policy"], tokenizer, ARGS, trained=False)
-    assert rollout(policy, tokenizer, prompts, 12, 1.0, (0, 0))[0] == rollout(unlike, tokenizer, prompts, 12, 1.0, (0, 0))[0]
+    assert (
+        rollout(policy, tokenizer, prompts, 12, 1.0, (0, 0))[0]
+        == rollout(unlike, tokenizer, prompts, 12, 1.0, (0, 0))[0]
+    )
     export(policy, tokenizer, str(tmp_path / "out"), "fp32")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.repetition_penalty == 5.0
 

@@ -22,7 +22,9 @@ SEQUENCES = [([1, 9, 12, 20], [30, 31, 2]), ([1, 8, 5], [33, 2]), ([1, 7, 7, 21,
 def test_a_parked_model_has_no_bytes_and_comes_back_as_it_was(group, precision):
     args = SimpleNamespace(precision=precision, shard_size=0, gradient_checkpointing=False, lora_rank=0)
     tokenizer = load_tokenizer(reviews.folder("policy"))
-    model, trained = (load_model("policy", reviews.folder("policy"), tokenizer, args, trained=t) for t in (False, True))
+    model, trained = (
+        load_model("policy", reviews.folder("policy"), tokenizer, args, trained=t) for t in (False, True)
+    )
     forward = lambda mb: model.response_logprobs(**mb)[0]
     before, whole = run_micro_batches(forward, SEQUENCES, 2, 0, 5), state_bytes([model, trained])
     assert (sharding.units(model) != []) == (precision == "bf16")
@@ -32,9 +34,9 @@ def test_a_parked_model_has_no_bytes_and_comes_back_as_it_was(group, precision):
         return sum(t.untyped_storage().nbytes() for t in tensors)
 
     bytes_before = held()
-    offload.park(False, [model, trained])
+    offload.park([trained])
     assert held() == bytes_before > 0 and not hasattr(model, "parked")
-    offload.park(True, [trained, model])
+    offload.park([trained, model])
     assert held() == 0 and not hasattr(trained, "parked")
     assert state_bytes([model, trained]) == state_bytes([trained]) < whole
     for _ in range(2):

@@ -15,14 +15,18 @@ from safetensors.torch import load_file
 from common import distributed, sharding
 
 VARIANTS = {
-    "gvm_td": dict(normalise_values=True, context_pairs=2, context_length=8, source="preference", dataset="pairs.jsonl"),
+    "gvm_td": dict(
+        normalise_values=True, context_pairs=2, context_length=8, source="preference", dataset="pairs.jsonl"
+    ),
     "dvpo": dict(gvm="runs/context", advantage="q", missing_eos_penalty=1.0),
     "ppo": dict(reward="runs/judge/model", critic=""),
     "rpo": dict(length_normalise=True, keep_responses=0.75, reward_noise=0.5, precompute_ref=True),
     "dro": dict(shared_encoder=True, length_normalise=True),
     "kto": dict(length_normalise=True, threshold=0.5, dataset="scored.jsonl", undesirable_weight=2.0),
     "dpo": dict(length_normalise=True, label_smoothing=0.1),
-    "grpo": dict(aggregation="dapo", scale_std=False, beta=0.0, clip_high=0.28, epochs=2, missing_eos_penalty=1.0),
+    "grpo": dict(
+        aggregation="dapo", scale_std=False, beta=0.0, clip_high=0.28, epochs=2, missing_eos_penalty=1.0
+    ),
     "remax": dict(aggregation="grpo", epochs=2, missing_eos_penalty=1.0),
 }
 
@@ -40,7 +44,9 @@ def alone(world):
 
 
 CASES = [(script, processes, 1) for script in helpers.SCRIPTS for processes in (0, 4)]
-CASES += [(script, 2, 3) for script in helpers.SCRIPTS if script not in VARIANTS]  # the others' variants are on 2 ranks
+CASES += [
+    (script, 2, 3) for script in helpers.SCRIPTS if script not in VARIANTS
+]  # the others' variants are on 2 ranks
 
 
 @pytest.mark.parametrize(("script", "processes", "micro"), CASES)
@@ -59,19 +65,33 @@ def test_same_training_of_variants(world, script):
         world.run("reward", **helpers.ARGS["reward"] | dict(run_dir="runs/judge", steps=2)).ok()
     args = helpers.ARGS[script] | VARIANTS[script] | dict(precision="fp64")
     for processes, micro in ((0, 8), (2, 1)):
-        world.run(script, processes, **args | dict(micro_batch_size=micro, run_dir=f"runs/variant-{script}-{processes}")).ok()
+        world.run(
+            script,
+            processes,
+            **args | dict(micro_batch_size=micro, run_dir=f"runs/variant-{script}-{processes}"),
+        ).ok()
     # normalised values leave the bias no gradient but rounding, which the fold divides by a small deviation
     weights = 1e-9 if script == "gvm_td" else 1e-10
-    helpers.assert_same(*(world.path(f"runs/variant-{script}-{processes}") for processes in (0, 2)), weights=weights)
+    helpers.assert_same(
+        *(world.path(f"runs/variant-{script}-{processes}") for processes in (0, 2)), weights=weights
+    )
 
 
 def test_one_update_takes_its_own_logprobs_for_the_old_ones(world):
     """grpo.py with one update a rollout: as with a scoring pass before it (which a dropout, here of no adapters, calls for)."""
-    args = helpers.ARGS["grpo"] | dict(precision="fp64", epochs=1, mini_batch_size=helpers.ARGS["grpo"]["batch_size"])
+    args = helpers.ARGS["grpo"] | dict(
+        precision="fp64", epochs=1, mini_batch_size=helpers.ARGS["grpo"]["batch_size"]
+    )
     world.run("grpo", 2, **args | dict(micro_batch_size=2, run_dir="runs/one-update")).ok()
     world.run("grpo", **args | dict(lora_dropout=1e-9, run_dir="runs/scored")).ok()
-    helpers.assert_same(*(world.path(f"runs/{name}") for name in ("one-update", "scored")), weights=1e-6, norms=1e-6)
-    assert any(row["objective/kl"] > 1e-4 for row in helpers.metrics(world.path("runs/one-update")) if "objective/kl" in row)
+    helpers.assert_same(
+        *(world.path(f"runs/{name}") for name in ("one-update", "scored")), weights=1e-6, norms=1e-6
+    )
+    assert any(
+        row["objective/kl"] > 1e-4
+        for row in helpers.metrics(world.path("runs/one-update"))
+        if "objective/kl" in row
+    )
 
 
 def test_hybrid_sharding_and_frozen_models(world, alone):
@@ -132,5 +152,8 @@ def test_normalised_values_are_folded_into_the_exported_head(world):
 def test_tied_weights_are_exported_once(world, alone):
     """An export holds the same tensors from 2 ranks as from 1."""
     world.run("sft", 2, **helpers.ARGS["sft"] | dict(precision="fp64", steps=1, run_dir="runs/tied")).ok()
-    names = [set(safe_open(path / "model/model.safetensors", "pt").keys()) for path in (alone("sft"), world.path("runs/tied"))]
+    names = [
+        set(safe_open(path / "model/model.safetensors", "pt").keys())
+        for path in (alone("sft"), world.path("runs/tied"))
+    ]
     assert names[0] == names[1]

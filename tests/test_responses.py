@@ -21,10 +21,16 @@ from common.tokenization import encode_prompt, load_tokenizer
 from evaluation import responses as answers
 from evaluation import text_metrics
 
-TURNS = [["lunch : the soup ?", "supper : the fish ?"], ["lunch : the waiter ?", "supper : the rice ?"], ["dinner ?"]]
+TURNS = [
+    ["lunch : the soup ?", "supper : the fish ?"],
+    ["lunch : the waiter ?", "supper : the rice ?"],
+    ["dinner ?"],
+]
 MT_BENCH = [{"question_id": 81 + i, "category": "writing", "turns": turns} for i, turns in enumerate(TURNS)]
 SMALL = dict(max_prompt_length=60, max_response_length=8, temperature=0.0, reward=())
-OPTIONS = dict(micro_batch_size=2, bertscore_model="", bertscore_layer=0, toxicity_model="", toxicity_label="toxic")
+OPTIONS = dict(
+    micro_batch_size=2, bertscore_model="", bertscore_layer=0, toxicity_model="", toxicity_label="toxic"
+)
 
 
 def needs(package):
@@ -52,7 +58,9 @@ def run(world, group, monkeypatch):
     monkeypatch.chdir(world.folder)
 
     def responses(run_dir, **args):
-        evaluate.responses(evaluate.Responses(**SMALL | dict(dataset="prompts.jsonl", batch_size=7, run_dir=run_dir) | args))
+        evaluate.responses(
+            evaluate.Responses(**SMALL | dict(dataset="prompts.jsonl", batch_size=7, run_dir=run_dir) | args)
+        )
         return world.path(run_dir)
 
     return responses
@@ -88,7 +96,11 @@ def test_bleu():
     assert text_metrics.bleu([text], [reference], None)["mean"] == pytest.approx(100 * (1 / 3) ** 0.25)
     corpus = text_metrics.bleu([text, "a b c d"], [reference, "a b c d e f"], None)
     expected = math.exp(1 - 12 / 10) * (9 / 10 * 7 / 8 * 5 / 6 * 3 / 4) ** 0.25
-    assert corpus["mean"] == pytest.approx(100 * expected) and corpus["ci95"] > 0 and "smooth:exp" in corpus["by"]
+    assert (
+        corpus["mean"] == pytest.approx(100 * expected)
+        and corpus["ci95"] > 0
+        and "smooth:exp" in corpus["by"]
+    )
 
 
 @needs("nltk")
@@ -98,7 +110,9 @@ def test_meteor():
     text = "It is a guide to action which ensures that the military always obeys the commands of the party"
     reference = "It is a guide to action that ensures that the military will forever heed Party commands"
     assert text_metrics.meteor([text], [reference], None)["mean"] == pytest.approx(0.6944, abs=5e-5)
-    assert text_metrics.meteor(["the auto broke"], ["the car broke"], None)["mean"] == pytest.approx(1 - 0.5 * (1 / 3) ** 3)
+    assert text_metrics.meteor(["the auto broke"], ["the car broke"], None)["mean"] == pytest.approx(
+        1 - 0.5 * (1 / 3) ** 3
+    )
     assert text_metrics.meteor([""], ["the car"], None)["mean"] == 0
 
 
@@ -116,9 +130,18 @@ def encoders(tmp_path_factory):
     state, folder = json.loads(words.to_str())["model"], tmp_path_factory.mktemp("encoders")
     tokenizer = RobertaTokenizer(vocab=state["vocab"], merges=[tuple(merge) for merge in state["merges"]])
     torch.manual_seed(0)
-    shape = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, max_position_embeddings=600)
+    shape = dict(
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=600,
+    )
     config = RobertaConfig(vocab_size=len(state["vocab"]) + 4, **shape, pad_token_id=1, initializer_range=0.5)
-    for kind, labels in (("single_label_classification", ["fine", "toxic"]), ("multi_label_classification", ["toxic", "b", "c"])):
+    for kind, labels in (
+        ("single_label_classification", ["fine", "toxic"]),
+        ("multi_label_classification", ["toxic", "b", "c"]),
+    ):
         config.problem_type, config.id2label = kind, dict(enumerate(labels))
         config.label2id, config.num_labels = {label: i for i, label in enumerate(labels)}, len(labels)
         RobertaForSequenceClassification(config).eval().save_pretrained(folder / kind)
@@ -139,10 +162,14 @@ def test_bertscore(encoders, group):
 
     def states(text):
         with torch.no_grad():
-            hidden = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states[2][0]
+            hidden = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states[
+                2
+            ][0]
         return torch.nn.functional.normalize(hidden, dim=-1)
 
-    table = states(" " + pairs[0][0]) @ states(" " + pairs[0][1]).T  # bert-score puts a space before RoBERTa's texts
+    table = (
+        states(" " + pairs[0][0]) @ states(" " + pairs[0][1]).T
+    )  # bert-score puts a space before RoBERTa's texts
     precision, recall = table.max(1).values[1:-1].mean(), table.max(0).values[1:-1].mean()
     expected = [(2 * precision * recall / (precision + recall)).item(), 0.0, 1.0]
     assert found["mean"] == pytest.approx(statistics.fmean(expected), abs=1e-5) and 0 < expected[0] < 0.999
@@ -158,8 +185,14 @@ def test_bertscore_layer(encoders, tmp_path):
 
     folder = str(encoders / "single_label_classification")
     RobertaConfig(num_hidden_layers=24).save_pretrained(tmp_path / "roberta-large")
-    layer = lambda model, flag: text_metrics.bertscore_layer(SimpleNamespace(bertscore_model=str(model), bertscore_layer=flag))
-    assert layer(tmp_path / "roberta-large", 0) == 17 and layer(tmp_path / "roberta-large", 3) == 3 and layer(folder, 3) == 3
+    layer = lambda model, flag: text_metrics.bertscore_layer(
+        SimpleNamespace(bertscore_model=str(model), bertscore_layer=flag)
+    )
+    assert (
+        layer(tmp_path / "roberta-large", 0) == 17
+        and layer(tmp_path / "roberta-large", 3) == 3
+        and layer(folder, 3) == 3
+    )
     for flag, words in ((0, "no tuned layer"), (4, "layers 1 to 3"), (-1, "layers 1 to 3")):
         with pytest.raises(SystemExit, match=words):
             layer(folder, flag)
@@ -175,7 +208,10 @@ def test_toxicity(encoders, group, kind):
     folder, texts = str(encoders / kind), ["the waiter was bad", "soup"]
     args = SimpleNamespace(**OPTIONS | dict(toxicity_model=folder))
     found = text_metrics.toxicity(texts, None, args)
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForSequenceClassification.from_pretrained(folder).eval(),
+    )
     with torch.no_grad():
         logits = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in texts])
     one_of = kind == "single_label_classification"
@@ -183,7 +219,9 @@ def test_toxicity(encoders, group, kind):
     assert found["mean"] == pytest.approx(expected.mean().item(), abs=1e-5) and found["n"] == 2
     assert text_metrics.toxicity(["soup " * 700, ""], None, args)["n"] == 2
     with pytest.raises(SystemExit, match="labels of .* are"):
-        text_metrics.check(["toxicity"], SimpleNamespace(**OPTIONS | dict(toxicity_model=folder, toxicity_label="rude")))
+        text_metrics.check(
+            ["toxicity"], SimpleNamespace(**OPTIONS | dict(toxicity_model=folder, toxicity_label="rude"))
+        )
 
 
 # --- generation ------------------------------------------------------------------------------------------------------
@@ -198,17 +236,31 @@ def test_files_of_one_turn(world, run, capsys):
     for name in ("reviews", "other"):
         records = lines(out / name / "responses.jsonl")
         assert [record["prompt"] for record in records] == prompts
-        assert all(set(record) >= {"response", "model", "length", "truncated", "reference"} for record in records)
+        assert all(
+            set(record) >= {"response", "model", "length", "truncated", "reference"} for record in records
+        )
         assert {record["model"] for record in records} == {name}
-        assert any(r["truncated"] for r in records) and all(r["length"] == 8 for r in records if r["truncated"])
+        assert any(r["truncated"] for r in records) and all(
+            r["length"] == 8 for r in records if r["truncated"]
+        )
         alpaca = json.loads((out / name / "alpaca_eval.json").read_text())
         assert alpaca == [
-            {"instruction": r["prompt"], "output": r["response"], "generator": name, "dataset": "prompts.jsonl"} for r in records
+            {
+                "instruction": r["prompt"],
+                "output": r["response"],
+                "generator": name,
+                "dataset": "prompts.jsonl",
+            }
+            for r in records
         ]
         scores = helpers.length_reward(None, [record["response"] for record in records])
         found = result["models"][name]
-        assert found["length_reward"]["mean"] == pytest.approx(statistics.fmean(scores)) and found["length"]["n"] == len(prompts)
-        assert found["characters"]["mean"] == pytest.approx(statistics.fmean(len(r["response"]) for r in records))
+        assert found["length_reward"]["mean"] == pytest.approx(statistics.fmean(scores)) and found["length"][
+            "n"
+        ] == len(prompts)
+        assert found["characters"]["mean"] == pytest.approx(
+            statistics.fmean(len(r["response"]) for r in records)
+        )
         assert found["truncated"]["mean"] == pytest.approx(statistics.fmean(r["truncated"] for r in records))
     table = capsys.readouterr().out.splitlines()
     assert table[-4] == "| model | n | length | characters | truncated | distinct_2 | length_reward |"
@@ -218,7 +270,9 @@ def test_files_of_one_turn(world, run, capsys):
 def test_embedded_world_gives_the_figures_of_the_other_scripts(run, world):
     """`python evaluate.py responses`: ppo.py's held-out prompts and the same draws as its evaluation before step 1."""
     out = run("runs/ev-reviews", **evaluate.RESPONSES_REVIEWS | dict(dataset="reviews"))
-    args = helpers.ARGS["ppo"] | dict(dataset="reviews", part="rl", eval_prompts=96, steps=0, max_response_length=32)
+    args = helpers.ARGS["ppo"] | dict(
+        dataset="reviews", part="rl", eval_prompts=96, steps=0, max_response_length=32
+    )
     args |= dict(eval_reward=evaluate.RESPONSES_REVIEWS["reward"], eval_every=1)
     world.run("ppo", **args, run_dir="runs/ev-ppo").ok()
     expected = helpers.metrics(world.path("runs/ev-ppo"))[0]
@@ -246,11 +300,16 @@ def test_two_turns_are_two_calls(world, run, group):
     assert [(row["question_id"], row["choices"][0]["turns"]) for row in found] == expected
     assert [len(turns) for _, turns in expected] == [2, 2, 1]
     for row in found:
-        assert set(row) == {"question_id", "answer_id", "model_id", "choices", "tstamp"} and row["model_id"] == "reviews"
+        assert (
+            set(row) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+            and row["model_id"] == "reviews"
+        )
         assert row["choices"][0]["index"] == 0 and len(row["choices"]) == 1
     assert len({row["answer_id"] for row in found}) == 3
     records = lines(out / "responses.jsonl")
-    assert [(r["turn"], isinstance(r["prompt"], str)) for r in records] == [(0, True), (1, False)] * 2 + [(0, True)]
+    assert [(r["turn"], isinstance(r["prompt"], str)) for r in records] == [(0, True), (1, False)] * 2 + [
+        (0, True)
+    ]
     assert records[1]["prompt"][1] == {"role": "assistant", "content": records[0]["response"]}
     assert len(json.loads((out / "alpaca_eval.json").read_text())) == 3
 
@@ -274,7 +333,9 @@ def _main(args, patch=None):
 def test_ranks_give_the_same_files(world, run):
     """Two processes, one of which has nothing in the last batch, write what one does, sampled too."""
     data = world.write("mt.jsonl", MT_BENCH)
-    args = dict(dataset=data, batch_size=2, temperature=1.0, precision="fp64", reward=("helpers:length_reward",))
+    args = dict(
+        dataset=data, batch_size=2, temperature=1.0, precision="fp64", reward=("helpers:length_reward",)
+    )
     call = functools.partial(_main, SMALL | args | dict(run_dir="runs/ev-ranks-2"))
     helpers.Job(world.folder, call, 2).wait().ok()
     one, two = run("runs/ev-ranks-1", **args), world.path("runs/ev-ranks-2")
@@ -306,7 +367,9 @@ def test_a_kill_loses_the_batch_at_hand(world, run, monkeypatch):
     file = world.path("runs/ev-killed/reviews/responses.jsonl")
     assert lines(file) == lines(whole)[:14]
     with open(file, "a") as torn:
-        torn.write(lines(whole)[14]["response"] + '\n{"row": 1, "resp')  # part of a batch, and a line without an end
+        torn.write(
+            lines(whole)[14]["response"] + '\n{"row": 1, "resp'
+        )  # part of a batch, and a line without an end
     numbers, generate = [], answers.answer
     monkeypatch.setattr(answers, "answer", lambda *given: numbers.append(given[-1]) or generate(*given))
     run("runs/ev-killed", **args)
@@ -317,7 +380,9 @@ def test_finished_models_are_not_generated_again(world, run, monkeypatch):
     """Nothing is loaded for them; a new --reference is taken over; another model beside them is generated."""
     rows = [{"prompt": "lunch : the soup ?", "mine": "a"}, {"prompt": "dinner ?", "mine": "b"}]
     args, load, loaded = dict(dataset=world.write("named.jsonl", rows)), answers.load_model, []
-    monkeypatch.setattr(answers, "load_model", lambda *given, **more: loaded.append(given) or load(*given, **more))
+    monkeypatch.setattr(
+        answers, "load_model", lambda *given, **more: loaded.append(given) or load(*given, **more)
+    )
     out = run("runs/ev-done", **args)
     before = lines(out / "reviews/responses.jsonl")
     run("runs/ev-done", **args, reference="mine")
@@ -326,12 +391,20 @@ def test_finished_models_are_not_generated_again(world, run, monkeypatch):
     assert [row | {"reference": None} for row in after] == before
     run("runs/ev-done", **args, models=("reviews", "reviews"), names=("reviews", "again"))
     assert len(loaded) == 2
-    assert [row["response"] for row in lines(out / "again/responses.jsonl")] == [row["response"] for row in before]
+    assert [row["response"] for row in lines(out / "again/responses.jsonl")] == [
+        row["response"] for row in before
+    ]
     run("runs/ev-done", **args, overwrite=True)
     assert len(loaded) == 3
 
 
-CHANGES = {"temperature": 0.5, "max_response_length": 9, "precision": "fp64", "prompts": 5, "models": ("runs/changed",)}
+CHANGES = {
+    "temperature": 0.5,
+    "max_response_length": 9,
+    "precision": "fp64",
+    "prompts": 5,
+    "models": ("runs/changed",),
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -365,7 +438,13 @@ BAD = {
     "no prompts": (dict(dataset="none.jsonl"), "none.jsonl: no usable row"),
     "a negative number": (dict(prompts=-1), "--prompts is -1"),
     "long prompts": (dict(max_prompt_length=1), "--max-prompt-length 1"),
-    "no reference": (dict(metrics=("bleu",)), "prompts.jsonl, row 1", "'reference'", "--metrics bleu", "--reference"),
+    "no reference": (
+        dict(metrics=("bleu",)),
+        "prompts.jsonl, row 1",
+        "'reference'",
+        "--metrics bleu",
+        "--reference",
+    ),
     "a reference too few": (dict(metrics=("bleu",), dataset="short.jsonl"), "row 1", "'reference'"),
     "turns": (dict(dataset="turns.jsonl"), "turns.jsonl, row 1", "list of texts"),
     "no response": (dict(reference="response"), "row 1", "'response'"),
@@ -378,14 +457,19 @@ BAD = {
 def test_bad_input(world, run, monkeypatch, case):
     """One line that names the place and the mend, before a model is loaded."""
     world.write("bad.jsonl", [{"text": "lunch ?"}]), world.write("none.jsonl", [])
-    world.write("short.jsonl", [{"turns": ["a", "b"], "reference": ["a"]}]), world.write("turns.jsonl", [{"turns": ["a", 3]}])
+    (
+        world.write("short.jsonl", [{"turns": ["a", "b"], "reference": ["a"]}]),
+        world.write("turns.jsonl", [{"turns": ["a", 3]}]),
+    )
     monkeypatch.setattr(answers, "load_model", None)
     if "bleu" in BAD[case][0].get("metrics", ()) and not importlib.util.find_spec("sacrebleu"):
         pytest.skip("sacrebleu is not installed")
     with pytest.raises(SystemExit) as error:
         run("runs/ev-bad", **BAD[case][0])
     line = str(error.value)
-    assert line.startswith("error: ") and "\n" not in line and all(word in line for word in BAD[case][1:]), line
+    assert line.startswith("error: ") and "\n" not in line and all(word in line for word in BAD[case][1:]), (
+        line
+    )
 
 
 @pytest.mark.parametrize("name", text_metrics.PACKAGES)
@@ -393,8 +477,12 @@ def test_missing_packages(run, monkeypatch, name):
     """The one line gives the pip command."""
     find = importlib.util.find_spec
     missing = text_metrics.PACKAGES[name].replace("-", "_")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == missing else find(wanted))
-    with pytest.raises(SystemExit, match=f"--metrics {name} needs the package: pip install {text_metrics.PACKAGES[name]}$"):
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda wanted: None if wanted == missing else find(wanted)
+    )
+    with pytest.raises(
+        SystemExit, match=f"--metrics {name} needs the package: pip install {text_metrics.PACKAGES[name]}$"
+    ):
         run("runs/ev-bad", metrics=(name,))
 
 

@@ -10,15 +10,20 @@ import pytest
 
 STEPS, EVERY = 8, 2
 ARGS = {
-    script: args | dict(steps=STEPS, save_every=EVERY, keep=2, eval_every=3, lr_schedule="linear", warmup_steps=2)
+    script: args
+    | dict(steps=STEPS, save_every=EVERY, keep=2, eval_every=3, lr_schedule="linear", warmup_steps=2)
     for script, args in helpers.ARGS.items()
 }
 ARGS["gvm_td"] |= dict(normalise_values=True, context_pairs=1, context_length=8)
-ARGS["dvpo"] |= dict(kl_target=0.1, beta=0.2, gvm="runs/context", log_odds=True)  # beta and the pool of answers are restored
+ARGS["dvpo"] |= dict(
+    kl_target=0.1, beta=0.2, gvm="runs/context", log_odds=True
+)  # beta and the pool of answers are restored
 ARGS["ppo"] |= dict(kl_target=0.1, beta=0.2)
 ARGS["dro"] |= dict(precompute_ref=True)
 ARGS["grpo"] |= dict(epochs=2)
-ARGS["rpo"] |= dict(precompute_ref=True, reward_noise=0.5, keep_responses=0.75)  # the reference's log-probabilities are kept
+ARGS["rpo"] |= dict(
+    precompute_ref=True, reward_noise=0.5, keep_responses=0.75
+)  # the reference's log-probabilities are kept
 KILLS = range(EVERY + 1, 5)  # steps logged when the kill comes: after the first checkpoint, before the last
 
 
@@ -51,7 +56,9 @@ def kill_at(world, script, run_dir, rows, delay):
 def assert_identical(run_dir, unbroken):
     """The same bytes of weights, the same rows of metrics and samples, each step written once and in order."""
     assert helpers.metrics(run_dir) == helpers.metrics(unbroken)
-    training = [row["step"] for row in helpers.metrics(run_dir) if not any(key.startswith("eval/") for key in row)]
+    training = [
+        row["step"] for row in helpers.metrics(run_dir) if not any(key.startswith("eval/") for key in row)
+    ]
     assert training == list(range(1, STEPS + 1))
     if (unbroken / "samples.jsonl").exists():
         assert helpers.samples(run_dir) == helpers.samples(unbroken)
@@ -64,21 +71,29 @@ def test_killed_at_a_random_moment(world, unbroken, script):
     seed = int.from_bytes(os.urandom(4), "big")
     print(f"seed of the kill: {seed}")
     rng = random.Random(seed)
-    rows, delay = rng.choice(KILLS) + (script in helpers.ONLINE), rng.uniform(0, 0.03)  # + the evaluation of step 0
+    rows, delay = (
+        rng.choice(KILLS) + (script in helpers.ONLINE),
+        rng.uniform(0, 0.03),
+    )  # + the evaluation of step 0
     print(f"killed {delay:.3f} s after row {rows}")
     kill_at(world, script, "runs/killed-" + script, rows, delay)
     result = world.run(script, **ARGS[script], run_dir="runs/killed-" + script, resume=True).ok()
     print(result.output)
     killed = world.path("runs/killed-" + script)
     assert_identical(killed, unbroken(script))
-    assert sorted(path.name for path in (killed / "checkpoints").glob("step-*")) == ["step-000006", "step-000008"]
+    assert sorted(path.name for path in (killed / "checkpoints").glob("step-*")) == [
+        "step-000006",
+        "step-000008",
+    ]
 
 
 @pytest.mark.parametrize("when", ["half", "rename"])
 def test_killed_in_a_checkpoint(world, unbroken, when):
     """A checkpoint half written, or not yet renamed, is passed over: the one before it is used."""
     run_dir = f"runs/saving-{when}"
-    result = world.run("sft", patch=functools.partial(helpers.die_in_second_save, when=when), **ARGS["sft"], run_dir=run_dir)
+    result = world.run(
+        "sft", patch=functools.partial(helpers.die_in_second_save, when=when), **ARGS["sft"], run_dir=run_dir
+    )
     assert result.codes == [-9]
     found = sorted(path.name for path in (world.path(run_dir) / "checkpoints").iterdir())
     assert found == ["part-000004", "step-000002"]
@@ -153,7 +168,9 @@ def test_folder_in_use(world, unbroken):
     args = ARGS["sft"] | dict(run_dir="runs/unbroken-sft")
     for processes in (0, 2):
         line = world.run("sft", processes, **args).error()
-        assert "runs/unbroken-sft" in line and all(flag in line for flag in ("--resume", "--overwrite", "--run-dir"))
+        assert "runs/unbroken-sft" in line and all(
+            flag in line for flag in ("--resume", "--overwrite", "--run-dir")
+        )
     assert helpers.metrics(unbroken("sft")) == kept
     world.run("sft", **args | dict(run_dir="runs/replaced", steps=2)).ok()
     world.run("sft", **args | dict(run_dir="runs/replaced", steps=1, overwrite=True)).ok()
@@ -170,4 +187,7 @@ def test_overwriting_the_folder_of_the_model_one_starts_from(world):
     assert "typo.jsonl" in line and len(helpers.metrics(world.path("runs/onto"))) == 2
     before = helpers.exported(world.path("runs/onto"))
     world.run("sft", **again).ok()
-    assert len(helpers.metrics(world.path("runs/onto"))) == 2 and helpers.exported(world.path("runs/onto")) != before
+    assert (
+        len(helpers.metrics(world.path("runs/onto"))) == 2
+        and helpers.exported(world.path("runs/onto")) != before
+    )

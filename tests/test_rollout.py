@@ -37,7 +37,9 @@ OFFLINE = ("sft", "rpo", "dro", "kto", "dpo")
 
 VOCABULARY = 61
 IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
-LLAMA = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+LLAMA = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+)
 GPT = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64)
 FAMILIES = {  # rotary, learned and ALiBi positions; sliding windows; experts; parallel blocks
     "llama": LLAMA,
@@ -45,7 +47,8 @@ FAMILIES = {  # rotary, learned and ALiBi positions; sliding windows; experts; p
     "qwen3": LLAMA | dict(head_dim=8),
     "mistral": LLAMA | dict(sliding_window=5),
     "gemma": LLAMA | dict(head_dim=8),
-    "gemma3_text": LLAMA | dict(head_dim=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
+    "gemma3_text": LLAMA
+    | dict(head_dim=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
     "olmo2": LLAMA,
     "phi": LLAMA,
     "starcoder2": LLAMA,
@@ -54,8 +57,12 @@ FAMILIES = {  # rotary, learned and ALiBi positions; sliding windows; experts; p
     "gpt2": GPT,
     "gpt_bigcode": GPT,
     "gptj": GPT | dict(rotary_dim=4),
-    "gpt_neo": dict(hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=5),
-    "opt": dict(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32),
+    "gpt_neo": dict(
+        hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=5
+    ),
+    "opt": dict(
+        hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+    ),
     "bloom": dict(hidden_size=32, n_layer=2, n_head=4),
     "mpt": dict(d_model=32, n_layers=2, n_heads=4),
     "falcon": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
@@ -67,7 +74,9 @@ FAMILIES = {  # rotary, learned and ALiBi positions; sliding windows; experts; p
 def tiny(family, **more):
     """A random model whose weights are so large that no distribution is uniform and every argument matters."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, vocab_size=VOCABULARY, **IDS, **FAMILIES[family], **more)
+    config = transformers.AutoConfig.for_model(
+        family, vocab_size=VOCABULARY, **IDS, **FAMILIES[family], **more
+    )
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = auto.from_config(config).float().eval()
     with torch.no_grad():
@@ -83,9 +92,13 @@ def plain_logprobs(model, prompt, response):
     with torch.no_grad():
         if model.config.is_encoder_decoder:
             read = torch.tensor([[model.config.decoder_start_token_id, *response[:-1]]])
-            logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=read, use_cache=False).logits[0]
+            logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=read, use_cache=False).logits[
+                0
+            ]
         else:
-            logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+            logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[
+                0, len(prompt) - 1 : -1
+            ]
     return logits.double().log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
 
 
@@ -142,11 +155,15 @@ class NoMask(LlamaForCausalLM):
         return super().forward(input_ids=input_ids, position_ids=position_ids)
 
 
-@pytest.mark.parametrize("kind, words", [(OtherName, "takes no key-value cache as cache or past"), (NoMask, "no attention_mask")])
+@pytest.mark.parametrize(
+    "kind, words", [(OtherName, "takes no key-value cache as cache or past"), (NoMask, "no attention_mask")]
+)
 def test_a_model_that_takes_no_cache_or_no_mask_is_one_line(kind, words):
     model = tiny("llama")
     model.__class__ = kind
-    with pytest.raises(SystemExit, match=f"^error: .*{words}.*transformers {transformers.__version__} is installed"):
+    with pytest.raises(
+        SystemExit, match=f"^error: .*{words}.*transformers {transformers.__version__} is installed"
+    ):
         decode(model, [[5, 6, 7]], torch.rand(1, 3), torch.ones(1), [], 0)
 
 
@@ -190,7 +207,9 @@ def gpt2(tmp_path_factory):
     """A policy with learned positions: a Llama's rotary ones are the same wherever a prompt begins."""
     name = str(tmp_path_factory.mktemp("gpt2"))
     tokenizer = load_tokenizer(reviews.folder("untrained"))
-    config = transformers.GPT2Config(vocab_size=len(tokenizer), **GPT, eos_token_id=tokenizer.eos_token_id, initializer_range=0.3)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), **GPT, eos_token_id=tokenizer.eos_token_id, initializer_range=0.3
+    )
     torch.manual_seed(0)
     transformers.GPT2LMHeadModel(config).save_pretrained(name)
     tokenizer.save_pretrained(name)
@@ -220,7 +239,9 @@ def test_a_resumed_run_is_checked_again(world, script):
     name, args = f"runs/resumed-{script}", helpers.ARGS[script] | dict(save_every=1)
     world.run(script, **args | dict(steps=2), run_dir=name).ok()
     before = world.path(name).joinpath("metrics.jsonl").read_text()
-    line = world.run(script, patch=functools.partial(drop, argument="cache"), **args, run_dir=name, resume=True).error()
+    line = world.run(
+        script, patch=functools.partial(drop, argument="cache"), **args, run_dir=name, resume=True
+    ).error()
     assert "the key-value cache does not reach the model" in line
     assert world.path(name).joinpath("metrics.jsonl").read_text() == before
     world.run(script, **args, run_dir=name, resume=True).ok()
@@ -231,7 +252,10 @@ def test_evaluate_checks_what_it_samples(world):
     from evaluate import COMMANDS
 
     kind, defaults, command = COMMANDS["responses"]
-    args = kind(**defaults | dict(models=(reviews.folder("policy"),), dataset="scored.jsonl", run_dir="runs/faulty-responses"))
+    args = kind(
+        **defaults
+        | dict(models=(reviews.folder("policy"),), dataset="scored.jsonl", run_dir="runs/faulty-responses")
+    )
 
     call = functools.partial(with_fault, command.__module__, command.__name__, args)
     line = helpers.Job(world.folder, call, 0).wait().error()
@@ -279,7 +303,9 @@ class Stale:
 
     def generate(self, policy, prompts, seeds, temperatures, limit, stops):
         self.loads += 1
-        uniforms = [torch.rand(limit, generator=torch.Generator().manual_seed(seed)).double() for seed in seeds]
+        uniforms = [
+            torch.rand(limit, generator=torch.Generator().manual_seed(seed)).double() for seed in seeds
+        ]
         if self.fresh(self.loads):
             self.copy = {name: p.detach().clone() for name, p in policy.named_parameters()}
         now = {name: p.detach().clone() for name, p in policy.named_parameters()}
@@ -309,7 +335,9 @@ def stale_engine(module, how):
 def test_an_engine_that_keeps_older_weights_ends_the_run(world, script):
     args = helpers.ARGS[script] | dict(save_every=0)
     for how in ("never", "every other"):
-        line = world.run(script, patch=functools.partial(stale_engine, how=how), **args, run_dir=f"runs/{how}-{script}").error()
+        line = world.run(
+            script, patch=functools.partial(stale_engine, how=how), **args, run_dir=f"runs/{how}-{script}"
+        ).error()
         assert "nats a token" in line, how
         log = world.path(f"runs/{how}-{script}/metrics.jsonl")
         assert not log.exists() or not log.read_text(), how
@@ -329,7 +357,10 @@ def test_weights_are_what_they_were(monkeypatch):
         zero = policy.model.norm.weight
         zero.zero_()
         with sampler.disturbed(policy, 0.5):
-            assert all(not torch.equal(p, before[key]) for key, p in policy.named_parameters()) and zero.abs().max() > 0
+            assert (
+                all(not torch.equal(p, before[key]) for key, p in policy.named_parameters())
+                and zero.abs().max() > 0
+            )
         assert not zero.any()
         zero.copy_(before["model.norm.weight"])
     check_sampler(policy, tokenizer, [[1, 9, 12, 20], [1, 8], [1, 5, 6]], 8, 1.0)
@@ -388,7 +419,9 @@ def test_later_rollouts_that_drift_are_named(world, script):
 
 def test_weights_without_a_place_are_named_and_a_judge_is_no_policy(tmp_path, capsys):
     tokenizer = load_tokenizer(reviews.folder("untrained"))
-    config = transformers.LlamaConfig(vocab_size=len(tokenizer), **LLAMA, **IDS, tie_word_embeddings=True, num_labels=1)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), **LLAMA, **IDS, tie_word_embeddings=True, num_labels=1
+    )
     value = transformers.AutoModelForTokenClassification.from_config(config)
     value.save_pretrained(tmp_path / "value"), tokenizer.save_pretrained(tmp_path / "value")
     with pytest.raises(SystemExit, match="a value or reward model .it has score.*, no policy"):
@@ -397,6 +430,9 @@ def test_weights_without_a_place_are_named_and_a_judge_is_no_policy(tmp_path, ca
     policy.model.extra = torch.nn.Linear(2, 2)
     policy.save_pretrained(tmp_path / "extra"), tokenizer.save_pretrained(tmp_path / "extra")
     load_model("policy", str(tmp_path / "extra"), tokenizer, ARGS, trained=True)
-    assert "2 of its weights have no place in a policy model and are not read, model.extra.bias" in capsys.readouterr().out
+    assert (
+        "2 of its weights have no place in a policy model and are not read, model.extra.bias"
+        in capsys.readouterr().out
+    )
     load_model("value", reviews.folder("policy"), tokenizer, ARGS, trained=True)
     assert not capsys.readouterr().out  # a policy's output layer is what a value model does without

@@ -15,7 +15,11 @@ import rpo
 def ragged(seed=0, prompts=7, low=1, high=6):
     """Random (ref_logprobs, rewards, groups) of several responses a prompt, in mixed order."""
     rng = random.Random(seed)
-    rows = [(rng.uniform(-40, -5), rng.gauss(0, 1), x) for x in range(prompts) for _ in range(rng.randint(low, high))]
+    rows = [
+        (rng.uniform(-40, -5), rng.gauss(0, 1), x)
+        for x in range(prompts)
+        for _ in range(rng.randint(low, high))
+    ]
     rng.shuffle(rows)
     ref, rewards, groups = (torch.tensor(column) for column in zip(*rows, strict=True))
     return ref.double(), rewards.double(), groups
@@ -37,7 +41,9 @@ def test_targets_of_a_prompt_are_a_distribution():
     """sum_j exp(ref_logprob_j + (r_j - V) / tau) = 1 for every prompt."""
     ref, rewards, groups = ragged(1)
     targets = (rewards - rpo.partition_values(ref, rewards, groups, 0.5)) / 0.5
-    mass = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).scatter_add(0, groups, (ref + targets).exp())
+    mass = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).scatter_add(
+        0, groups, (ref + targets).exp()
+    )
     torch.testing.assert_close(mass, torch.ones_like(mass))
 
 
@@ -56,7 +62,9 @@ def test_no_underflow_for_long_responses():
     rewards, groups = torch.tensor([1.0, -1.0, 0.5]), torch.tensor([0, 0, 1])
     assert ref.exp().eq(0).all()
     values = rpo.partition_values(ref, rewards, groups, 1.0)
-    assert values.tolist() == pytest.approx([-5999 + math.log1p(math.exp(-3)), -5999 + math.log1p(math.exp(-3)), -3999.5])
+    assert values.tolist() == pytest.approx(
+        [-5999 + math.log1p(math.exp(-3)), -5999 + math.log1p(math.exp(-3)), -3999.5]
+    )
 
 
 def test_loss_against_a_loop_and_without_broadcasting():
@@ -86,15 +94,23 @@ def test_reaches_the_closed_form_optimum_of_an_enumerable_world():
 
     def logprobs(logits):
         table = logits.log_softmax(-1)
-        return torch.stack([sum(table[x, prefixes[y[:t]], y[t]] for t in range(len(y))) for x in range(prompts) for y in texts])
+        return torch.stack(
+            [
+                sum(table[x, prefixes[y[:t]], y[t]] for t in range(len(y)))
+                for x in range(prompts)
+                for y in texts
+            ]
+        )
 
     ref = logprobs(ref_logits)
-    assert ref.view(prompts, -1).exp().sum(1).tolist() == pytest.approx([1.0] * prompts)  # all responses there are
+    assert ref.view(prompts, -1).exp().sum(1).tolist() == pytest.approx(
+        [1.0] * prompts
+    )  # all responses there are
     targets = (rewards - rpo.partition_values(ref, rewards, groups, tau)) / tau
     optimum = (ref + rewards / tau).view(prompts, -1).softmax(1)
     logits = ref_logits.clone().requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=0.05)
-    distance = lambda: 0.5 * (logprobs(logits.detach()).view(prompts, -1).exp() - optimum).abs().sum(1)  # noqa: E731
+    distance = lambda: 0.5 * (logprobs(logits.detach()).view(prompts, -1).exp() - optimum).abs().sum(1)
     assert distance().min() > 0.1
     for _ in range(400):
         optimizer.zero_grad()
@@ -128,7 +144,9 @@ def test_thin_keeps_a_share_of_every_prompt():
 
 def test_kept_reference_is_used_on_resume_unless_it_is_of_something_else(world):
     """With its key the file's numbers are taken (here moved by 100 nats, which moves the targets); with another they are not."""
-    args = helpers.ARGS["rpo"] | dict(precompute_ref=True, save_every=1, steps=1, tau=1.0, lr_schedule="constant")
+    args = helpers.ARGS["rpo"] | dict(
+        precompute_ref=True, save_every=1, steps=1, tau=1.0, lr_schedule="constant"
+    )
     for key, moved in ((None, True), ("of something else", False)):
         run_dir = f"runs/kept-{moved}"
         world.run("rpo", **args, run_dir=run_dir).ok()
@@ -136,7 +154,9 @@ def test_kept_reference_is_used_on_resume_unless_it_is_of_something_else(world):
         found = dict(np.load(cache))
         np.savez(cache, **found | {"train": found["train"] + 100.0} | ({"key": key} if key else {}))
         world.run("rpo", **args | dict(steps=2), run_dir=run_dir, resume=True).ok()
-        first, second = (row["rpo/target"] for row in helpers.metrics(world.path(run_dir)) if "rpo/target" in row)
+        first, second = (
+            row["rpo/target"] for row in helpers.metrics(world.path(run_dir)) if "rpo/target" in row
+        )
         assert (abs(second - first) > 50) == moved
 
 
@@ -148,14 +168,22 @@ def test_responses_of_2000_tokens_in_bf16(world):
         for _ in range(1 if topic == "rice" else 3):
             text = " ".join(rng.choice(["very", "warm", "soup", "and", "."]) for _ in range(2000))
             rows.append({"prompt": f"lunch : the {topic} ?", "response": text, "reward": rng.gauss(0, 1)})
-    args = helpers.ARGS["rpo"] | dict(dataset=world.write("endless.jsonl", rows), eval_dataset="scored.jsonl", eval_split="train")
-    args |= dict(precision="bf16", batch_size=2, micro_batch_size=1, max_response_length=2048, steps=1, eval_prompts=0)
+    args = helpers.ARGS["rpo"] | dict(
+        dataset=world.write("endless.jsonl", rows), eval_dataset="scored.jsonl", eval_split="train"
+    )
+    args |= dict(
+        precision="bf16", batch_size=2, micro_batch_size=1, max_response_length=2048, steps=1, eval_prompts=0
+    )
     result = world.run("rpo", **args, run_dir="runs/endless").ok()
     assert "endless.jsonl: dropped 1 of 4 prompts with a single response" in result.output
     sums = np.load(world.path("runs/endless") / "reference.npz")["train"]
     (row,) = (row for row in helpers.metrics(world.path("runs/endless")) if "rpo/target" in row)
     assert sums.dtype == np.float64 and len(sums) == 9 and sums.max() < -2000
-    assert 1000 < row["rpo/target"] < -sums.min() + 100 and math.isfinite(row["rpo/grad_norm"]) and row["rpo/grad_norm"] > 0
+    assert (
+        1000 < row["rpo/target"] < -sums.min() + 100
+        and math.isfinite(row["rpo/grad_norm"])
+        and row["rpo/grad_norm"] > 0
+    )
 
 
 def test_fingerprint_is_of_the_weights(tmp_path):

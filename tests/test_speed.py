@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from common import batches, data, tokenization  # noqa: E402
-from common.tokenization import load_tokenizer  # noqa: E402
+from common import batches, data, tokenization
+from common.tokenization import load_tokenizer
 
 sys.path.append(str(helpers.ROOT / "benchmarks"))
-import speed  # noqa: E402
+import speed
 
 SHAPE = dict(vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2)
 LIMIT = 12
@@ -42,14 +42,16 @@ def test_a_run_in_numbers():
 
 def test_ratios_are_of_pairs():
     """The median of the pairs' ratios, not the ratio of medians: a machine that slows down hits both sides of a pair."""
-    numbers = lambda seconds: dict(seconds=seconds, cpu_seconds=seconds / 2, peak_mb=50.0)  # noqa: E731
+    numbers = lambda seconds: dict(seconds=seconds, cpu_seconds=seconds / 2, peak_mb=50.0)
     times = [(1, 2), (10, 20), (30, 20)]
     row = speed.compared([dict(ours=numbers(a), trl=numbers(b)) for a, b in times])
     assert row["ratio_seconds"] == [0.5, 0.5, 1.5] and row["ours_seconds"] == 10 and row["trl_seconds"] == 20
     rows = [dict(name="sft", losses=[1.25, 1.25], ours_update_tokens_s=9, trl_update_tokens_s=8, **row)]
     text = speed.table(rows)
     assert "busy" not in text and "a CPU for 50% of its time" in speed.table(rows, cpu=True)
-    assert "| sft | 10 / 20 | 0.50 (0.50-1.50) | - | 9 / 8 | 50 / 50 | 1.00 (1.00-1.00) | 1.25 / 1.25 |" in text
+    assert (
+        "| sft | 10 / 20 | 0.50 (0.50-1.50) | - | 9 / 8 | 50 / 50 | 1.00 (1.00-1.00) | 1.25 / 1.25 |" in text
+    )
 
 
 def test_a_row_whose_losses_differ_is_refused():
@@ -74,7 +76,9 @@ def test_trl_gets_the_rows_in_the_order_ours_are_drawn(algorithm, tmp_path, path
     read = data.read_rows(str(tmp_path / "rows.jsonl"), kind)
     if kind == "prompts":
         read.sort(key=lambda row: data.prompt_hash(row["prompt"], 1))
-    drawn = [read[i]["prompt"] for step in range(3) for i in batches.batch_indices(len(read), a_step, step, 0)]
+    drawn = [
+        read[i]["prompt"] for step in range(3) for i in batches.batch_indices(len(read), a_step, step, 0)
+    ]
     assert [row["prompt"] for row in speed.in_drawn_order(rows, algorithm, a_step)] == drawn
     assert drawn != [row["prompt"] for row in rows] and len(set(drawn)) == len(rows)
 
@@ -89,7 +93,9 @@ def test_responses_end_where_their_prompts_say(paths):
         prompt = f"w9 w60 w{kinds.index(kind)}"
         ids = torch.tensor([tokenization.encode_prompt(tokenizer, prompt)] * 8)
         assert ids[0, 0] == tokenizer.bos_token_id and ids.shape == (8, 4)
-        out = model.generate(ids, do_sample=True, top_k=0, max_new_tokens=LIMIT + 4, attention_mask=torch.ones_like(ids))[:, 4:]
+        out = model.generate(
+            ids, do_sample=True, top_k=0, max_new_tokens=LIMIT + 4, attention_mask=torch.ones_like(ids)
+        )[:, 4:]
         ended = (out == tokenizer.eos_token_id).int()
         assert len(set(out[:, 0].tolist())) > 1 or kind == 1
         assert (ended.argmax(1) + 1 == kind).all() if kind else not ended.any()
@@ -106,7 +112,9 @@ def test_no_ratio_where_the_first_losses_or_the_versions_differ(monkeypatch, tmp
     sides, args = [], small_run(monkeypatch, tmp_path, 2)
     made = dict(logged={"loss": [1.2]}, first={}, trl="1", versions=dict(torch="2.0+cpu"))
     monkeypatch.setattr(speed, "python_with_trl", lambda *_: "python")
-    monkeypatch.setattr(speed, "run_side", lambda python, spec, log: sides.append(spec["side"]) or a_run([1, 2, 3], **made))
+    monkeypatch.setattr(
+        speed, "run_side", lambda python, spec, log: sides.append(spec["side"]) or a_run([1, 2, 3], **made)
+    )
     assert speed.measure("sft", args, "cpu") == dict(name="sft", refused="not comparable: losses 1 and 1.2")
     assert sides == ["ours", "trl"]
     made["logged"] = {"loss": [1.0]}
@@ -122,7 +130,11 @@ def test_one_pair(tmp_path, monkeypatch):
     row = speed.measure("sft", small_run(monkeypatch, tmp_path, 1), "cpu")
     assert "refused" not in row
     assert row["losses"][0] == pytest.approx(row["losses"][1], rel=1e-3) and row["losses"][0] > 3
-    assert row["ours_seconds"] > 0 and row["trl_peak_mb"] > 0 and row["ratio_seconds"][1] == row["ratio_seconds"][2]
+    assert (
+        row["ours_seconds"] > 0
+        and row["trl_peak_mb"] > 0
+        and row["ratio_seconds"][1] == row["ratio_seconds"][2]
+    )
     assert json.loads((tmp_path / "tiny/sft-0-trl.json").read_text())["steps"][2]["at"] > 0
     assert "| sft |" in speed.table([row])
 
@@ -131,8 +143,11 @@ def test_cost_that_grows_faster_than_its_formula_is_named(tmp_path):
     """Twice the work at 2.6 times the cost is; overhead, which makes cost grow slower, is not. And the picture is drawn."""
     assert speed.scaling.too_fast([1, 2.4, 4.8], [1, 2, 4]) == []
     assert speed.scaling.too_fast([1, 1.1, 2.9], [1, 2, 4]) == [2]
-    point = lambda seconds, flops: dict(seconds=seconds, gflops=flops, peak_mb=10.0, formula_mb=5.0)  # noqa: E731
-    found = {("batch", "grpo"): [(8, point(1, 1)), (16, point(2.6, 2))], ("batch", "ppo"): [(8, point(1, 1)), (16, point(2, 2))]}
+    point = lambda seconds, flops: dict(seconds=seconds, gflops=flops, peak_mb=10.0, formula_mb=5.0)
+    found = {
+        ("batch", "grpo"): [(8, point(1, 1)), (16, point(2.6, 2))],
+        ("batch", "ppo"): [(8, point(1, 1)), (16, point(2, 2))],
+    }
     lines = speed.scaling.table(found).splitlines()
     assert [line.split("|")[-2].strip() for line in lines[2:]] == ["", "time", "", ""]
     speed.scaling.draw(found, str(tmp_path / "scaling.png"))
@@ -154,5 +169,7 @@ def test_the_formulas_of_scaling():
 def a_llama(at):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = dict(hidden_size=at["width"], num_hidden_layers=at["layers"], vocab_size=at["vocab"], num_attention_heads=2)
+    shape = dict(
+        hidden_size=at["width"], num_hidden_layers=at["layers"], vocab_size=at["vocab"], num_attention_heads=2
+    )
     return LlamaForCausalLM(LlamaConfig(intermediate_size=speed.scaling.inner(at), **shape))

@@ -15,8 +15,14 @@ from common.rollout import rollout
 from common.tokenization import encode_prompt, load_tokenizer, tokenize
 
 pytestmark = pytest.mark.usefixtures("group")
-ARGS = SimpleNamespace(precision="fp32", shard_size=0, gradient_checkpointing=False, micro_batch_size=3, lora_rank=0)
-PROMPTS = ["lunch : the soup ?", "dinner : the waiter and the rice and the wine ?", "supper : the fish and the chef ?"]
+ARGS = SimpleNamespace(
+    precision="fp32", shard_size=0, gradient_checkpointing=False, micro_batch_size=3, lora_rank=0
+)
+PROMPTS = [
+    "lunch : the soup ?",
+    "dinner : the waiter and the rice and the wine ?",
+    "supper : the fish and the chef ?",
+]
 RESPONSES = ["the soup was warm .", "the waiter was not very sad .", "fine"]
 
 
@@ -39,7 +45,10 @@ def policy(folder, tokenizer):
 @pytest.fixture(scope="module")
 def sequences(tokenizer):
     rows = [{"prompt": p, "response": r} for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-    return [(row["prompt_ids"], row["response_ids"]) for row in tokenize(rows, tokenizer, ("response",), 99, 99, "here")]
+    return [
+        (row["prompt_ids"], row["response_ids"])
+        for row in tokenize(rows, tokenizer, ("response",), 99, 99, "here")
+    ]
 
 
 def test_the_encoder_reads_the_prompt_with_its_end_token(tokenizer):
@@ -63,7 +72,9 @@ def test_logprobs_of_a_ragged_batch_are_plain_transformers(folder, tokenizer, po
         table = logits.log_softmax(-1)
         expected = table[range(len(response)), response]
         torch.testing.assert_close(found[i, : len(response)], expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(entropy[i, : len(response)], -(table.exp() * table).nan_to_num(0.0).sum(-1), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            entropy[i, : len(response)], -(table.exp() * table).nan_to_num(0.0).sum(-1), rtol=0, atol=1e-5
+        )
         assert found[i, len(response) :].eq(0).all() and expected.std() > 0.1
 
 
@@ -75,7 +86,9 @@ def test_greedy_rollout_is_plain_generate(folder, tokenizer, policy, sequences):
     for prompt, response in zip(prompts, responses, strict=True):
         options = dict(max_new_tokens=12, do_sample=False, suppress_tokens=[tokenizer.pad_token_id])
         expected = model.generate(torch.tensor([prompt]), **options)[0, 1:].tolist()
-        assert response == expected[: len(response)] and (len(response) == 12 or response[-1] == tokenizer.eos_token_id)
+        assert response == expected[: len(response)] and (
+            len(response) == 12 or response[-1] == tokenizer.eos_token_id
+        )
 
 
 def test_sampling_draws_what_log_probabilities_are_of(tokenizer, policy):
@@ -84,7 +97,9 @@ def test_sampling_draws_what_log_probabilities_are_of(tokenizer, policy):
     first = torch.tensor([r[0] for r in rollout(policy, tokenizer, [prompt] * n, 1, 1.0, (3, 1))[0]])
     words = range(1, len(tokenizer))
     with torch.no_grad():
-        logprobs, _ = policy.response_logprobs(**collate([(prompt, [word]) for word in words], tokenizer.pad_token_id, "cpu"))
+        logprobs, _ = policy.response_logprobs(
+            **collate([(prompt, [word]) for word in words], tokenizer.pad_token_id, "cpu")
+        )
     p = torch.cat([torch.zeros(1), logprobs[:, 0].exp()])
     assert p.sum().item() == pytest.approx(1, abs=1e-4)
     counts = first.bincount(minlength=len(p))
@@ -96,7 +111,9 @@ def test_prompt_values_are_the_mean_over_the_prompts_tokens(folder, tokenizer, s
     value = load_model("prompt value", folder, tokenizer, ARGS, trained=True)
     with torch.no_grad():
         value.classifier.weight.normal_(), value.classifier.bias.fill_(0.3)
-    plain = AutoModelForTokenClassification.from_pretrained(folder, num_labels=1, classifier_dropout=0.0).eval()
+    plain = AutoModelForTokenClassification.from_pretrained(
+        folder, num_labels=1, classifier_dropout=0.0
+    ).eval()
     plain.classifier.weight.data = value.classifier.weight.detach().clone()
     plain.classifier.bias.data = value.classifier.bias.detach().clone()
     mb = collate(sequences, tokenizer.pad_token_id, "cpu")
@@ -123,8 +140,15 @@ def alone(world):
 
 def args_of(script):
     sizes = dict(max_prompt_length=80, max_response_length=40, precision="fp64", model="runs/t5", steps=2)
-    hot = dict(temperature=5.0) if script in helpers.ONLINE else {}  # this model is so sure that a sample is the greedy answer
-    return helpers.ARGS[script] | sizes | hot | (dict(precompute_ref=False) if script in ("rpo", "dro", "kto", "dpo") else {})
+    hot = (
+        dict(temperature=5.0) if script in helpers.ONLINE else {}
+    )  # this model is so sure that a sample is the greedy answer
+    return (
+        helpers.ARGS[script]
+        | sizes
+        | hot
+        | (dict(precompute_ref=False) if script in ("rpo", "dro", "kto", "dpo") else {})
+    )
 
 
 @pytest.mark.parametrize("script", ["sft", "rpo", "dro", "kto", "dpo", "grpo", "remax"])
@@ -135,7 +159,11 @@ def test_same_training_on_two_ranks(world, alone, script):
     before = AutoModelForSeq2SeqLM.from_pretrained(world.path("runs/t5")).state_dict()
     after, info = AutoModelForSeq2SeqLM.from_pretrained(alone(script) / "model", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    changed = [(tensor != before[key]).any().item() for key, tensor in after.state_dict().items() if "layer_norm" not in key]
+    changed = [
+        (tensor != before[key]).any().item()
+        for key, tensor in after.state_dict().items()
+        if "layer_norm" not in key
+    ]
     assert all(changed)
 
 
@@ -152,7 +180,11 @@ def test_shared_encoder_trains_on_two_ranks(world, alone):
     """DRO's V as a layer on the policy's encoder: the same on 2 ranks."""
     alone("dro")
     for processes in (0, 2):
-        world.run("dro", processes, **args_of("dro") | dict(shared_encoder=True, run_dir=f"runs/t5-shared-{processes}")).ok()
+        world.run(
+            "dro",
+            processes,
+            **args_of("dro") | dict(shared_encoder=True, run_dir=f"runs/t5-shared-{processes}"),
+        ).ok()
     helpers.assert_same(*(world.path(f"runs/t5-shared-{processes}") for processes in (0, 2)))
 
 
@@ -160,7 +192,9 @@ def test_shared_encoder_trains_on_two_ranks(world, alone):
 def test_value_and_reward_models_refuse_it(world, alone, script):
     """A bidirectional encoder would see the tokens it is to judge: one line says so."""
     alone("sft")
-    line = world.run(script, **helpers.ARGS[script] | dict(model="runs/t5", max_prompt_length=80, run_dir="runs/t5-no")).error()
+    line = world.run(
+        script, **helpers.ARGS[script] | dict(model="runs/t5", max_prompt_length=80, run_dir="runs/t5-no")
+    ).error()
     assert "runs/t5" in line and "encoder-decoder" in line
 
 
@@ -170,7 +204,11 @@ def test_other_encoder_decoders_are_refused(world):
 
     sizes = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16)
     helpers.make_t5(world.path("runs/bart"))
-    model = BartForConditionalGeneration(BartConfig(vocab_size=99, encoder_attention_heads=2, decoder_attention_heads=2, **sizes))
+    model = BartForConditionalGeneration(
+        BartConfig(vocab_size=99, encoder_attention_heads=2, decoder_attention_heads=2, **sizes)
+    )
     model.save_pretrained(world.path("runs/bart"))
-    line = world.run("sft", **helpers.ARGS["sft"] | dict(model="runs/bart", max_prompt_length=80, run_dir="runs/t5-bart")).error()
+    line = world.run(
+        "sft", **helpers.ARGS["sft"] | dict(model="runs/bart", max_prompt_length=80, run_dir="runs/t5-bart")
+    ).error()
     assert "T5 family" in line and "bart" in line

@@ -19,7 +19,14 @@ from common.batches import collate  # noqa: E402
 from common.logprobs import response_logprobs  # noqa: E402
 from common.tokenization import load_tokenizer  # noqa: E402
 
-PLAIN = dict(bf16=False, gradient_checkpointing=False, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True)
+PLAIN = dict(
+    bf16=False,
+    gradient_checkpointing=False,
+    report_to="none",
+    use_cpu=True,
+    save_strategy="no",
+    disable_tqdm=True,
+)
 LIMIT = 7
 
 
@@ -36,8 +43,18 @@ def tokenizer():
 def folders(tmp_path_factory, tokenizer):
     """Two random Llamas near one another, far from uniform."""
     root = tmp_path_factory.mktemp("trl")
-    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3)
-    special = dict(pad_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    shape = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+    )
+    special = dict(
+        pad_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **special, **shape))
     with torch.no_grad():
@@ -77,7 +94,10 @@ def assert_same(model, theirs, ours):
 def words(seed, *sizes):
     """Random tokens, no special one among them."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(len(reviews.SPECIAL), len(reviews.WORDS), (n,), generator=generator).tolist() for n in sizes]
+    return [
+        torch.randint(len(reviews.SPECIAL), len(reviews.WORDS), (n,), generator=generator).tolist()
+        for n in sizes
+    ]
 
 
 # --- DPO -------------------------------------------------------------------------------------------------------------
@@ -135,17 +155,26 @@ def test_dpo_label_smoothing_is_that_of_trls_aot_on_one_pair(dpo_trainer):
 
 THUMBS = [
     dict(prompt_ids=p, completion_ids=y, label=label)
-    for p, y, label in zip(words(3, 3, 1, 5, 2, 4), words(4, 6, 2, 1, 4, 3), [True, False, True, True, False], strict=True)
+    for p, y, label in zip(
+        words(3, 3, 1, 5, 2, 4), words(4, 6, 2, 1, 4, 3), [True, False, True, True, False], strict=True
+    )
 ]
 
 
 def kto_trainer(folders, tokenizer, path, rows, policy="a", reference="b"):
     args = trl.KTOConfig(
-        str(path), beta=0.3, desirable_weight=1.5, undesirable_weight=0.7, per_device_train_batch_size=len(rows), max_length=None,
+        str(path),
+        beta=0.3,
+        desirable_weight=1.5,
+        undesirable_weight=0.7,
+        per_device_train_batch_size=len(rows),
+        max_length=None,
         **PLAIN,
-    )  # fmt: skip
+    )
     models = dict(model=opened(folders / policy), ref_model=opened(folders / reference))
-    trainer = trl.KTOTrainer(**models, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = trl.KTOTrainer(
+        **models, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
     trainer.model.train()
     return trainer
 
@@ -161,7 +190,10 @@ def test_kto_loss_is_trls_on_our_mismatched_pairs(folders, tokenizer, tmp_path):
     mean over those pairs changes its sign, so that one of the two is clamped at 0."""
     prompts, points = [row["prompt_ids"] for row in THUMBS], []
     others = kto.mismatched(prompts, 0)
-    batch = [row | dict(KL_completion_ids=THUMBS[j]["completion_ids"]) for row, j in zip(THUMBS, others, strict=True)]
+    batch = [
+        row | dict(KL_completion_ids=THUMBS[j]["completion_ids"])
+        for row, j in zip(THUMBS, others, strict=True)
+    ]
     sequences = [(row["prompt_ids"], row["completion_ids"]) for row in batch]
     mismatches = [(row["prompt_ids"], row["KL_completion_ids"]) for row in batch]
     labels = torch.tensor([row["label"] for row in batch])
@@ -174,14 +206,18 @@ def test_kto_loss_is_trls_on_our_mismatched_pairs(folders, tokenizer, tmp_path):
         points.append(point.item())
         assert trainer._metrics["train"]["kl"][-1] == pytest.approx(point.item(), abs=1e-5)
         log_ratios = summed(trainer.model, sequences) - ref
-        assert_same(trainer.model, theirs, kto.kto_loss(log_ratios, labels, point, 0.3, 1.5, 0.7) / len(batch))
+        assert_same(
+            trainer.model, theirs, kto.kto_loss(log_ratios, labels, point, 0.3, 1.5, 0.7) / len(batch)
+        )
     assert min(points) == 0 and max(points) > 0.1
 
 
 def test_trls_mismatched_pairs_are_not_ours(folders, tokenizer, tmp_path):
     """On purpose: TRL rotates the completions by one within a batch, so neighbouring responses to one prompt are paired with that
     prompt; ours are drawn over the whole data and never are."""
-    rows = sorted(TEXTS, key=lambda row: row["prompt"])  # responses to one prompt side by side, as data sets are
+    rows = sorted(
+        TEXTS, key=lambda row: row["prompt"]
+    )  # responses to one prompt side by side, as data sets are
     trainer = kto_trainer(folders, tokenizer, tmp_path, rows)
     found = list(trainer.train_dataset)
     completions = [row["completion_ids"] for row in found]
@@ -207,13 +243,23 @@ def generation(folders, tokenizer, tmp_path_factory):
         return rewards
 
     args = trl.GRPOConfig(
-        str(tmp_path_factory.mktemp("grpo")), beta=0.04, temperature=0.7, num_generations=4, per_device_train_batch_size=12,
-        num_iterations=2, max_completion_length=LIMIT, **PLAIN,
-    )  # fmt: skip
+        str(tmp_path_factory.mktemp("grpo")),
+        beta=0.04,
+        temperature=0.7,
+        num_generations=4,
+        per_device_train_batch_size=12,
+        num_iterations=2,
+        max_completion_length=LIMIT,
+        **PLAIN,
+    )
     prompts = [dict(prompt=text) for text in ("the soup", "the waiter was not", "and")]
     torch.manual_seed(0)
     trainer = trl.GRPOTrainer(
-        str(folders / "a"), reward, args=args, train_dataset=Dataset.from_list(prompts), processing_class=tokenizer
+        str(folders / "a"),
+        reward,
+        args=args,
+        train_dataset=Dataset.from_list(prompts),
+        processing_class=tokenizer,
     )
     trainer.current_gradient_accumulation_steps = 1
     model = trainer.model.train()
@@ -226,8 +272,10 @@ def generation(folders, tokenizer, tmp_path_factory):
 
 def ours_of(scored):
     """TRL's padded tokens as (prompt, response) pairs, ours to collate."""
-    keep = lambda ids, mask: [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)]  # noqa: E731
-    prompts, responses = (keep(scored[f"{kind}_ids"], scored[f"{kind}_mask"]) for kind in ("prompt", "completion"))
+    keep = lambda ids, mask: [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)]
+    prompts, responses = (
+        keep(scored[f"{kind}_ids"], scored[f"{kind}_mask"]) for kind in ("prompt", "completion")
+    )
     return list(zip(prompts, responses, strict=True))
 
 
@@ -246,7 +294,9 @@ def test_group_advantages_are_trls(generation, scale_std):
     assert (advantages[equal] == 0).all() and theirs[equal].abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("theirs, ours", [("grpo", "grpo"), ("dr_grpo", "dr_grpo"), ("bnpo", "dapo"), ("dapo", "dapo")])
+@pytest.mark.parametrize(
+    "theirs, ours", [("grpo", "grpo"), ("dr_grpo", "dr_grpo"), ("bnpo", "dapo"), ("dapo", "dapo")]
+)
 @pytest.mark.parametrize("clips", [(0.2, 0.2), (0.1, 0.28)])
 def test_grpo_loss_is_trls(generation, theirs, ours, clips):
     """Clipped surrogate and k3 with each aggregation at temperature 0.7, ratios away from 1. Our `dapo` is of the mini-batch,
@@ -258,7 +308,11 @@ def test_grpo_loss_is_trls(generation, theirs, ours, clips):
     mb = collate(sequences, 2, "cpu")
     mask = mb["response_mask"]
     assert mask.equal(scored["completion_mask"].bool()) and len(set(mask.sum(1).tolist())) > 2  # ragged
-    old, ref, advantages = scored["old_per_token_logps"], scored["ref_per_token_logps"], scored["advantages"][:, None]
+    old, ref, advantages = (
+        scored["old_per_token_logps"],
+        scored["ref_per_token_logps"],
+        scored["advantages"][:, None],
+    )
     logprobs, entropy = trainer.model.response_logprobs(**mb, temperature=0.7)
     weights = grpo.token_weights(mask, ours, LIMIT)
     loss, stats = grpo.surrogate_loss(logprobs, old, advantages, weights, mask, *clips)
@@ -268,28 +322,40 @@ def test_grpo_loss_is_trls(generation, theirs, ours, clips):
     logged, count = trainer._metrics["train"], mask.sum()
     assert logged["entropy"][-1] == pytest.approx((entropy.sum() / count).item(), abs=1e-5)
     k3 = grpo.kl_estimates(logprobs.detach(), ref, mask)[1]
-    assert logged["kl"][-1] == pytest.approx((k3.sum() / count).item(), rel=1e-5)  # a number near 10, in float32
+    assert logged["kl"][-1] == pytest.approx(
+        (k3.sum() / count).item(), rel=1e-5
+    )  # a number near 10, in float32
 
 
 def test_trls_kl_term_has_another_gradient_by_default(generation):
     """On purpose: ours is the paper's (2402.03300 eq. 3: k3 beside the surrogate). TRL 1.16 multiplies k3 by the ratio
     (DeepSeek-V3.2, 2512.02556), which even at ratio 1 changes the gradient: to that of KL(pi || pi_ref)."""
     trainer, scored, _ = generation
-    trainer.loss_type, trainer.epsilon_low, trainer.epsilon_high, trainer.args.use_bias_correction_kl = "dapo", 0.2, 0.2, True
+    trainer.loss_type, trainer.epsilon_low, trainer.epsilon_high, trainer.args.use_bias_correction_kl = (
+        "dapo",
+        0.2,
+        0.2,
+        True,
+    )
     mb = collate(ours_of(scored), 2, "cpu")
     mask, old, ref = mb["response_mask"], scored["old_per_token_logps"], scored["ref_per_token_logps"]
     logprobs = trainer.model.response_logprobs(**mb, temperature=0.7)[0]
     weights = grpo.token_weights(mask, "dapo", LIMIT)
     loss, _ = grpo.surrogate_loss(logprobs, old, scored["advantages"][:, None], weights, mask, 0.2, 0.2)
     k3, ratio = grpo.kl_estimates(logprobs, ref, mask)[1], torch.where(mask, logprobs - old, 0.0).exp()
-    assert_same(trainer.model, trainer.compute_loss(trainer.model, scored), loss + 0.04 * (k3 * ratio * weights).sum())
+    assert_same(
+        trainer.model, trainer.compute_loss(trainer.model, scored), loss + 0.04 * (k3 * ratio * weights).sum()
+    )
 
 
 def test_old_and_reference_log_probabilities_are_trls(generation, folders):
     """Of the policy that sampled and of TRL's moved reference, at temperature 0.7."""
     trainer, scored, _ = generation
     mask = scored["completion_mask"].bool()
-    for model, key in ((opened(folders / "a"), "old_per_token_logps"), (trainer.ref_model, "ref_per_token_logps")):
+    for model, key in (
+        (opened(folders / "a"), "old_per_token_logps"),
+        (trainer.ref_model, "ref_per_token_logps"),
+    ):
         model.forbidden_token = None
         with torch.no_grad():
             ours = response_logprobs(model, **collate(ours_of(scored), 2, "cpu"), temperature=0.7)[0]

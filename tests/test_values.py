@@ -21,7 +21,9 @@ def runs(world):
     scored += "--context-length 8 --max-prompt-length 24 --max-response-length 9 --normalise-values --seed 5".split()
     scored += ["--precision", "fp64"]
     world.command("gvm_td", *TINY, "--run-dir", "runs/v-scores", *scored).ok()
-    world.command("reward", *TINY, "--run-dir", "runs/v-reward", "--dataset", "pairs.jsonl", "--eval-fraction", "0.3").ok()
+    world.command(
+        "reward", *TINY, "--run-dir", "runs/v-reward", "--dataset", "pairs.jsonl", "--eval-fraction", "0.3"
+    ).ok()
     return world
 
 
@@ -37,19 +39,38 @@ def test_the_table_of_a_gvm_is_the_one_its_run_logged(runs, run, precision):
     logged = json.loads(runs.path(f"runs/{run}/accuracy.json").read_text())
     found = table(runs, f"runs/{run}-judged")
     (mine,) = (found[f"runs/{run}/model"],)
-    assert {key: mine["all"][key] for key in asked.STATISTICS} == {key: logged[key] for key in asked.STATISTICS}
-    assert mine["all"]["pairs"] == logged["pairs"] > 0 and len({mine["all"][key] for key in asked.STATISTICS}) > 1
+    assert {key: mine["all"][key] for key in asked.STATISTICS} == {
+        key: logged[key] for key in asked.STATISTICS
+    }
+    assert (
+        mine["all"]["pairs"] == logged["pairs"] > 0
+        and len({mine["all"][key] for key in asked.STATISTICS}) > 1
+    )
     assert found["baseline: the longer one"]["all"]["score"] == logged["baseline_length"]
     assert found["baseline: the better policy"]["all"]["score"] == logged["baseline_policy"]
 
 
 def test_a_reward_model_and_a_critic_on_the_pairs_of_a_run(runs):
     """The reward model's accuracy is the one reward.py logged; --like judges any model on the same pairs."""
-    argv = ["--models", "runs/v-reward/model", "runs/v-pairs/model", "--like", "runs/v-reward", "--run-dir", "runs/v-like"]
+    argv = [
+        "--models",
+        "runs/v-reward/model",
+        "runs/v-pairs/model",
+        "--like",
+        "runs/v-reward",
+        "--run-dir",
+        "runs/v-like",
+    ]
     runs.command("evaluate", "values", *argv).ok()
-    logged, found = json.loads(runs.path("runs/v-reward/accuracy.json").read_text()), table(runs, "runs/v-like")
+    logged, found = (
+        json.loads(runs.path("runs/v-reward/accuracy.json").read_text()),
+        table(runs, "runs/v-like"),
+    )
     reward, gvm = found["runs/v-reward/model"]["all"], found["runs/v-pairs/model"]["all"]
-    assert reward == {"score": pytest.approx(logged["accuracy"], abs=1e-7), "pairs": logged["pairs"]}  # float32 there
+    assert reward == {
+        "score": pytest.approx(logged["accuracy"], abs=1e-7),
+        "pairs": logged["pairs"],
+    }  # float32 there
     assert gvm["pairs"] == logged["pairs"] and "score" not in gvm
     assert found["baseline: the longer one"]["all"]["score"] == logged["baseline_length"]
 
@@ -57,7 +78,10 @@ def test_a_reward_model_and_a_critic_on_the_pairs_of_a_run(runs):
 def test_statistics_and_backup_by_hand():
     """Ragged responses against numpy and against the equation; a response of one token has one value for everything."""
     rng = np.random.default_rng(0)
-    pairs = [(rng.normal(size=n).tolist(), rng.normal(size=m).tolist()) for n, m in ((1, 7), (5, 1), (40, 3), (2, 2), (1, 1))]
+    pairs = [
+        (rng.normal(size=n).tolist(), rng.normal(size=m).tolist())
+        for n, m in ((1, 7), (5, 1), (40, 3), (2, 2), (1, 1))
+    ]
     found = asked.accuracies(pairs, 0.9, 0.7)
     measures = {"mean": np.mean, "last": lambda x: x[-1]}
     measures |= {f"p{p}": lambda x, p=p: np.percentile(x, p) for p in (1, 5, 10, 90, 95, 99)}
@@ -81,31 +105,68 @@ def test_statistics_and_backup_by_hand():
 
 def test_subsets():
     """Per-subset shares, and an average over subsets that does not depend on their sizes; rows without a subset count in all."""
-    right = lambda pairs: {"last": float(np.mean(pairs))}  # noqa: E731
+    right = lambda pairs: {"last": float(np.mean(pairs))}
     found = asked.by_subset(right, [1, 1, 1, 0, 0], ["chat", "chat", "chat", "code", None])
     assert {name: (row["last"], row["pairs"]) for name, row in found.items()} == {
-        "all": (0.6, 5), "chat": (1.0, 3), "code": (0.0, 1), "average": (0.5, 4)
-    }  # fmt: skip
+        "all": (0.6, 5),
+        "chat": (1.0, 3),
+        "code": (0.0, 1),
+        "average": (0.5, 4),
+    }
     assert list(asked.by_subset(right, [1], [None])) == ["all"]
 
 
 def test_rewardbench_file_and_pictures(runs):
     """A file as RewardBench has it, with an answer of one word; pictures of pairs and of any text; values kept by pair."""
-    texts = ["the soup was great .", ".", "the soup was awful .", "the wine was very good and the soup was dull ."]
+    texts = [
+        "the soup was great .",
+        ".",
+        "the soup was awful .",
+        "the wine was very good and the soup was dull .",
+    ]
     rows = [
-        {"prompt": "lunch : the soup and the wine ?", "chosen": a, "rejected": b, "subset": s, "chosen_model": "m", "id": i}
+        {
+            "prompt": "lunch : the soup and the wine ?",
+            "chosen": a,
+            "rejected": b,
+            "subset": s,
+            "chosen_model": "m",
+            "id": i,
+        }
         for i, (a, b, s) in enumerate([(*texts[:2], "x"), (*texts[2:], "y"), (texts[3], texts[1], "y")])
     ]
     file = runs.write("rewardbench.jsonl", rows)
     text = ["--text", "lunch : the soup and the wine ?", "the soup was great .", "the wine was bad ."]
-    argv = ["--models", "reviews", "runs/v-reward/model", "--dataset", file, "--run-dir", "runs/v-bench", "--draw", "1", *text]
+    argv = [
+        "--models",
+        "reviews",
+        "runs/v-reward/model",
+        "--dataset",
+        file,
+        "--run-dir",
+        "runs/v-bench",
+        "--draw",
+        "1",
+        *text,
+    ]
     output = runs.command("evaluate", "values", *argv).ok().output
     found = table(runs, "runs/v-bench")
-    assert {name: row["pairs"] for name, row in found["reviews"].items()} == {"all": 3, "x": 1, "y": 2, "average": 3}
+    assert {name: row["pairs"] for name, row in found["reviews"].items()} == {
+        "all": 3,
+        "x": 1,
+        "y": 2,
+        "average": 3,
+    }
     assert list(found["runs/v-reward/model"]["x"]) == ["score", "pairs"]
-    assert found["baseline: the longer one"]["y"]["score"] == 0.5 and "baseline: the better policy" not in found
+    assert (
+        found["baseline: the longer one"]["y"]["score"] == 0.5 and "baseline: the better policy" not in found
+    )
     page = runs.path("runs/v-bench/values.html").read_text()
-    assert page.count("<h4>") == 4 and "great" in page and runs.path("runs/v-bench/values.png").stat().st_size > 5000
+    assert (
+        page.count("<h4>") == 4
+        and "great" in page
+        and runs.path("runs/v-bench/values.png").stat().st_size > 5000
+    )
     assert "reviews: x | 1 |" in output
     kept = [json.loads(line) for line in runs.path("runs/v-bench/values.jsonl").read_text().splitlines()]
     assert len(kept) == 6 and [len(row["rejected_values"]) for row in kept[:3]] == [2, 12, 2]
@@ -118,7 +179,11 @@ def test_ranks_judge_alike(runs):
     script = asked.Values(**argv)
     assert script.like == "runs/v-reward"
     for n, size in ((0, 8), (3, 1)):
-        result = helpers.Job(runs.folder, Call(argv | dict(run_dir=f"runs/v-ranks-{n}", micro_batch_size=size)), n).wait().ok()
+        result = (
+            helpers.Job(runs.folder, Call(argv | dict(run_dir=f"runs/v-ranks-{n}", micro_batch_size=size)), n)
+            .wait()
+            .ok()
+        )
         assert result.output.count("| reviews |") == 1  # rank 0 alone speaks
     a, b = (runs.path(f"runs/v-ranks-{n}/values.jsonl").read_text().splitlines() for n in (0, 3))
     for one, other in zip(map(json.loads, a), map(json.loads, b), strict=True):
@@ -138,15 +203,18 @@ class Call:
         distributed.launch(asked.values, asked.Values(**self.args))
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--models", "runs/nothing/model"], "no model folder there"),
-    (["--models", "runs/v-pairs/model", "--like", "runs"], "no run of gvm_td.py or reward.py is there"),
-    (["--dataset", "pairs.jsonl", "--like", "runs/v-pairs"], "exclude each other"),
-    (["--dataset", "pairs.jsonl", "--text", "lunch ?"], "give a prompt and at least one response"),
-    (["--dataset", "empty.jsonl"], "row 1: rejected is empty"),
-    (["--dataset", "scored.jsonl", "--source", "scores", "--gap", "99"], "no two responses"),
-    (["--dataset", "pairs.jsonl", "--models", "runs/v-policy"], "no head that was trained"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--models", "runs/nothing/model"], "no model folder there"),
+        (["--models", "runs/v-pairs/model", "--like", "runs"], "no run of gvm_td.py or reward.py is there"),
+        (["--dataset", "pairs.jsonl", "--like", "runs/v-pairs"], "exclude each other"),
+        (["--dataset", "pairs.jsonl", "--text", "lunch ?"], "give a prompt and at least one response"),
+        (["--dataset", "empty.jsonl"], "row 1: rejected is empty"),
+        (["--dataset", "scored.jsonl", "--source", "scores", "--gap", "99"], "no two responses"),
+        (["--dataset", "pairs.jsonl", "--models", "runs/v-policy"], "no head that was trained"),
+    ],
+)
 def test_bad_input(runs, argv, message):
     runs.write("empty.jsonl", [{"prompt": "lunch ?", "chosen": "the soup was great .", "rejected": ""}])
     if not runs.path("runs/v-policy").exists():

@@ -36,7 +36,7 @@ class World:
 
     def __init__(self, seed=0):
         generator = torch.Generator().manual_seed(seed)
-        random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+        random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
         self.scores = random(len(RESPONSES))
         self.logits, self.ref_logits = 1.5 * random(len(STATES), 3), random(len(STATES), 3)
 
@@ -44,7 +44,9 @@ class World:
 def logprobs_of(logits):
     """[B, T] log-probabilities of the responses' tokens under a table of logits [states, 3]; 0 on padding."""
     table, zero = logits.log_softmax(-1), logits.new_zeros(())
-    rows = [[table[STATES.index(y[:t]), y[t]] if t < len(y) else zero for t in range(LIMIT)] for y in RESPONSES]
+    rows = [
+        [table[STATES.index(y[:t]), y[t]] if t < len(y) else zero for t in range(LIMIT)] for y in RESPONSES
+    ]
     return torch.stack([torch.stack(row) for row in rows])
 
 
@@ -63,7 +65,7 @@ def dynamic_programming(logits, final, gamma=1.0, step=None):
 
 def table_of(values, gamma=1.0):
     """[B, T + 1] as a value model gives them: V(s_1), then Q(s_t, a_t), which is gamma * V(s_{t+1}) before the end."""
-    read = lambda y, t: values[y[:t]] * (gamma if 0 < t < len(y) else 1.0) if t <= len(y) else 0.0  # noqa: E731
+    read = lambda y, t: values[y[:t]] * (gamma if 0 < t < len(y) else 1.0) if t <= len(y) else 0.0
     return torch.tensor([[read(y, t) for t in range(LIMIT + 1)] for y in RESPONSES], dtype=torch.float64)
 
 
@@ -115,7 +117,13 @@ def test_a_transformer_gvm_approaches_the_dynamic_programming_value(group, tmp_p
     """load_model, response_values and td_loss at lam 0.95, responses weighted by their probability: within 0.1 of values that
     spread over more than 1, in each of the 29 prefixes."""
     world, tokenizer = World(seed=1), load_tokenizer(reviews.folder("untrained"))
-    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.2)
+    shape = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.2,
+    )
     backbone = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2, **shape)
     torch.manual_seed(0)
     LlamaForCausalLM(backbone).save_pretrained(tmp_path)
@@ -241,7 +249,9 @@ def test_ppo_critic_fixed_point_is_the_dynamic_programming_value():
     exact = dynamic_programming(world.logits, world.scores)
     at = torch.tensor([[STATES.index(y[: min(t, len(y) - 1)]) for t in range(LIMIT)] for y in RESPONSES])
     p = logprobs_of(world.logits).sum(1).exp()
-    visits = torch.zeros(len(STATES), dtype=torch.float64).index_add_(0, at[MASK], p[:, None].expand(-1, LIMIT)[MASK])
+    visits = torch.zeros(len(STATES), dtype=torch.float64).index_add_(
+        0, at[MASK], p[:, None].expand(-1, LIMIT)[MASK]
+    )
     table = torch.zeros(len(STATES), dtype=torch.float64, requires_grad=True)
     rewards = ppo.token_rewards(torch.zeros(MASK.shape, dtype=torch.float64), world.scores, MASK, 0.0)
     for _ in range(60):
@@ -252,4 +262,6 @@ def test_ppo_critic_fixed_point_is_the_dynamic_programming_value():
         (slope,) = torch.autograd.grad(loss, table)
         with torch.no_grad():
             table -= 0.8 * slope / visits
-    torch.testing.assert_close(table.detach(), torch.tensor([exact[s] for s in STATES], dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        table.detach(), torch.tensor([exact[s] for s in STATES], dtype=torch.float64), rtol=0, atol=1e-6
+    )

@@ -21,15 +21,21 @@ ROOT = Path(__file__).resolve().parent.parent
 def commit() -> str:
     """The short hash of the working tree's commit, with + where files have changed since; '' outside a repository."""
     git = ["git", "-C", str(ROOT)]
-    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno", "--", "*.py"], capture_output=True, text=True).stdout.strip()
+    found = subprocess.run(
+        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "-uno", "--", "*.py"], capture_output=True, text=True
+    ).stdout.strip()
     return found + "+" * bool(changed)
 
 
 class Jobs:
     """The jobs `wanted` ((seed, name) each) of `commands` (name -> list of words) and all they need; `shared`: without seed."""
 
-    def __init__(self, out: Path, commands: dict[str, list[str]], wanted: list[tuple[int, str]], shared: set[str]):
+    def __init__(
+        self, out: Path, commands: dict[str, list[str]], wanted: list[tuple[int, str]], shared: set[str]
+    ):
         self.out, self.commands, self.order, self.needs = out, commands, [], {}
         for seed, name in wanted:
             self._add((None if name in shared else seed, name))
@@ -83,7 +89,9 @@ class Jobs:
         left, running, start = [job for job in self.order if not self.done(job)], {}, time.perf_counter()
         took, total, failed = {}, len(left), {}
         for job in set(self.order) - set(left):
-            took.setdefault(job[1], []).append(json.loads((self.folder(job) / "job.json").read_text())["seconds"])
+            took.setdefault(job[1], []).append(
+                json.loads((self.folder(job) / "job.json").read_text())["seconds"]
+            )
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             while left or running:
                 for job in [job for job in left if self.needs[job] & set(failed)]:
@@ -100,13 +108,20 @@ class Jobs:
                         print(f"error: {failed[job]}", flush=True)
                         continue
                     took.setdefault(job[1], []).append(future.result())
-                    mean = statistics.fmean(x for xs in took.values() for x in xs)  # of a job that has not run yet
-                    rest = in_words(sum(statistics.fmean(took.get(name, [mean])) for _, name in left) / workers)
+                    mean = statistics.fmean(
+                        x for xs in took.values() for x in xs
+                    )  # of a job that has not run yet
+                    rest = in_words(
+                        sum(statistics.fmean(took.get(name, [mean])) for _, name in left) / workers
+                    )
                     name, minutes = self.folder(job).relative_to(self.out), (time.perf_counter() - start) / 60
                     count, seconds = f"{total - len(left) - len(running)}/{total}", f"{future.result():.0f} s"
                     print(f"[{count}] {name}: {seconds}; {minutes:.0f} min so far, {rest} left", flush=True)
         if failed:
-            sys.exit(f"error: {len(failed)} of {total} runs are missing; the same command goes on\n" + "\n".join(failed.values()))
+            sys.exit(
+                f"error: {len(failed)} of {total} runs are missing; the same command goes on\n"
+                + "\n".join(failed.values())
+            )
 
 
 def in_words(seconds: float) -> str:

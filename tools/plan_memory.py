@@ -52,13 +52,22 @@ LLAMA = dict(vocab_size=128256, num_key_value_heads=8, rope_theta=500000.0, max_
 
 
 def _llama(hidden, ffn, layers, heads, head_dim=128, tied=False):
-    sizes = dict(hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads)
+    sizes = dict(
+        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads
+    )
     return transformers.LlamaConfig(**LLAMA, **sizes, head_dim=head_dim, tie_word_embeddings=tied)
 
 
 def _qwen(hidden, ffn, layers, heads, kv_heads, vocabulary=152064, tied=False):
-    sizes = dict(hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads)
-    more = dict(num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=131072)
+    sizes = dict(
+        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads
+    )
+    more = dict(
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        max_position_embeddings=131072,
+    )
     return transformers.Qwen2Config(**sizes, **more)
 
 
@@ -117,10 +126,21 @@ class Tracker(TorchDispatchMode):
         super().__init__()
         self.code, self.device, self.fake, self.until, self.frame = main.__code__, device, fake, until, None
         lines, self.first = inspect.getsourcelines(main)
-        found = [(self.first + i, m[1]) for i, line in enumerate(lines) if (m := re.match(r"\s*# --- (\w+)$", line))]
+        found = [
+            (self.first + i, m[1])
+            for i, line in enumerate(lines)
+            if (m := re.match(r"\s*# --- (\w+)$", line))
+        ]
         self.banners, self.names = [at for at, _ in found], [name for _, name in found]
         self.live, self.total, self.peaks, self.at_peak, self.new_peak = {}, 0, Counter(), {}, None
-        self.now, self.cuda, self.weight, self.steps, self.sent, self.calls = "setup", {}, 1, 1, Counter(), Counter()
+        self.now, self.cuda, self.weight, self.steps, self.sent, self.calls = (
+            "setup",
+            {},
+            1,
+            1,
+            Counter(),
+            Counter(),
+        )
 
     def phase(self) -> str:
         if self.frame is None:
@@ -166,7 +186,11 @@ class Tracker(TorchDispatchMode):
 
     @staticmethod
     def places(mask):
-        return (torch.ones(mask.shape, dtype=torch.bool) if isinstance(mask, FakeTensor) else mask).nonzero().unbind(1)
+        return (
+            (torch.ones(mask.shape, dtype=torch.bool) if isinstance(mask, FakeTensor) else mask)
+            .nonzero()
+            .unbind(1)
+        )
 
     def track(self, out, phase, func):
         for tensor in tree_leaves(out):
@@ -193,7 +217,9 @@ class Tracker(TorchDispatchMode):
 
     @contextlib.contextmanager
     def watching(self):
-        resize = torch.UntypedStorage.resize_  # FSDP frees and refills what it gathers by this, not by an operation
+        resize = (
+            torch.UntypedStorage.resize_
+        )  # FSDP frees and refills what it gathers by this, not by an operation
 
         def watched(storage, size):
             resize(storage, size)
@@ -213,7 +239,13 @@ class Tracker(TorchDispatchMode):
             group = fake_collectives.CollectiveOp.get_process_group(func, args).size()
         except (TypeError, ValueError, IndexError, RuntimeError):
             group = dist.get_world_size()
-        key = phase, {"gather": "all-gather", "reduce_scatter": "reduce-scatter", "reduce": "all-reduce"}.get(kind, kind), group
+        key = (
+            phase,
+            {"gather": "all-gather", "reduce_scatter": "reduce-scatter", "reduce": "all-reduce"}.get(
+                kind, kind
+            ),
+            group,
+        )
         weight = min(self.weight, self.steps) if kind == "reduce" else self.weight  # of replicas: once a step
         self.sent[key] += weight * size * (2 if kind == "reduce" else 1) * (group - 1) // group
         self.calls[key] += weight
@@ -238,8 +270,15 @@ class Measured:
 
     def idle(self, gpus: int) -> list[str]:
         """What has come apart at so many ranks."""
-        sizes = {"batch": self.args.batch_size, "mini-batch": getattr(self.args, "mini_batch_size", self.args.batch_size)}
-        return [f"a {name} of {n} leaves {gpus - n} of {gpus} ranks without a sequence" for name, n in sizes.items() if n < gpus]
+        sizes = {
+            "batch": self.args.batch_size,
+            "mini-batch": getattr(self.args, "mini_batch_size", self.args.batch_size),
+        }
+        return [
+            f"a {name} of {n} leaves {gpus - n} of {gpus} ranks without a sequence"
+            for name, n in sizes.items()
+            if n < gpus
+        ]
 
 
 def prepare(algorithm: str, flags: list[str], folder: str):
@@ -248,9 +287,17 @@ def prepare(algorithm: str, flags: list[str], folder: str):
     data = Path(folder, "rows.jsonl")
     fixed = ["--dataset", str(data), "--run-dir", f"{folder}/run", "--overwrite"]
     own = {field: str(value) for field, value in dict(eval_every=0, eval_prompts=0, precision="bf16").items()}
-    usual = [x for key, value in own.items() if hasattr(script.Args, key) for x in (f"--{key.replace('_', '-')}", value)]
+    usual = [
+        x
+        for key, value in own.items()
+        if hasattr(script.Args, key)
+        for x in (f"--{key.replace('_', '-')}", value)
+    ]
     args = parse(script.Args, {}, [*usual, *flags, *fixed])
-    for name in ("reward", "gvm"):  # a model of the policy's size, where none is named; gvm_td.py's rewards are in the rows
+    for name in (
+        "reward",
+        "gvm",
+    ):  # a model of the policy's size, where none is named; gvm_td.py's rewards are in the rows
         if algorithm != "gvm_td" and getattr(args, name, None) in ("", "reviews"):
             setattr(args, name, args.model)
     args.epochs, args.seed = getattr(args, "epochs", 1), 0
@@ -258,8 +305,14 @@ def prepare(algorithm: str, flags: list[str], folder: str):
     Path(args.run_dir).mkdir()
     with open(data, "w") as file:
         for i in range(4 * args.batch_size + 64):  # ragged by a token: equal lengths would need no mask
-            row = {"prompt": f"{i // 2} {prompt - (i // 2) % 2}", "label": bool(i % 2), "reward": float(i // 4 % 2 + i % 2)}
-            file.write(json.dumps(row | dict.fromkeys(("response", "chosen", "rejected"), f"{i} {response}")) + "\n")
+            row = {
+                "prompt": f"{i // 2} {prompt - (i // 2) % 2}",
+                "label": bool(i % 2),
+                "reward": float(i // 4 % 2 + i % 2),
+            }
+            file.write(
+                json.dumps(row | dict.fromkeys(("response", "chosen", "rejected"), f"{i} {response}")) + "\n"
+            )
     return script, args
 
 
@@ -275,7 +328,9 @@ def find_config(name: str):
     return config
 
 
-def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, until: str = "log") -> Measured:
+def measure(
+    algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, until: str = "log"
+) -> Measured:
     """One step of the script's `main` on rank 0 of `gpus`: with fake tensors, or really, with random weights, on this device.
     It ends where the phase `until` begins."""
     begin, device = time.perf_counter(), "cpu" if fake else distributed.device().type
@@ -295,7 +350,10 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
             if what == "configuration":
                 return find_config(name)
             with torch.device("meta" if fake else "cpu"):
-                return auto.from_config(config, dtype=options["dtype"]), {"missing_keys": [], "unexpected_keys": []}
+                return auto.from_config(config, dtype=options["dtype"]), {
+                    "missing_keys": [],
+                    "unexpected_keys": [],
+                }
 
         def load_full(model, source):
             if fake:  # the rest of it fills in the weights
@@ -305,7 +363,13 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
             else:
                 real_load(model, source)
             loaded.append(model)
-            kind = "value" if "Token" in type(model).__name__ else "reward" if "Sequence" in type(model).__name__ else "policy"
+            kind = (
+                "value"
+                if "Token" in type(model).__name__
+                else "reward"
+                if "Sequence" in type(model).__name__
+                else "policy"
+            )
             count_state(f"{kind} model, {'frozen' if model.frozen else 'trained'}", model.parameters())
 
         def count_state(name, tensors):
@@ -338,11 +402,15 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
                     heat = temperature[: len(some)] if isinstance(temperature, list) else temperature
                     gather = lambda found: [dict.fromkeys(range(len(some)), ([3], [0.0]))]
                     with mock.patch.object(distributed, "all_gather_object", gather):
-                        real_rollout(policy, tokenizer, some, min(2, max_new_tokens), heat, seed, size, compare=False)
+                        real_rollout(
+                            policy, tokenizer, some, min(2, max_new_tokens), heat, seed, size, compare=False
+                        )
                 with mode:
                     sampled = torch.zeros(len(prompts), max_new_tokens, device=device)
                 return [[3] * max_new_tokens for _ in prompts], sampled
-            return real_rollout(policy, tokenizer, prompts, max_new_tokens, temperature, seed, size, compare=False)
+            return real_rollout(
+                policy, tokenizer, prompts, max_new_tokens, temperature, seed, size, compare=False
+            )
 
         def some_micro_batches(module, indices, lengths, size, rank, world):
             """The first; where the script updates the first two, as the second finds gradients and is the last. The others are
@@ -357,7 +425,9 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
                 raise Enough
             for model in loaded if update else ():  # as a later mini-batch finds them: sharded, the root too
                 sharding.reshard(model)
-            steps = getattr(args, "epochs", 1) * (args.batch_size // getattr(args, "mini_batch_size", args.batch_size))
+            steps = getattr(args, "epochs", 1) * (
+                args.batch_size // getattr(args, "mini_batch_size", args.batch_size)
+            )
             outer, some = (steps, found[:2]) if update else (1, found[:1])
             tracker.steps = outer
             for i, pick in enumerate(some):
@@ -371,7 +441,9 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
         put(sharding, "load_full", load_full)
         put(offload, "copy", copy)
         run = mock.MagicMock()
-        run.return_value.metrics = lambda *_, **__: tracker.phase()  # it may be the first to see that `until` has begun
+        run.return_value.metrics = lambda *_, **__: (
+            tracker.phase()
+        )  # it may be the first to see that `until` has begun
         put(script, "Run", run)
         put(torch.optim, "AdamW", adamw)
         if hasattr(script, "rollout"):
@@ -400,7 +472,9 @@ def measure(algorithm: str, flags: list[str], gpus: int = 1, fake: bool = True, 
             gc.collect()
             dist.destroy_process_group()
     sent = {key: (tracker.sent[key], tracker.calls[key]) for key in tracker.sent}
-    return Measured(tracker.cuda or dict(tracker.peaks), state, tracker.at_peak, sent, time.perf_counter() - begin, args)
+    return Measured(
+        tracker.cuda or dict(tracker.peaks), state, tracker.at_peak, sent, time.perf_counter() - begin, args
+    )
 
 
 @contextlib.contextmanager
@@ -429,13 +503,18 @@ def long_cache(length: int):
         layers[:] = [layer for layer in cache.layers if isinstance(layer, rollout_room.RoomyLayer)]
         return cache
 
-    with mock.patch.object(DynamicLayer, "get_mask_sizes", longer_sizes), mock.patch.object(rollout_room, "roomy", roomy):
+    with (
+        mock.patch.object(DynamicLayer, "get_mask_sizes", longer_sizes),
+        mock.patch.object(rollout_room, "roomy", roomy),
+    ):
         yield
 
 
 @dataclass
 class Options:
-    algorithm: Literal["ppo", "dvpo", "grpo", "remax", "dpo", "kto", "rpo", "dro", "sft", "reward", "gvm_td"] = "ppo"
+    algorithm: Literal[
+        "ppo", "dvpo", "grpo", "remax", "dpo", "kto", "rpo", "dro", "sft", "reward", "gvm_td"
+    ] = "ppo"
     """the script; its own flags follow"""
     gpus: int = 8
     """ranks"""
@@ -465,7 +544,9 @@ def seconds(sent: dict, options: Options, shard_size: int) -> dict[str, float]:
 
 
 def show(found: Measured, options: Options) -> None:
-    print(f"{options.algorithm} on {options.gpus} GPUs, GB (2^30 bytes) a GPU, planned in {found.seconds:.0f} s")
+    print(
+        f"{options.algorithm} on {options.gpus} GPUs, GB (2^30 bytes) a GPU, planned in {found.seconds:.0f} s"
+    )
     for name, size in found.state.items():
         print(f"  {name:24} {size / GB:8.2f}")
     times = seconds(found.sent, options, found.args.shard_size)
@@ -490,25 +571,40 @@ def validate(options: Options, flags: list[str]) -> None:
     device = distributed.device().type
     real = measure(options.algorithm, flags, fake=False)
     planned = measure(options.algorithm, flags)
-    print(f"{options.algorithm} on one {device} process, MB; planned in {planned.seconds:.0f} s, real step {real.seconds:.0f} s")
+    print(
+        f"{options.algorithm} on one {device} process, MB; planned in {planned.seconds:.0f} s, real step {real.seconds:.0f} s"
+    )
     for phase in planned.steps():
         plan, got = planned.phases[phase], real.phases[phase]
-        print(f"  {phase:10} plan {plan / 1e6:10.2f}  real {got / 1e6:10.2f}  error {100 * (plan / got - 1):+.2f} %")
+        print(
+            f"  {phase:10} plan {plan / 1e6:10.2f}  real {got / 1e6:10.2f}  error {100 * (plan / got - 1):+.2f} %"
+        )
 
 
-PAPER = {"Llama-3.2-3B": (41.43, 27.50), "Llama-3-8B": (78.96, 60.49)}  # 2502.16944 v1, table 3: PPO and DVPO, 8 A100s
+PAPER = {
+    "Llama-3.2-3B": (41.43, 27.50),
+    "Llama-3-8B": (78.96, 60.49),
+}  # 2502.16944 v1, table 3: PPO and DVPO, 8 A100s
 
 
 @functools.cache
-def line(algorithm: str, model: str, depths: tuple[int, int], gpus: int, *flags: str, until: str = "log") -> dict[str, float]:
+def line(
+    algorithm: str, model: str, depths: tuple[int, int], gpus: int, *flags: str, until: str = "log"
+) -> dict[str, float]:
     """Peak bytes by phase of a step, from plans of two shallow models: linear in the number of layers, as soon as the peak lies
     among the layers and not before or behind them."""
-    low, high = (measure(algorithm, ["--model", f"{model}@{depth}", *flags], gpus, until=until) for depth in depths)
+    low, high = (
+        measure(algorithm, ["--model", f"{model}@{depth}", *flags], gpus, until=until) for depth in depths
+    )
     steps = (find_config(model).num_hidden_layers - depths[0]) / (depths[1] - depths[0])
-    return {phase: low.phases[phase] + steps * (high.phases[phase] - low.phases[phase]) for phase in low.steps()}
+    return {
+        phase: low.phases[phase] + steps * (high.phases[phase] - low.phases[phase]) for phase in low.steps()
+    }
 
 
-def extrapolated(algorithm: str, model: str, flags: list[str], micro: list[str], gpus: int) -> dict[str, float]:
+def extrapolated(
+    algorithm: str, model: str, flags: list[str], micro: list[str], gpus: int
+) -> dict[str, float]:
     """As `measure` at full depth (the test compares), several times faster. A rollout's peak is among the layers from about the
     sixth on, and has nothing to do with `micro`, the flags of scoring and update alone."""
     rollout = line(algorithm, model, (8, 10), gpus, *flags, until="reward")
@@ -535,7 +631,13 @@ def table() -> None:
                 peaks = [peaks[phase] / GB for peaks in found]
                 setting = ("any", "any") if phase == "rollout" else (str(micro), "on" if recompute else "off")
                 if phase == "update" or (micro, recompute) == (1, True):
-                    row(model, phase, *setting, *(f"{peak:.1f}" for peak in peaks), f"{peaks[3] / peaks[0]:.2f}")
+                    row(
+                        model,
+                        phase,
+                        *setting,
+                        *(f"{peak:.1f}" for peak in peaks),
+                        f"{peaks[3] / peaks[0]:.2f}",
+                    )
 
 
 def main() -> None:
