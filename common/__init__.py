@@ -13,7 +13,8 @@ A first reading, in this order:
 
 What makes it run on one CPU and on many GPUs:
 
-    models         opening a model of a kind: checked, with its head, sharded (pretrained: one part of it)
+    pretrained     a name to a folder or hub id, and one part of it through transformers
+    models         opening a model of a kind: checked, with its head, sharded
     distributed    processes, and the mesh they form
     sharding       FSDP2
     optimizer      AdamW, learning rate, accumulation, the guarded step
