@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from common import distributed, offload, vllm
 from common.batches import (
@@ -174,56 +175,96 @@ REVIEWS = dict(
 )
 
 
-def group_advantages(rewards, group_size, scale_std=True, eps=1e-4):
-    """(r - mean) / (std + eps) in each group (2402.03300 section 4.1), and whether its rewards are all equal; both [N].
+def group_advantages(
+    rewards: Tensor, group_size: int, scale_std: bool = True, eps: float = 1e-4
+) -> tuple[Tensor, Tensor]:
+    """Advantages [B] in each group (2402.03300 section 4.1), and [B] whether the group's rewards are all equal.
 
-    rewards [N], the responses to one prompt next to one another; the standard deviation has G - 1 in its denominator.
+    rewards [B], the responses to one prompt next to one another. The advantage is (r - mean) / (std + eps), with G - 1
+    in the deviation's denominator; without `scale_std` it is r - mean (2503.20783).
     """
-    groups = rewards.view(-1, group_size)
-    centred, std = groups - groups.mean(1, keepdim=True), groups.std(1, keepdim=True)
-    equal = (groups == groups[:, :1]).all(1, keepdim=True)
-    centred = torch.where(equal, 0.0, centred)  # exactly: a rounded mean over a small std would not be
-    return (centred / (std + eps) if scale_std else centred).flatten(), equal.expand_as(groups).flatten()
+    groups = rewards.view(-1, group_size)  # [B / G, G]
+    is_equal = (groups == groups[:, :1]).all(1, keepdim=True)  # [B / G, 1]
+    centred = groups - groups.mean(1, keepdim=True)
+    # Exactly 0 in a group of equal rewards: the rounding error of their mean, over a tiny deviation, would not be.
+    centred = torch.where(is_equal, 0.0, centred)
+    if scale_std:
+        advantages = centred / (groups.std(1, keepdim=True) + eps)
+    else:
+        advantages = centred
+    return advantages.flatten(), is_equal.expand_as(groups).flatten()
 
 
-def token_weights(mask, aggregation, max_length):
-    """Weights [N, T] of the tokens of a mini-batch in its loss, mask [N, T]: `grpo` 1 / (N * length), `dapo` 1 / all tokens,
-    `dr_grpo` 1 / (N * max_length). Of the whole mini-batch, so neither ranks nor micro-batches change them."""
-    whole = {
-        "grpo": len(mask) * mask.sum(1, keepdim=True),
-        "dapo": mask.sum(),
-        "dr_grpo": len(mask) * max_length,
-    }[aggregation]
-    return mask / whole
+def token_weights(mask: Tensor, aggregation: str, max_length: int) -> Tensor:
+    """Weight [N, T] of each token in the loss of a mini-batch of N responses, mask [N, T]; 0 where masked.
+
+    `grpo`: 1 / (N * the response's length); `dapo`: 1 / all tokens; `dr_grpo`: 1 / (N * max_length).
+    They are of the whole mini-batch, so neither ranks nor micro-batches change the loss.
+    """
+    if aggregation == "grpo":
+        denominator = len(mask) * mask.sum(1, keepdim=True)  # [N, 1]
+    elif aggregation == "dapo":
+        denominator = mask.sum()
+    else:
+        denominator = len(mask) * max_length
+    return mask / denominator
 
 
-def importance_weights(logprobs, sampled, mask, cap):
-    """min(pi / mu, cap) at each token [B, T], a truncated importance weight (fengyao.notion.site/off-policy-rl). Its sampler mu
-    drew it with log-probability `sampled`, the policy gives it `logprobs`. 1 where masked, and everywhere for `cap` 0."""
-    if not cap:
+def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """Truncated importance weights min(pi / mu, cap) [B, T] (fengyao.notion.site/off-policy-rl).
+
+    The sampler mu drew each token with `sampler_logprobs`, the policy pi gives it `logprobs`; all [B, T]. A weight
+    is 1 where masked, and everywhere for cap 0, which stands for a sampler that is the policy itself.
+    """
+    if cap == 0:
         return torch.ones_like(logprobs)
-    return torch.where(mask, logprobs - sampled, 0.0).exp().clamp(max=cap)
+    log_ratio = torch.where(mask, logprobs - sampler_logprobs, 0.0)
+    return log_ratio.exp().clamp(max=cap)
 
 
-def kl_estimates(logprobs, ref_logprobs, mask):
-    """Per-token estimates [B, T] of KL(pi || pi_ref) at tokens sampled from pi: k1 = log-ratio (unbiased, either sign) and
-    k3 = exp(-k1) - 1 + k1 (unbiased, never negative). Masked before exp."""
+def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Two estimates (k1, k3) of KL(pi || pi_ref) at each token sampled from pi, all [B, T] (2402.03300 eq. 4).
+
+    k1 is the log-ratio: unbiased, of either sign. k3 = exp(-k1) - 1 + k1: unbiased, never negative. Both are in nats.
+    Padding is masked before exp, since 0 * inf would be NaN.
+    """
     k1 = torch.where(mask, logprobs - ref_logprobs, 0.0)
-    return k1, torch.expm1(-k1) + k1
+    k3 = torch.expm1(-k1) + k1
+    return k1, k3
 
 
-def surrogate_loss(logprobs, old_logprobs, advantages, weights, mask, clip, clip_high):
-    """Weighted sum over tokens of the clipped surrogate (2402.03300 eq. 3), and sums for the log: clipped tokens, k3 of old
-    against new, ratio. All inputs [B, T]; advantages may be [B, 1]."""
+def surrogate_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    mask: Tensor,
+    clip: float,
+    clip_high: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped surrogate (2402.03300 eq. 3), a weighted sum over tokens, and sums for the log.
+
+    All inputs [B, T]; advantages may be [B, 1]. The log's sums, without gradient: `clipped` tokens (whose ratio is
+    outside 1 - clip to 1 + clip_high), `approx_kl` (k3 of the old policy against the new, in nats), `ratio`.
+    """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip_high))
-    clipped = ((ratio < 1 - clip) | (ratio > 1 + clip_high)) & mask
-    stats = torch.stack([clipped.sum(), ((ratio - 1 - log_ratio) * mask).sum(), (ratio * mask).sum()])
-    return (loss * weights * mask).sum(), stats.detach()
+    unclipped_losses = -advantages * ratio
+    clipped_losses = -advantages * ratio.clamp(1 - clip, 1 + clip_high)
+    losses = torch.maximum(unclipped_losses, clipped_losses)
+    is_clipped = ((ratio < 1 - clip) | (ratio > 1 + clip_high)) & mask
+    sums = {
+        "clipped": is_clipped.sum(),
+        "approx_kl": ((ratio - 1 - log_ratio) * mask).sum().detach(),
+        "ratio": (ratio * mask).sum().detach(),
+    }
+    return (losses * weights * mask).sum(), sums
 
 
 def main(args: Args) -> None:
+    # Shapes: B is --batch-size, T the length of a step's longest response, N the number of held-out prompts. Every
+    # rank holds these tensors whole and computes its share of them. A micro-batch `mb_` of a rank is [b, t].
+
     # --- setup
     if args.batch_size % args.mini_batch_size:
         fail(f"--mini-batch-size {args.mini_batch_size} does not divide --batch-size {args.batch_size}")
@@ -235,12 +276,17 @@ def main(args: Args) -> None:
             f"--group-size {args.group_size}: it must be at least 2 and divide --batch-size {args.batch_size}"
         )
     run = Run(args)
-    device, rank, world = distributed.device(), distributed.rank(), distributed.world()
-    name = resolve(args.model)
-    tokenizer = load_tokenizer(name)
+    device = distributed.device()
+    rank = distributed.rank()
+    world = distributed.world()  # number of ranks
+    policy_name = resolve(args.model)
+    tokenizer = load_tokenizer(policy_name)
     ref_name = resolve(args.ref_model or args.model)
     require_same_tokenizer(tokenizer, ref_name, "--ref-model")
-    pad, limit = tokenizer.pad_token_id, args.max_response_length
+    pad = tokenizer.pad_token_id
+    limit = args.max_response_length
+    # Either of two tokens ends a response: what the chat template writes after an answer need not be the tokenizer's
+    # end of sequence (Gemma's is not), and a policy may have learned to write the one or the other.
     stops = {stop_token(tokenizer), tokenizer.eos_token_id}
 
     # --- data
@@ -253,7 +299,8 @@ def main(args: Args) -> None:
         split_seed=args.split_seed,
         skip_bad_rows=args.skip_bad_rows,
     )
-    rows = tokenize(rows, tokenizer, (), args.max_prompt_length, limit, args.dataset)
+    response_fields = ()  # the rows are prompts alone
+    rows = tokenize(rows, tokenizer, response_fields, args.max_prompt_length, limit, args.dataset)
     rows, eval_rows = hold_out_prompts(rows, args.eval_prompts, args.split_seed)
     if not rows:
         fail(
@@ -263,155 +310,218 @@ def main(args: Args) -> None:
     # --- models
     reward = Reward(args.reward, tokenizer, args)
     eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
-    policy = load_model("policy", name, tokenizer, args, trained=True)
-    policy.engine, cap = vllm.start(policy, name, args)
+    policy = load_model("policy", policy_name, tokenizer, args, trained=True)
+    # By default there is no engine (rollout then samples with our own loop, from the policy itself) and the cap is 0,
+    # which makes all importance weights 1. Only --rollout-engine vllm, whose rounding differs, has both.
+    engine, importance_cap = vllm.start(policy, policy_name, args)
+    policy.engine = engine
     optimizer = adamw(policy, args.lr)
     reference = load_reference(policy, ref_name, tokenizer, args) if args.beta else None
     models = [model for model in (policy, reference, reward.model) if model is not None]
+    optimizers = [optimizer]
+    trained = {"policy": (policy, optimizer)}
     if args.offload_frozen:
-        offload.park([*models, *(r.model for r in eval_rewards)])
-    state = load_checkpoint(args.run_dir, {"policy": (policy, optimizer)}) if args.resume else {}
+        offload.park(models + [eval_reward.model for eval_reward in eval_rewards])
+    state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
     check_sampler(policy, tokenizer, [row["prompt_ids"] for row in rows], limit, args.temperature)
     run.start(start, args.steps)
 
-    def score(model, sequences):
-        """Log-probabilities [N, T] of the responses under a policy, on every rank."""
-        forward = lambda mb: model.response_logprobs(**mb, temperature=args.temperature)[0]
-        width = max(len(r) for _, r in sequences)
-        return run_micro_batches(forward, sequences, args.micro_batch_size, pad, width, model=model)
+    def logprobs_of(model, sequences):
+        """Log-probabilities [N, T] of N responses' tokens under a policy, on every rank; 0 where masked."""
 
-    def evaluate(step):
-        """The policy on the held-out prompts, sampled with the same random numbers each time."""
+        def micro_batch_logprobs(mb):
+            mb_logprobs, _ = model.response_logprobs(**mb, temperature=args.temperature)
+            return mb_logprobs
+
+        width = max(len(response) for _, response in sequences)
+        return run_micro_batches(
+            micro_batch_logprobs, sequences, args.micro_batch_size, pad, width, model=model
+        )
+
+    def evaluate_kl_optional(step):
+        """Answers the held-out prompts, with the same random numbers each time; logs rewards, length, and the KL.
+
+        The KL is left out where no reference is loaded (--beta 0).
+        """
         prompts = [row["prompt_ids"] for row in eval_rows]
+        seed = (0, 0)  # no training step has it: theirs are (--seed, 1), (--seed, 2), ...
         responses, _ = rollout(
-            policy, tokenizer, prompts, limit, args.temperature, (0, 0), args.rollout_batch_size
+            policy, tokenizer, prompts, limit, args.temperature, seed, args.rollout_batch_size
         )
         sequences = list(zip(prompts, responses, strict=True))
-        mask = response_mask(responses, device)
+        mask = response_mask(responses, device)  # [N, T]
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        scores = {f"eval/{r.label}": r(eval_rows, sequences, texts) for r in eval_rewards}
-        out = {key: value.mean() for key, value in scores.items()}
-        out["eval/length"] = mask.sum(1).float().mean()
+        numbers = {}  # of each response, by name: [N]
+        for eval_reward in eval_rewards:
+            numbers[eval_reward.label] = eval_reward(eval_rows, sequences, texts)
+        metrics = {f"eval/{label}": values.mean() for label, values in numbers.items()}
+        metrics["eval/length"] = mask.sum(1).float().mean()
         if reference is not None:
-            kl, _ = kl_estimates(score(policy, sequences), score(reference, sequences), mask)
-            scores["eval/kl"] = kl.sum(1)
-            out["eval/kl"] = kl.sum(1).mean()
-        run.metrics(step, out, show=tuple(out))
-        run.samples(
-            step,
-            [
-                {"prompt": row["prompt"], "response": text, "length": len(responses[i])}
-                | {key.split("/")[1]: value[i].item() for key, value in scores.items()}
-                for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
-            ],
-        )
+            logprobs = logprobs_of(policy, sequences)  # [N, T]
+            ref_logprobs = logprobs_of(reference, sequences)  # [N, T]
+            kl, _ = kl_estimates(logprobs, ref_logprobs, mask)  # [N, T]
+            numbers["kl"] = kl.sum(1)
+            metrics["eval/kl"] = kl.sum(1).mean()
+        run.metrics(step, metrics, show=tuple(metrics))
+        samples = []
+        for i, row in enumerate(eval_rows[:8]):
+            sample = {"prompt": row["prompt"], "response": texts[i], "length": len(responses[i])}
+            for label, values in numbers.items():
+                sample[label] = values[i].item()
+            samples.append(sample)
+        run.samples(step, samples)
 
     if start == 0 and args.eval_every and eval_rows:
-        evaluate(0)
+        evaluate_kl_optional(0)
+
     for step in range(start, args.steps):
         # --- rollout
         phases = Phases()
         drawn = batch_indices(len(rows), args.batch_size // args.group_size, step, args.seed)
-        batch = [rows[i] for i in drawn for _ in range(args.group_size)]
-        prompts = [row["prompt_ids"] for row in batch]
-        seed = (args.seed, step + 1)
-        responses, sampled = rollout(
+        batch = [
+            rows[i] for i in drawn for _ in range(args.group_size)
+        ]  # B rows, those of a group side by side
+        prompts = [row["prompt_ids"] for row in batch]  # B token lists
+        seed = (args.seed, step + 1)  # other random numbers in each step; + 1, since (0, 0) is evaluation's
+        # B token lists, and the log-probabilities [B, T] with which the sampler drew their tokens
+        responses, sampler_logprobs = rollout(
             policy, tokenizer, prompts, limit, args.temperature, seed, args.rollout_batch_size, compare=False
         )
-        sequences = list(zip(prompts, responses, strict=True))
-        lengths = [len(p) + len(r) for p, r in sequences]
-        mask = response_mask(responses, device)
-        truncated = torch.tensor([r[-1] not in stops for r in responses], device=device)
+        sequences = list(zip(prompts, responses, strict=True))  # B (prompt tokens, response tokens)
+        lengths = [len(prompt) + len(response) for prompt, response in sequences]
+        mask = response_mask(responses, device)  # [B, T] True at the tokens of the responses
+        truncated = torch.tensor([response[-1] not in stops for response in responses], device=device)  # [B]
         phases.end("rollout")
 
         # --- reward
-        # of a single update, its own log-probabilities are the old ones
+        # Where a rollout has a single update, the policy that is updated is still the one that sampled: the update's
+        # own log-probabilities are the old ones, and no pass is spent on them. (With dropout they would differ.)
         one_update = args.epochs == 1 and args.mini_batch_size == args.batch_size and not args.lora_dropout
-        logprobs = torch.zeros(mask.shape, device=device) if one_update else score(policy, sequences)
-        ref_logprobs = None if reference is None else score(reference, sequences)
+        if one_update:
+            update_logprobs = torch.zeros(mask.shape, device=device)  # [B, T], collected during the update
+        else:
+            old_logprobs = logprobs_of(policy, sequences)  # [B, T]
+        if reference is not None:
+            ref_logprobs = logprobs_of(reference, sequences)  # [B, T]
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        scores = reward(batch, sequences, texts)
+        scores = reward(batch, sequences, texts)  # [B]
+        final_rewards = scores - args.missing_eos_penalty * truncated  # [B]
 
         # --- advantage
-        final = scores - args.missing_eos_penalty * truncated
-        advantages, equal = group_advantages(final, args.group_size, args.scale_std)
-        advantages = advantages[:, None].expand_as(logprobs)  # the same for every token
+        advantages, is_equal = group_advantages(final_rewards, args.group_size, args.scale_std)  # [B], [B]
+        advantages = advantages[:, None].expand(mask.shape)  # [B, T], the same for every token of a response
         phases.end("scoring")
 
         # --- update
-        totals, norms = torch.zeros(5, device=device), []
         lr = learning_rate(step, args.steps, args.lr, args.warmup_steps, args.lr_schedule)
+        losses_and_norms = []  # of each optimizer step
+        sums = {}  # over the tokens of this rank, all epochs
+        for name in ("clipped", "approx_kl", "ratio", "entropy", "tokens"):
+            sums[name] = torch.zeros((), device=device)
         for epoch in range(args.epochs):
+            # args.seed + 1: the order within a batch is drawn apart from the order of the data (args.seed)
             order = permutation(args.batch_size, step * args.epochs + epoch, args.seed + 1)
             for first in range(0, args.batch_size, args.mini_batch_size):
-                mini_batch = order[first : first + args.mini_batch_size]
-                weights = torch.zeros_like(logprobs)
-                weights[mini_batch] = token_weights(
-                    mask[mini_batch], args.aggregation, limit
-                )  # over all ranks and micro-batches
-                loss = torch.zeros((), device=device)
-                picks = micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world)
-                for pick in accumulated(picks, policy):
-                    mb = collate([sequences[i] for i in pick], pad, device)
-                    mb_mask, at = mb["response_mask"], torch.tensor(pick or [0], device=device)
-                    whole = (weights, advantages, sampled)
-                    mb_weights, mb_advantages, mb_sampled = (x[at, : mb_mask.shape[1]] for x in whole)
-                    mb_logprobs, mb_entropy = policy.response_logprobs(**mb, temperature=args.temperature)
-                    if one_update and pick:
-                        logprobs[at, : mb_mask.shape[1]] = mb_logprobs.detach().to(logprobs.dtype)
-                    mb_old = mb_logprobs.detach() if one_update else logprobs[at, : mb_mask.shape[1]]
-                    mb_advantages = mb_advantages * importance_weights(mb_old, mb_sampled, mb_mask, cap)
-                    clips = args.clip, args.clip_high
-                    mb_loss, stats = surrogate_loss(
-                        mb_logprobs, mb_old, mb_advantages, mb_weights, mb_mask, *clips
+                mini_batch = order[first : first + args.mini_batch_size]  # places in the batch
+                # of the whole mini-batch: one denominator per optimizer step, over all ranks and micro-batches
+                weights = torch.zeros(mask.shape, device=device)  # [B, T], 0 outside the mini-batch
+                weights[mini_batch] = token_weights(mask[mini_batch], args.aggregation, limit)
+                loss = torch.zeros((), device=device)  # [], this rank's share
+                rank_micro_batches = micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world)
+                for mb_indices in accumulated(rank_micro_batches, policy):
+                    mb = collate([sequences[i] for i in mb_indices], pad, device)
+                    mb_mask = mb["response_mask"]  # [b, t]
+                    width = mb_mask.shape[1]  # t, the longest response of the micro-batch
+                    # A rank that has run out of sequences gets an empty micro-batch, of which collate makes a masked
+                    # dummy, for its part in the collectives; [0] then stands in for its place in the batch.
+                    at = torch.tensor(mb_indices or [0], device=device)  # [b]
+                    mb_weights = weights[at, :width]  # [b, t]
+                    mb_advantages = advantages[at, :width]  # [b, t]
+                    mb_sampler_logprobs = sampler_logprobs[at, :width]  # [b, t]
+                    mb_logprobs, mb_entropy = policy.response_logprobs(
+                        **mb, temperature=args.temperature
+                    )  # [b, t]
+                    if one_update:
+                        mb_old_logprobs = mb_logprobs.detach()  # [b, t]
+                        if mb_indices:
+                            update_logprobs[at, :width] = mb_old_logprobs.to(update_logprobs.dtype)
+                    else:
+                        mb_old_logprobs = old_logprobs[at, :width]  # [b, t]
+                    mb_advantages = mb_advantages * importance_weights(
+                        mb_old_logprobs, mb_sampler_logprobs, mb_mask, importance_cap
                     )
-                    if args.beta:
-                        mb_ref = ref_logprobs[at, : mb_mask.shape[1]]
-                        mb_loss = (
-                            mb_loss
-                            + args.beta * (kl_estimates(mb_logprobs, mb_ref, mb_mask)[1] * mb_weights).sum()
-                        )
+                    mb_loss, mb_sums = surrogate_loss(
+                        mb_logprobs,
+                        mb_old_logprobs,
+                        mb_advantages,
+                        mb_weights,
+                        mb_mask,
+                        args.clip,
+                        args.clip_high,
+                    )
+                    if reference is not None:
+                        mb_ref_logprobs = ref_logprobs[at, :width]  # [b, t]
+                        _, mb_k3 = kl_estimates(mb_logprobs, mb_ref_logprobs, mb_mask)  # [b, t]
+                        mb_loss = mb_loss + args.beta * (mb_k3 * mb_weights).sum()
                     backward(mb_loss)
                     loss += mb_loss.detach()
-                    totals += torch.cat([stats, mb_entropy.detach().sum()[None], mb_mask.sum()[None]])
-                where = f"step {step}, epoch {epoch}, data rows {[batch[i]['row'] for i in mini_batch]}"
-                norms.append(optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where))
-        clipped, approx_kl, ratio, entropy, count = distributed.all_reduce(totals).tolist()
-        logprobs = distributed.all_reduce(logprobs) if one_update else logprobs
-        kl, k3 = kl_estimates(logprobs, logprobs if reference is None else ref_logprobs, mask)
+                    for name, mb_sum in mb_sums.items():
+                        sums[name] += mb_sum
+                    sums["entropy"] += mb_entropy.detach().sum()
+                    sums["tokens"] += mb_mask.sum()
+                data_rows = [batch[i]["row"] for i in mini_batch]
+                where = f"step {step}, epoch {epoch}, data rows {data_rows}"  # said if the loss is not finite
+                mini_batch_loss, norm = optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where)
+                losses_and_norms.append((mini_batch_loss, norm))
+        sums = distributed.all_reduce_dict(sums)
+        if one_update:
+            logprobs = distributed.all_reduce(
+                update_logprobs
+            )  # [B, T]: each rank filled its rows, the others are 0
+        else:
+            logprobs = old_logprobs
+        if reference is None:
+            ref_logprobs = logprobs  # so that the KL in the log is 0
+        kl, k3 = kl_estimates(logprobs, ref_logprobs, mask)  # [B, T], [B, T]
         phases.end("update")
 
         # --- log
-        done, response_tokens, means = step + 1, int(mask.sum()), torch.tensor(norms).mean(0).tolist()
-        note_drift(policy, sampled, logprobs, mask, done)
+        done = step + 1
+        mean_loss, mean_norm = torch.tensor(losses_and_norms).mean(0).tolist()
+        note_drift(policy, sampler_logprobs, logprobs, mask, done)
+        _, mismatch_k3 = kl_estimates(
+            sampler_logprobs, logprobs, mask
+        )  # [B, T] of the sampler against the policy
+        response_tokens = int(mask.sum())
+        update_tokens = args.epochs * sum(lengths)
         metrics = {
             "objective/score": scores.mean(),
             "objective/kl": kl.sum(1).mean(),
             "objective/kl_k3": k3.sum(1).mean(),
-            "objective/entropy": entropy / count,
-            "rollout/zero_spread": equal.float().mean(),
-            "rollout/mismatch": kl_estimates(sampled, logprobs, mask)[1].sum() / response_tokens,
+            "objective/entropy": sums["entropy"] / sums["tokens"],
+            "rollout/zero_spread": is_equal.float().mean(),
+            "rollout/mismatch": mismatch_k3.sum() / response_tokens,
             "rollout/length": mask.sum(1).float().mean(),
             "rollout/truncated": truncated.float().mean(),
-            "policy/loss": means[0],
-            "policy/grad_norm": means[1],
-            "policy/clip_fraction": clipped / count,
-            "policy/approx_kl": approx_kl / count,
-            "policy/ratio": ratio / count,
+            "policy/loss": mean_loss,
+            "policy/grad_norm": mean_norm,
+            "policy/clip_fraction": sums["clipped"] / sums["tokens"],
+            "policy/approx_kl": sums["approx_kl"] / sums["tokens"],
+            "policy/ratio": sums["ratio"] / sums["tokens"],
             "policy/lr": lr,
-            "memory/state_gb": state_bytes(models, [optimizer]) / 2**30,
-            **phases.metrics(policy, response_tokens, args.epochs * sum(lengths)),
+            "memory/state_gb": state_bytes(models, optimizers) / 2**30,
+            **phases.metrics(policy, response_tokens, update_tokens),
         }
         run.metrics(done, metrics, show=("objective/score", "objective/kl", "rollout/length"))
         if args.eval_every and eval_rows and done % args.eval_every == 0 and done < args.steps:
-            evaluate(done)
+            evaluate_kl_optional(done)
 
         # --- save
         if args.save_every and (done % args.save_every == 0 or done == args.steps):
-            save_checkpoint(args.run_dir, done, {"policy": (policy, optimizer)}, {}, args.keep)
+            save_checkpoint(args.run_dir, done, trained, {}, args.keep)
     if args.eval_every and eval_rows:
-        evaluate(args.steps)
+        evaluate_kl_optional(args.steps)
     export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
     run.close()
 
