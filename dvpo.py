@@ -1,27 +1,33 @@
-"""DVPO: PPO whose critic is a Global Value Model, trained offline (gvm_td.py) and frozen. No critic to train, no reward model.
+"""DVPO: PPO whose critic is a Global Value Model (GVM), trained offline (gvm_td.py) and frozen.
 
-Paper: 2502.16944 (Decoupled Value Policy Optimization). With s_t = (x, y_<t), a_t = y_t, one forward pass of the GVM gives
-V(s_1) at the last prompt token and Q(s_t, a_t) = V(s_{t+1}) at each response token.
+There is no critic to train and no reward model. Paper: 2502.16944 (Decoupled Value Policy Optimization).
+With s_t = (x, y_<t) and a_t = y_t, one forward pass of the GVM gives V(s_1) at the last prompt token, and
+Q(s_t, a_t) = V(s_{t+1}) at each response token.
 
-    --advantage gae: r_t = -beta * kl_t, plus Q(s_T, a_T) at the last token, GAE over V(s_t)     (v3: the value of the action
-                     against the value of the state)
-    --advantage q:   A_t = (Q_t - mean) / std, plus sum_{j>=t} gamma^{j-t} * (-beta * kl_j)            (v1, equations 2-3)
-    policy loss = -mean_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)                     (1707.06347 eq. 7)
+    --advantage gae: r_t = -beta * kl_t, plus Q(s_T, a_T) at the last token; GAE over V(s_t)
+                     (v3: the value of the action compared with the value of the state)
+    --advantage q:   A_t = (Q_t - mean) / std, plus sum_{j>=t} gamma^{j-t} * (-beta * kl_j)
+                     (v1, equations 2-3)
+    policy loss = -mean_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)            (1707.06347 eq. 7)
 
 Differences from ppo.py:
  1. `--gvm` takes the place of `--reward` and `--critic`: it is frozen, has no optimizer and no gradient.
  2. The score of a finished response is the GVM's own estimate, its value at the last token.
- 3. The values do not move during the update: no value loss, no value clipping, no critic learning rate. As V is that of the
-    policies behind the offline data, advantages are scaled but, without `--centre`, not centred.
- 4. A GVM trained with `--context-pairs k` reads k of the current policy's earlier answers before each prompt.
+ 3. The values do not move during the update: no value loss, no value clipping, no critic learning rate.
+    V describes the policies that wrote the offline data, not the current one; so advantages are divided by
+    their standard deviation but not centred (see `--centre`).
+ 4. A GVM trained with `--context-pairs k` reads k of the current policy's earlier answers before
+    each prompt.
 
     python dvpo.py                                                     # the embedded world, one CPU
     python dvpo.py --model runs/sft/model --gvm runs/gvm_td/model --dataset prompts.jsonl
     torchrun --nproc_per_node=8 dvpo.py --model meta-llama/Llama-3.2-3B-Instruct --gvm runs/gvm_td/model \
-        --dataset openbmb/UltraFeedback --part rl --batch-size 64 --mini-batch-size 16 --gradient-checkpointing
+        --dataset openbmb/UltraFeedback --part rl --batch-size 64 --mini-batch-size 16 \
+        --gradient-checkpointing
 
-Watch `eval/*` and read samples.jsonl rather than trust `objective/score`, which can be flattered; `objective/kl` should stay
-below a few nats a response, `rollout/length` neither collapse nor explode. Our page in docs/ explains every number and detail.
+Watch `eval/*` and read samples.jsonl rather than trust `objective/score`, which the policy may come to
+exploit. `objective/kl` should stay below a few nats per response; `rollout/length` should neither collapse
+nor explode. Our page in docs/ explains every number and detail.
 """
 
 from dataclasses import dataclass, field
@@ -58,7 +64,8 @@ from common.value_heads import response_values
 @dataclass
 class Args:
     model: str = "reviews"
-    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded one."""
+    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded
+    one."""
     ref_model: str = ""
     """Reference policy: a hub id or folder. By default it is `--model` as it starts."""
     gvm: str = "reviews"
@@ -74,7 +81,8 @@ class Args:
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
-    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an experiment."""
+    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an
+    experiment."""
     skip_bad_rows: bool = False
     """Drop and count unusable rows instead of stopping at the first."""
     run_dir: str = "runs/dvpo"
@@ -88,8 +96,8 @@ class Args:
     mini_batch_size: int = 2
     """Responses per optimizer step, over all ranks (2502.16944: 2)."""
     micro_batch_size: int = 2
-    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not the
-    result."""
+    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not
+    the result."""
     rollout_batch_size: int = 0
     """Prompts that one rank answers at once. 0: all of the step's."""
     rollout_engine: Literal["torch", "vllm"] = "torch"
@@ -110,7 +118,8 @@ class Args:
     lr: float = 2e-6
     """Peak learning rate (2502.16944: 2e-6)."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a cosine."""
+    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a
+    cosine."""
     warmup_steps: int = 10
     """Steps over which the learning rate rises linearly to its peak."""
     max_grad_norm: float = 1.0
@@ -221,9 +230,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def whiten(x: Tensor, mask: Tensor, centre: bool = True, eps: float = 1e-8) -> Tensor:
-    """x [B, T] over its standard deviation at the unmasked entries of all rows; masked entries become 0.
+    """x [B, T] divided by its standard deviation over the unmasked entries of all rows; 0 where masked.
 
-    With `centre` the mean is subtracted first; without it a mean stays, divided too.
+    With `centre` their mean is subtracted before.
     """
     mean = x[mask].mean()
     std = ((x[mask] - mean) ** 2).mean().sqrt()
@@ -235,8 +244,8 @@ def whiten(x: Tensor, mask: Tensor, centre: bool = True, eps: float = 1e-8) -> T
 def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
     """Truncated importance weights min(pi / mu, cap) [B, T] (fengyao.notion.site/off-policy-rl).
 
-    The sampler mu drew each token with `sampler_logprobs`, the policy pi gives it `logprobs`; all [B, T]. A weight
-    is 1 where masked, and everywhere for cap 0, which stands for a sampler that is the policy itself.
+    The sampler mu drew each token with `sampler_logprobs`, the policy pi gives it `logprobs`; all [B, T].
+    A weight is 1 where masked, and everywhere for cap 0, which is for a sampler that is the policy itself.
     """
     if cap == 0:
         return torch.ones_like(logprobs)
@@ -245,10 +254,10 @@ def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor,
 
 
 def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Two estimates (k1, k3) of KL(pi || pi_ref) at each token sampled from pi, all [B, T] (2402.03300 eq. 4).
+    """Two estimates, k1 and k3, of KL(pi || pi_ref) at each token sampled from pi. All [B, T], in nats.
 
-    k1 is the log-ratio: unbiased, of either sign. k3 = exp(-k1) - 1 + k1: unbiased, never negative. Both are in nats.
-    Padding is masked before exp, since 0 * inf would be NaN.
+    k1 is the log-ratio: unbiased, of either sign. k3 = exp(-k1) - 1 + k1 (2402.03300 eq. 4): unbiased, never
+    negative. Padding is masked before exp, since 0 * inf would be NaN.
     """
     k1 = torch.where(mask, logprobs - ref_logprobs, 0.0)
     k3 = torch.expm1(-k1) + k1
@@ -258,10 +267,10 @@ def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> tuple[
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped surrogate (1707.06347 eq. 7), summed over tokens, and sums for the log. All inputs [B, T].
+    """PPO's clipped surrogate (1707.06347 eq. 7), summed over tokens, and sums for the log.
 
-    The log's sums, without gradient: `clipped` tokens (whose ratio is outside 1 +- clip), `approx_kl` (k3 of the old
-    policy against the new, in nats), `ratio`.
+    All inputs [B, T]. The log's sums, without gradient: `clipped`, the tokens whose ratio is outside 1 +-
+    clip; `approx_kl`, k3 of the old policy against the new, in nats; `ratio`.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
@@ -278,13 +287,16 @@ def policy_loss(
 
 
 def later_rewards(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """Discounted sum [B, T] of each response's rewards [B, T] from token t on: GAE with lambda 1 and values of 0."""
+    """Discounted sum [B, T] of each response's rewards [B, T] from token t on.
+
+    That is GAE with lambda 1 and values of 0.
+    """
     no_values = torch.zeros_like(rewards)
     return gae(rewards, no_values, mask, gamma, lam=1.0)
 
 
 def next_beta(beta: float, kl: float, target: float, batch_size: int, horizon: int = 10_000) -> float:
-    """Adaptive KL coefficient (1909.08593 section 2.2): beta rises where the mean KL per token is above its target.
+    """Adaptive KL coefficient (1909.08593 section 2.2): it rises while the mean KL per token is above target.
 
     The relative error is clipped to 20 %; `horizon` is the controller's time constant, in responses.
     """
@@ -293,8 +305,12 @@ def next_beta(beta: float, kl: float, target: float, batch_size: int, horizon: i
 
 
 def main(args: Args) -> None:
-    # Shapes: B is --batch-size, T the length of a step's longest response, N the number of held-out prompts. Every
-    # rank holds these tensors whole and computes its share of them. A micro-batch `mb_` of a rank is [b, t].
+    # Shapes in the comments below:
+    #   B  --batch-size, the responses of a step; T  the tokens of the longest of them. Every rank holds the
+    #      [B, T] tensors whole, and computes its share of what is in them.
+    #   b, t  the same of one micro-batch of one rank, whose names begin with mb_
+    #   N  the held-out prompts of an evaluation
+    #   [] a single number
 
     # --- setup
     if args.batch_size % args.mini_batch_size:
@@ -309,8 +325,8 @@ def main(args: Args) -> None:
     require_same_tokenizer(tokenizer, ref_name, "--ref-model")
     pad = tokenizer.pad_token_id
     limit = args.max_response_length
-    # Either of two tokens ends a response: what the chat template writes after an answer need not be the tokenizer's
-    # end of sequence (Gemma's is not), and a policy may have learned to write the one or the other.
+    # Either of two tokens ends a response: what the chat template writes after an answer is not always the
+    # tokenizer's end of sequence (Gemma's is not), and a policy may end with the one or the other.
     stops = {stop_token(tokenizer), tokenizer.eos_token_id}
     gvm_name = resolve(args.gvm, "value")
     require_same_tokenizer(tokenizer, gvm_name, "--gvm")
@@ -336,8 +352,9 @@ def main(args: Args) -> None:
     # --- models
     eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
     policy = load_model("policy", policy_name, tokenizer, args, trained=True)
-    # By default there is no engine (rollout then samples with our own loop, from the policy itself) and the cap is 0,
-    # which makes all importance weights 1. Only --rollout-engine vllm, whose rounding differs, has both.
+    # By default the engine is None, so that rollout samples with our own loop from the policy itself, and
+    # the cap is 0, which makes every importance weight 1. Only --rollout-engine vllm, which rounds
+    # differently, has both.
     engine, importance_cap = vllm.start(policy, policy_name, args)
     policy.engine = engine
     optimizer = adamw(policy, args.lr)
@@ -348,7 +365,7 @@ def main(args: Args) -> None:
     context_pairs = getattr(gvm.config, "context_pairs", 0)
     context_length = getattr(gvm.config, "context_length", 0)
     reference = load_reference(policy, ref_name, tokenizer, args)
-    models = [policy, gvm, reference]
+    models = [policy, gvm, reference]  # all that take memory while training
     optimizers = [optimizer]
     trained = {"policy": (policy, optimizer)}
     if args.offload_frozen:
@@ -361,7 +378,7 @@ def main(args: Args) -> None:
     run.start(start, args.steps)
 
     def logprobs_of(model, sequences):
-        """Log-probabilities [N, T] of N responses' tokens under a policy, on every rank; 0 where masked."""
+        """Log-probabilities [n, T] of n responses' tokens under a policy, on every rank; 0 where masked."""
 
         def micro_batch_logprobs(mb):
             mb_logprobs, _ = model.response_logprobs(**mb, temperature=args.temperature)
@@ -377,7 +394,7 @@ def main(args: Args) -> None:
         return response_values(gvm, **mb)
 
     def evaluate(step):
-        """Answers the held-out prompts, with the same random numbers each time; logs rewards, KL and length."""
+        """Answers the held-out prompts, with the same random numbers each time, and logs how well."""
         prompts = [row["prompt_ids"] for row in eval_rows]
         seed = (0, 0)  # no training step has it: theirs are (--seed, 1), (--seed, 2), ...
         responses, _ = rollout(
@@ -389,23 +406,23 @@ def main(args: Args) -> None:
         ref_logprobs = logprobs_of(reference, sequences)  # [N, T]
         kl, _ = kl_estimates(logprobs, ref_logprobs, mask)  # [N, T]
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        rewards = {}
+        rewards = {}  # by label, each [N]
         for eval_reward in eval_rewards:
-            rewards[eval_reward.label] = eval_reward(eval_rows, sequences, texts)  # [N]
-        metrics = {f"eval/{label}": values.mean() for label, values in rewards.items()}
+            rewards[eval_reward.label] = eval_reward(eval_rows, sequences, texts)
+        metrics = {f"eval/{label}": reward.mean() for label, reward in rewards.items()}
         metrics["eval/kl"] = kl.sum(1).mean()
         metrics["eval/length"] = mask.sum(1).float().mean()
         run.metrics(step, metrics, show=tuple(metrics))
         samples = []
-        for i, row in enumerate(eval_rows[:8]):
+        for i, row in enumerate(eval_rows[:8]):  # enough to read
             sample = {
                 "prompt": row["prompt"],
                 "response": texts[i],
                 "kl": kl[i].sum().item(),
                 "length": len(responses[i]),
             }
-            for label, values in rewards.items():
-                sample[label] = values[i].item()
+            for label, reward in rewards.items():
+                sample[label] = reward[i].item()
             samples.append(sample)
         run.samples(step, samples)
 
@@ -419,12 +436,13 @@ def main(args: Args) -> None:
         batch = [rows[i] for i in drawn]
         prompts = [row["prompt_ids"] for row in batch]  # B token lists
         seed = (args.seed, step + 1)  # other random numbers in each step; + 1, since (0, 0) is evaluation's
-        # B token lists, and the log-probabilities [B, T] with which the sampler drew their tokens
+        # B token lists, and the log-probabilities [B, T] with which the sampler drew the tokens; note_drift
+        # compares them with the policy's below, when these are at hand, so compare=False
         responses, sampler_logprobs = rollout(
             policy, tokenizer, prompts, limit, args.temperature, seed, args.rollout_batch_size, compare=False
         )
         sequences = list(zip(prompts, responses, strict=True))  # B (prompt tokens, response tokens)
-        lengths = [len(prompt) + len(response) for prompt, response in sequences]
+        lengths = [len(prompt) + len(response) for prompt, response in sequences]  # B
         mask = response_mask(responses, device)  # [B, T] True at the tokens of the responses
         truncated = torch.tensor([response[-1] not in stops for response in responses], device=device)  # [B]
         phases.end("rollout")
@@ -434,17 +452,17 @@ def main(args: Args) -> None:
         ref_logprobs = logprobs_of(reference, sequences)  # [B, T]
         kl, k3 = kl_estimates(logprobs, ref_logprobs, mask)  # [B, T], [B, T]
         answers = [{"prompt_ids": prompt, "response_ids": response} for prompt, response in sequences]
-        # With 0 context pairs this changes nothing. The first step has no earlier answers and takes its own,
-        # of which a prompt never reads the one to itself.
+        # With 0 context pairs this changes nothing. The first step has no earlier answers and takes its own;
+        # no prompt gets an answer to itself as context.
         contexts = add_context(
             answers, context_pairs, pool or answers, tokenizer, context_length, args.seed + step
         )
         pool = answers if context_pairs else []
         gvm_sequences = [(row["prompt_ids"], row["response_ids"]) for row in contexts]
-        # Column 0 is V(s_1), read at the last prompt token; column t is Q(s_t, a_t), read at the response's token t.
-        values = run_micro_batches(
-            gvm_values, gvm_sequences, args.micro_batch_size, pad, mask.shape[1] + 1, model=gvm
-        )  # [B, T + 1]
+        columns = mask.shape[1] + 1
+        # [B, T + 1]: column 0 is V(s_1), the output at the last prompt token; column t is Q(s_t, a_t), the
+        # output at the response's token t
+        values = run_micro_batches(gvm_values, gvm_sequences, args.micro_batch_size, pad, columns, model=gvm)
         if args.log_odds:
             values = torch.atanh(values.clamp(-0.99, 0.99))
         action_values = values[:, 1:]  # [B, T] Q(s_t, a_t)
@@ -454,7 +472,7 @@ def main(args: Args) -> None:
 
         # --- advantage
         if args.advantage == "gae":
-            # V(s_{t+1}) = Q(s_t, a_t) / gamma: what follows is deterministic, and no reward comes before the end
+            # V(s_{t+1}) = Q(s_t, a_t) / gamma: an action leads to one state, and is rewarded only at the end
             later_values = values[:, 1:-1] / args.gamma  # [B, T - 1] V(s_2) .. V(s_T)
             state_values = torch.cat([values[:, :1], later_values], 1)  # [B, T] V(s_t)
             rewards = token_rewards(kl, final_rewards, mask, beta)  # [B, T]
@@ -469,8 +487,8 @@ def main(args: Args) -> None:
 
         # --- update
         lr = learning_rate(step, args.steps, args.lr, args.warmup_steps, args.lr_schedule)
-        losses_and_norms = []  # of each optimizer step
-        sums = {}  # over the tokens of this rank, all epochs
+        losses_and_norms = []  # one tuple per optimizer step
+        sums = {}  # over the tokens of this rank, in all epochs; each []
         for name in ("clipped", "approx_kl", "ratio", "entropy", "tokens"):
             sums[name] = torch.zeros((), device=device)
         for epoch in range(args.epochs):
@@ -478,23 +496,22 @@ def main(args: Args) -> None:
             order = permutation(args.batch_size, step * args.epochs + epoch, args.seed + 1)
             for first in range(0, args.batch_size, args.mini_batch_size):
                 mini_batch = order[first : first + args.mini_batch_size]  # places in the batch
-                mini_batch_tokens = mask[
-                    mini_batch
-                ].sum()  # [], of all ranks: one denominator per optimizer step
+                # one denominator per optimizer step: the response tokens of all ranks and micro-batches
+                mini_batch_tokens = mask[mini_batch].sum()  # []
                 loss = torch.zeros((), device=device)  # [], this rank's share
                 rank_micro_batches = micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world)
                 for mb_indices in accumulated(rank_micro_batches, policy):
                     mb = collate([sequences[i] for i in mb_indices], pad, device)
                     mb_mask = mb["response_mask"]  # [b, t]
                     width = mb_mask.shape[1]  # t, the longest response of the micro-batch
-                    # A rank that has run out of sequences gets an empty micro-batch, of which collate makes a masked
-                    # dummy, for its part in the collectives; [0] then stands in for its place in the batch.
-                    at = torch.tensor(mb_indices or [0], device=device)  # [b]
-                    mb_old_logprobs = logprobs[at, :width]  # [b, t]
-                    mb_advantages = advantages[at, :width]  # [b, t]
-                    mb_logprobs, mb_entropy = policy.response_logprobs(
-                        **mb, temperature=args.temperature
-                    )  # [b, t]
+                    # A rank that has run out of responses gets an empty micro-batch, yet must join the
+                    # forward and backward passes of the others: collate makes a dummy, all masked, and any
+                    # place ([0]) will do.
+                    mb_places = torch.tensor(mb_indices or [0], device=device)  # [b]
+                    mb_old_logprobs = logprobs[mb_places, :width]  # [b, t]
+                    mb_advantages = advantages[mb_places, :width]  # [b, t]
+                    # [b, t], [b, t]
+                    mb_logprobs, mb_entropy = policy.response_logprobs(**mb, temperature=args.temperature)
                     mb_loss, mb_sums = policy_loss(
                         mb_logprobs, mb_old_logprobs, mb_advantages, mb_mask, args.clip
                     )
@@ -508,16 +525,14 @@ def main(args: Args) -> None:
                 where = f"step {step}, epoch {epoch}, data rows {data_rows}"  # said if the loss is not finite
                 mini_batch_loss, norm = optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where)
                 losses_and_norms.append((mini_batch_loss, norm))
-        sums = distributed.all_reduce_dict(sums)
+        totals = distributed.all_reduce_dict(sums)  # floats, over all ranks
         phases.end("update")
 
         # --- log
         done = step + 1
         mean_loss, mean_norm = torch.tensor(losses_and_norms).mean(0).tolist()
         note_drift(policy, sampler_logprobs, logprobs, mask, done)
-        _, mismatch_k3 = kl_estimates(
-            sampler_logprobs, logprobs, mask
-        )  # [B, T] of the sampler against the policy
+        _, mismatch = kl_estimates(sampler_logprobs, logprobs, mask)  # [B, T], the sampler against the policy
         response_tokens = int(mask.sum())
         update_tokens = args.epochs * sum(lengths)
         metrics = {
@@ -525,15 +540,15 @@ def main(args: Args) -> None:
             "objective/kl": kl.sum(1).mean(),
             "objective/kl_k3": k3.sum(1).mean(),
             "objective/beta": beta,
-            "objective/entropy": sums["entropy"] / sums["tokens"],
-            "rollout/mismatch": mismatch_k3.sum() / response_tokens,
+            "objective/entropy": totals["entropy"] / totals["tokens"],
+            "rollout/mismatch": mismatch.sum() / response_tokens,
             "rollout/length": mask.sum(1).float().mean(),
             "rollout/truncated": truncated.float().mean(),
             "policy/loss": mean_loss,
             "policy/grad_norm": mean_norm,
-            "policy/clip_fraction": sums["clipped"] / sums["tokens"],
-            "policy/approx_kl": sums["approx_kl"] / sums["tokens"],
-            "policy/ratio": sums["ratio"] / sums["tokens"],
+            "policy/clip_fraction": totals["clipped"] / totals["tokens"],
+            "policy/approx_kl": totals["approx_kl"] / totals["tokens"],
+            "policy/ratio": totals["ratio"] / totals["tokens"],
             "policy/lr": lr,
             "gvm/value": action_values[mask].mean(),
             "gvm/value_std": action_values[mask].std(),

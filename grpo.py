@@ -1,21 +1,25 @@
-"""GRPO: Group Relative Policy Optimisation. Several responses to each prompt are their own baseline: no critic.
+"""GRPO, Group Relative Policy Optimisation: several responses to each prompt are their own baseline.
 
-Paper: 2402.03300. For the G responses to one prompt, with rewards r_1 .. r_G and ratio rho_t = pi(y_t|s_t) / pi_old(y_t|s_t):
+There is no critic. Paper: 2402.03300. For the G responses to one prompt, with rewards r_1 .. r_G and the ratio
+rho_t = pi(y_t|s_t) / pi_old(y_t|s_t):
 
     A_i = (r_i - mean(r)) / (std(r) + eps),  the same for every token of response i
-    loss = -mean over tokens of min(rho_t A, clip(rho_t, 1 - clip, 1 + clip_high) A) + beta * KL_t                       (eq. 3)
-    KL_t = exp(log pi_ref - log pi) - (log pi_ref - log pi) - 1,  the k3 estimate                                         (eq. 4)
+    loss = -mean over tokens of min(rho_t A, clip(rho_t, 1 - clip, 1 + clip_high) A) + beta * KL_t    (eq. 3)
+    KL_t = exp(log pi_ref - log pi) - (log pi_ref - log pi) - 1,  the k3 estimate                     (eq. 4)
 
---aggregation says what that mean is: `grpo`, of each response and then over responses; `dapo` (2503.14476), over all tokens of
-the mini-batch; `dr_grpo` (2503.20783), over responses times --max-response-length, a constant (with --no-scale-std).
+--aggregation says what that mean is. `grpo`: of each response, then over responses; `dapo` (2503.14476):
+over all tokens of the mini-batch; `dr_grpo` (2503.20783): over responses times --max-response-length, a
+constant (use it with --no-scale-std).
 
     python grpo.py                                                     # the embedded world, one CPU
     python grpo.py --model runs/sft/model --reward runs/reward/model --dataset prompts.jsonl
     torchrun --nproc_per_node=8 grpo.py --model Qwen/Qwen3-4B-Instruct-2507 --reward my_rewards:correct \
-        --dataset questions.jsonl --columns prompt question --batch-size 256 --mini-batch-size 64 --gradient-checkpointing
+        --dataset questions.jsonl --columns prompt question --batch-size 256 --mini-batch-size 64 \
+        --gradient-checkpointing
 
-Watch `eval/*` and read samples.jsonl; `rollout/zero_spread` near 1 means that most groups teach nothing (all right, or all
-wrong); `rollout/length` should neither collapse nor explode. Our page in docs/ explains every number and detail.
+Watch `eval/*` and read samples.jsonl. `rollout/zero_spread` near 1 means that most groups teach nothing (all
+right, or all wrong); `rollout/length` should neither collapse nor explode. Our page in docs/ explains every
+number and detail.
 """
 
 from dataclasses import dataclass, field
@@ -50,7 +54,8 @@ from common.tokenization import load_tokenizer, require_same_tokenizer, stop_tok
 @dataclass
 class Args:
     model: str = "reviews"
-    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded one."""
+    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded
+    one."""
     ref_model: str = ""
     """Reference policy: a hub id or folder. By default it is `--model` as it starts."""
     reward: str = ""
@@ -66,7 +71,8 @@ class Args:
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
-    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an experiment."""
+    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an
+    experiment."""
     skip_bad_rows: bool = False
     """Drop and count unusable rows instead of stopping at the first."""
     run_dir: str = "runs/grpo"
@@ -82,8 +88,8 @@ class Args:
     mini_batch_size: int = 64
     """Responses per optimizer step, over all ranks."""
     micro_batch_size: int = 2
-    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not the
-    result."""
+    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not
+    the result."""
     rollout_batch_size: int = 0
     """Prompts that one rank answers at once. 0: all of the step's."""
     rollout_engine: Literal["torch", "vllm"] = "torch"
@@ -104,7 +110,8 @@ class Args:
     lr: float = 1e-6
     """Peak learning rate (2402.03300, 2305.18290: 1e-6)."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a cosine."""
+    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a
+    cosine."""
     warmup_steps: int = 10
     """Steps over which the learning rate rises linearly to its peak."""
     max_grad_norm: float = 1.0
@@ -178,15 +185,15 @@ REVIEWS = dict(
 def group_advantages(
     rewards: Tensor, group_size: int, scale_std: bool = True, eps: float = 1e-4
 ) -> tuple[Tensor, Tensor]:
-    """Advantages [B] in each group (2402.03300 section 4.1), and [B] whether the group's rewards are all equal.
+    """Advantages [B] in each group (2402.03300 section 4.1), and [B] whether its rewards are all equal.
 
-    rewards [B], the responses to one prompt next to one another. The advantage is (r - mean) / (std + eps), with G - 1
-    in the deviation's denominator; without `scale_std` it is r - mean (2503.20783).
+    rewards [B], the G responses to one prompt next to one another. An advantage is (r - mean) / (std + eps),
+    with G - 1 in the deviation's denominator; without `scale_std` it is r - mean (2503.20783).
     """
     groups = rewards.view(-1, group_size)  # [B / G, G]
     is_equal = (groups == groups[:, :1]).all(1, keepdim=True)  # [B / G, 1]
     centred = groups - groups.mean(1, keepdim=True)
-    # Exactly 0 in a group of equal rewards: the rounding error of their mean, over a tiny deviation, would not be.
+    # Equal rewards give exactly 0; the rounding error of their mean over a tiny deviation would not be 0.
     centred = torch.where(is_equal, 0.0, centred)
     if scale_std:
         advantages = centred / (groups.std(1, keepdim=True) + eps)
@@ -213,8 +220,8 @@ def token_weights(mask: Tensor, aggregation: str, max_length: int) -> Tensor:
 def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
     """Truncated importance weights min(pi / mu, cap) [B, T] (fengyao.notion.site/off-policy-rl).
 
-    The sampler mu drew each token with `sampler_logprobs`, the policy pi gives it `logprobs`; all [B, T]. A weight
-    is 1 where masked, and everywhere for cap 0, which stands for a sampler that is the policy itself.
+    The sampler mu drew each token with `sampler_logprobs`, the policy pi gives it `logprobs`; all [B, T].
+    A weight is 1 where masked, and everywhere for cap 0, which is for a sampler that is the policy itself.
     """
     if cap == 0:
         return torch.ones_like(logprobs)
@@ -223,10 +230,10 @@ def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor,
 
 
 def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Two estimates (k1, k3) of KL(pi || pi_ref) at each token sampled from pi, all [B, T] (2402.03300 eq. 4).
+    """Two estimates, k1 and k3, of KL(pi || pi_ref) at each token sampled from pi. All [B, T], in nats.
 
-    k1 is the log-ratio: unbiased, of either sign. k3 = exp(-k1) - 1 + k1: unbiased, never negative. Both are in nats.
-    Padding is masked before exp, since 0 * inf would be NaN.
+    k1 is the log-ratio: unbiased, of either sign. k3 = exp(-k1) - 1 + k1 (2402.03300 eq. 4): unbiased, never
+    negative. Padding is masked before exp, since 0 * inf would be NaN.
     """
     k1 = torch.where(mask, logprobs - ref_logprobs, 0.0)
     k3 = torch.expm1(-k1) + k1
@@ -244,8 +251,9 @@ def surrogate_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate (2402.03300 eq. 3), a weighted sum over tokens, and sums for the log.
 
-    All inputs [B, T]; advantages may be [B, 1]. The log's sums, without gradient: `clipped` tokens (whose ratio is
-    outside 1 - clip to 1 + clip_high), `approx_kl` (k3 of the old policy against the new, in nats), `ratio`.
+    All inputs [B, T]; advantages may be [B, 1]. The log's sums, without gradient: `clipped`, the tokens
+    whose ratio is below 1 - clip or above 1 + clip_high; `approx_kl`, k3 of the old policy against the new,
+    in nats; `ratio`.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
@@ -262,8 +270,12 @@ def surrogate_loss(
 
 
 def main(args: Args) -> None:
-    # Shapes: B is --batch-size, T the length of a step's longest response, N the number of held-out prompts. Every
-    # rank holds these tensors whole and computes its share of them. A micro-batch `mb_` of a rank is [b, t].
+    # Shapes in the comments below:
+    #   B  --batch-size, the responses of a step; T  the tokens of the longest of them. Every rank holds the
+    #      [B, T] tensors whole, and computes its share of what is in them.
+    #   b, t  the same of one micro-batch of one rank, whose names begin with mb_
+    #   N  the held-out prompts of an evaluation
+    #   [] a single number
 
     # --- setup
     if args.batch_size % args.mini_batch_size:
@@ -285,8 +297,8 @@ def main(args: Args) -> None:
     require_same_tokenizer(tokenizer, ref_name, "--ref-model")
     pad = tokenizer.pad_token_id
     limit = args.max_response_length
-    # Either of two tokens ends a response: what the chat template writes after an answer need not be the tokenizer's
-    # end of sequence (Gemma's is not), and a policy may have learned to write the one or the other.
+    # Either of two tokens ends a response: what the chat template writes after an answer is not always the
+    # tokenizer's end of sequence (Gemma's is not), and a policy may end with the one or the other.
     stops = {stop_token(tokenizer), tokenizer.eos_token_id}
 
     # --- data
@@ -311,12 +323,14 @@ def main(args: Args) -> None:
     reward = Reward(args.reward, tokenizer, args)
     eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
     policy = load_model("policy", policy_name, tokenizer, args, trained=True)
-    # By default there is no engine (rollout then samples with our own loop, from the policy itself) and the cap is 0,
-    # which makes all importance weights 1. Only --rollout-engine vllm, whose rounding differs, has both.
+    # By default the engine is None, so that rollout samples with our own loop from the policy itself, and
+    # the cap is 0, which makes every importance weight 1. Only --rollout-engine vllm, which rounds
+    # differently, has both.
     engine, importance_cap = vllm.start(policy, policy_name, args)
     policy.engine = engine
     optimizer = adamw(policy, args.lr)
     reference = load_reference(policy, ref_name, tokenizer, args) if args.beta else None
+    # all that take memory while training; a reward that is a function has no model
     models = [model for model in (policy, reference, reward.model) if model is not None]
     optimizers = [optimizer]
     trained = {"policy": (policy, optimizer)}
@@ -328,7 +342,7 @@ def main(args: Args) -> None:
     run.start(start, args.steps)
 
     def logprobs_of(model, sequences):
-        """Log-probabilities [N, T] of N responses' tokens under a policy, on every rank; 0 where masked."""
+        """Log-probabilities [n, T] of n responses' tokens under a policy, on every rank; 0 where masked."""
 
         def micro_batch_logprobs(mb):
             mb_logprobs, _ = model.response_logprobs(**mb, temperature=args.temperature)
@@ -340,9 +354,9 @@ def main(args: Args) -> None:
         )
 
     def evaluate_kl_optional(step):
-        """Answers the held-out prompts, with the same random numbers each time; logs rewards, length, and the KL.
+        """Answers the held-out prompts, with the same random numbers each time, and logs how well.
 
-        The KL is left out where no reference is loaded (--beta 0).
+        With --beta 0 no reference is loaded, and the KL is left out.
         """
         prompts = [row["prompt_ids"] for row in eval_rows]
         seed = (0, 0)  # no training step has it: theirs are (--seed, 1), (--seed, 2), ...
@@ -352,10 +366,10 @@ def main(args: Args) -> None:
         sequences = list(zip(prompts, responses, strict=True))
         mask = response_mask(responses, device)  # [N, T]
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        numbers = {}  # of each response, by name: [N]
+        numbers = {}  # by label, each [N]
         for eval_reward in eval_rewards:
             numbers[eval_reward.label] = eval_reward(eval_rows, sequences, texts)
-        metrics = {f"eval/{label}": values.mean() for label, values in numbers.items()}
+        metrics = {f"eval/{label}": number.mean() for label, number in numbers.items()}
         metrics["eval/length"] = mask.sum(1).float().mean()
         if reference is not None:
             logprobs = logprobs_of(policy, sequences)  # [N, T]
@@ -365,10 +379,10 @@ def main(args: Args) -> None:
             metrics["eval/kl"] = kl.sum(1).mean()
         run.metrics(step, metrics, show=tuple(metrics))
         samples = []
-        for i, row in enumerate(eval_rows[:8]):
+        for i, row in enumerate(eval_rows[:8]):  # enough to read
             sample = {"prompt": row["prompt"], "response": texts[i], "length": len(responses[i])}
-            for label, values in numbers.items():
-                sample[label] = values[i].item()
+            for label, number in numbers.items():
+                sample[label] = number[i].item()
             samples.append(sample)
         run.samples(step, samples)
 
@@ -379,24 +393,25 @@ def main(args: Args) -> None:
         # --- rollout
         phases = Phases()
         drawn = batch_indices(len(rows), args.batch_size // args.group_size, step, args.seed)
-        batch = [
-            rows[i] for i in drawn for _ in range(args.group_size)
-        ]  # B rows, those of a group side by side
+        # each row --group-size times, side by side
+        batch = [rows[i] for i in drawn for _ in range(args.group_size)]
         prompts = [row["prompt_ids"] for row in batch]  # B token lists
         seed = (args.seed, step + 1)  # other random numbers in each step; + 1, since (0, 0) is evaluation's
-        # B token lists, and the log-probabilities [B, T] with which the sampler drew their tokens
+        # B token lists, and the log-probabilities [B, T] with which the sampler drew the tokens; note_drift
+        # compares them with the policy's below, when these are at hand, so compare=False
         responses, sampler_logprobs = rollout(
             policy, tokenizer, prompts, limit, args.temperature, seed, args.rollout_batch_size, compare=False
         )
         sequences = list(zip(prompts, responses, strict=True))  # B (prompt tokens, response tokens)
-        lengths = [len(prompt) + len(response) for prompt, response in sequences]
+        lengths = [len(prompt) + len(response) for prompt, response in sequences]  # B
         mask = response_mask(responses, device)  # [B, T] True at the tokens of the responses
         truncated = torch.tensor([response[-1] not in stops for response in responses], device=device)  # [B]
         phases.end("rollout")
 
         # --- reward
-        # Where a rollout has a single update, the policy that is updated is still the one that sampled: the update's
-        # own log-probabilities are the old ones, and no pass is spent on them. (With dropout they would differ.)
+        # Where a rollout has a single update, the policy that is updated is still the one that sampled. Then
+        # the update's own log-probabilities are the old ones, and no pass is spent on them. Not with dropout,
+        # which is on during the update alone.
         one_update = args.epochs == 1 and args.mini_batch_size == args.batch_size and not args.lora_dropout
         if one_update:
             update_logprobs = torch.zeros(mask.shape, device=device)  # [B, T], collected during the update
@@ -415,8 +430,8 @@ def main(args: Args) -> None:
 
         # --- update
         lr = learning_rate(step, args.steps, args.lr, args.warmup_steps, args.lr_schedule)
-        losses_and_norms = []  # of each optimizer step
-        sums = {}  # over the tokens of this rank, all epochs
+        losses_and_norms = []  # one tuple per optimizer step
+        sums = {}  # over the tokens of this rank, in all epochs; each []
         for name in ("clipped", "approx_kl", "ratio", "entropy", "tokens"):
             sums[name] = torch.zeros((), device=device)
         for epoch in range(args.epochs):
@@ -424,7 +439,8 @@ def main(args: Args) -> None:
             order = permutation(args.batch_size, step * args.epochs + epoch, args.seed + 1)
             for first in range(0, args.batch_size, args.mini_batch_size):
                 mini_batch = order[first : first + args.mini_batch_size]  # places in the batch
-                # of the whole mini-batch: one denominator per optimizer step, over all ranks and micro-batches
+                # one denominator per optimizer step: that of the mini-batch, over all ranks and
+                # micro-batches
                 weights = torch.zeros(mask.shape, device=device)  # [B, T], 0 outside the mini-batch
                 weights[mini_batch] = token_weights(mask[mini_batch], args.aggregation, limit)
                 loss = torch.zeros((), device=device)  # [], this rank's share
@@ -433,21 +449,21 @@ def main(args: Args) -> None:
                     mb = collate([sequences[i] for i in mb_indices], pad, device)
                     mb_mask = mb["response_mask"]  # [b, t]
                     width = mb_mask.shape[1]  # t, the longest response of the micro-batch
-                    # A rank that has run out of sequences gets an empty micro-batch, of which collate makes a masked
-                    # dummy, for its part in the collectives; [0] then stands in for its place in the batch.
-                    at = torch.tensor(mb_indices or [0], device=device)  # [b]
-                    mb_weights = weights[at, :width]  # [b, t]
-                    mb_advantages = advantages[at, :width]  # [b, t]
-                    mb_sampler_logprobs = sampler_logprobs[at, :width]  # [b, t]
-                    mb_logprobs, mb_entropy = policy.response_logprobs(
-                        **mb, temperature=args.temperature
-                    )  # [b, t]
+                    # A rank that has run out of responses gets an empty micro-batch, yet must join the
+                    # forward and backward passes of the others: collate makes a dummy, all masked, and any
+                    # place ([0]) will do.
+                    mb_places = torch.tensor(mb_indices or [0], device=device)  # [b]
+                    mb_weights = weights[mb_places, :width]  # [b, t]
+                    mb_advantages = advantages[mb_places, :width]  # [b, t]
+                    mb_sampler_logprobs = sampler_logprobs[mb_places, :width]  # [b, t]
+                    # [b, t], [b, t]
+                    mb_logprobs, mb_entropy = policy.response_logprobs(**mb, temperature=args.temperature)
                     if one_update:
                         mb_old_logprobs = mb_logprobs.detach()  # [b, t]
                         if mb_indices:
-                            update_logprobs[at, :width] = mb_old_logprobs.to(update_logprobs.dtype)
+                            update_logprobs[mb_places, :width] = mb_old_logprobs.to(update_logprobs.dtype)
                     else:
-                        mb_old_logprobs = old_logprobs[at, :width]  # [b, t]
+                        mb_old_logprobs = old_logprobs[mb_places, :width]  # [b, t]
                     mb_advantages = mb_advantages * importance_weights(
                         mb_old_logprobs, mb_sampler_logprobs, mb_mask, importance_cap
                     )
@@ -461,7 +477,7 @@ def main(args: Args) -> None:
                         args.clip_high,
                     )
                     if reference is not None:
-                        mb_ref_logprobs = ref_logprobs[at, :width]  # [b, t]
+                        mb_ref_logprobs = ref_logprobs[mb_places, :width]  # [b, t]
                         _, mb_k3 = kl_estimates(mb_logprobs, mb_ref_logprobs, mb_mask)  # [b, t]
                         mb_loss = mb_loss + args.beta * (mb_k3 * mb_weights).sum()
                     backward(mb_loss)
@@ -474,11 +490,10 @@ def main(args: Args) -> None:
                 where = f"step {step}, epoch {epoch}, data rows {data_rows}"  # said if the loss is not finite
                 mini_batch_loss, norm = optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where)
                 losses_and_norms.append((mini_batch_loss, norm))
-        sums = distributed.all_reduce_dict(sums)
+        totals = distributed.all_reduce_dict(sums)  # floats, over all ranks
         if one_update:
-            logprobs = distributed.all_reduce(
-                update_logprobs
-            )  # [B, T]: each rank filled its rows, the others are 0
+            # each rank has filled the rows of its micro-batches and left the others 0
+            logprobs = distributed.all_reduce(update_logprobs)  # [B, T]
         else:
             logprobs = old_logprobs
         if reference is None:
@@ -490,25 +505,23 @@ def main(args: Args) -> None:
         done = step + 1
         mean_loss, mean_norm = torch.tensor(losses_and_norms).mean(0).tolist()
         note_drift(policy, sampler_logprobs, logprobs, mask, done)
-        _, mismatch_k3 = kl_estimates(
-            sampler_logprobs, logprobs, mask
-        )  # [B, T] of the sampler against the policy
+        _, mismatch = kl_estimates(sampler_logprobs, logprobs, mask)  # [B, T], the sampler against the policy
         response_tokens = int(mask.sum())
         update_tokens = args.epochs * sum(lengths)
         metrics = {
             "objective/score": scores.mean(),
             "objective/kl": kl.sum(1).mean(),
             "objective/kl_k3": k3.sum(1).mean(),
-            "objective/entropy": sums["entropy"] / sums["tokens"],
+            "objective/entropy": totals["entropy"] / totals["tokens"],
             "rollout/zero_spread": is_equal.float().mean(),
-            "rollout/mismatch": mismatch_k3.sum() / response_tokens,
+            "rollout/mismatch": mismatch.sum() / response_tokens,
             "rollout/length": mask.sum(1).float().mean(),
             "rollout/truncated": truncated.float().mean(),
             "policy/loss": mean_loss,
             "policy/grad_norm": mean_norm,
-            "policy/clip_fraction": sums["clipped"] / sums["tokens"],
-            "policy/approx_kl": sums["approx_kl"] / sums["tokens"],
-            "policy/ratio": sums["ratio"] / sums["tokens"],
+            "policy/clip_fraction": totals["clipped"] / totals["tokens"],
+            "policy/approx_kl": totals["approx_kl"] / totals["tokens"],
+            "policy/ratio": totals["ratio"] / totals["tokens"],
             "policy/lr": lr,
             "memory/state_gb": state_bytes(models, optimizers) / 2**30,
             **phases.metrics(policy, response_tokens, update_tokens),

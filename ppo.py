@@ -1,19 +1,22 @@
 """PPO for language models: policy and critic trained together, a reward model at the end of each response.
 
-Papers: 1707.06347 (PPO), 1909.08593 (the language-model form). Per token, with s_t = (x, y_<t) and a_t = y_t:
+Papers: 1707.06347 (PPO), 1909.08593 (the language-model form). Per token, with s_t = (x, y_<t) and a_t =
+y_t:
 
     r_t = -beta * (log pi(a_t|s_t) - log pi_ref(a_t|s_t)),  plus the reward model's score at the last token
-    A_t = sum_l (gamma lam)^l (r_{t+l} + gamma V(s_{t+l+1}) - V(s_{t+l}))                       (GAE, 1506.02438 eq. 16)
-    policy loss = -mean_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)                     (1707.06347 eq. 7)
+    A_t = sum_l (gamma lam)^l (r_{t+l} + gamma V(s_{t+l+1}) - V(s_{t+l}))        (GAE, 1506.02438 eq. 16)
+    policy loss = -mean_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)            (1707.06347 eq. 7)
     critic loss = 0.5 * mean_t max((V - R)^2, (V_clipped - R)^2),  R = A + V_old
 
     python ppo.py                                                      # the embedded world, one CPU
     python ppo.py --model runs/sft/model --reward runs/reward/model --dataset prompts.jsonl
     torchrun --nproc_per_node=8 ppo.py --model meta-llama/Llama-3.2-3B-Instruct --reward runs/reward/model \
-        --dataset openbmb/UltraFeedback --part rl --batch-size 64 --mini-batch-size 16 --gradient-checkpointing
+        --dataset openbmb/UltraFeedback --part rl --batch-size 64 --mini-batch-size 16 \
+        --gradient-checkpointing
 
-Watch `eval/*` and read samples.jsonl rather than trust `objective/score`, which can be flattered; `objective/kl` should stay
-below a few nats a response, `rollout/length` neither collapse nor explode. Our page in docs/ explains every number and detail.
+Watch `eval/*` and read samples.jsonl rather than trust `objective/score`, which the policy may come to
+exploit. `objective/kl` should stay below a few nats per response; `rollout/length` should neither collapse
+nor explode. Our page in docs/ explains every number and detail.
 """
 
 from dataclasses import dataclass, field
@@ -50,14 +53,16 @@ from common.value_heads import response_values
 @dataclass
 class Args:
     model: str = "reviews"
-    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded one."""
+    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded
+    one."""
     ref_model: str = ""
     """Reference policy: a hub id or folder. By default it is `--model` as it starts."""
     reward: str = ""
     """Reward model (hub id or folder) or `module:function` that scores responses; in gvm_td.py its scores
     replace the data set's returns."""
     critic: str = ""
-    """What the critic starts from. By default it is the reward model where that is a model, else the policy."""
+    """What the critic starts from. By default it is the reward model where that is a model, else the
+    policy."""
     dataset: str = "reviews"
     """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns that
     docs/data.md lists for this script. `reviews` is the embedded world."""
@@ -68,7 +73,8 @@ class Args:
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
-    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an experiment."""
+    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an
+    experiment."""
     skip_bad_rows: bool = False
     """Drop and count unusable rows instead of stopping at the first."""
     run_dir: str = "runs/ppo"
@@ -82,8 +88,8 @@ class Args:
     mini_batch_size: int = 2
     """Responses per optimizer step, over all ranks (2502.16944: 2)."""
     micro_batch_size: int = 2
-    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not the
-    result."""
+    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not
+    the result."""
     rollout_batch_size: int = 0
     """Prompts that one rank answers at once. 0: all of the step's."""
     rollout_engine: Literal["torch", "vllm"] = "torch"
@@ -106,7 +112,8 @@ class Args:
     critic_lr: float = 2e-6
     """Peak learning rate of the critic."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a cosine."""
+    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a
+    cosine."""
     warmup_steps: int = 10
     """Steps over which the learning rate rises linearly to its peak."""
     max_grad_norm: float = 1.0
@@ -214,9 +221,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def whiten(x: Tensor, mask: Tensor, centre: bool = True, eps: float = 1e-8) -> Tensor:
-    """x [B, T] over its standard deviation at the unmasked entries of all rows; masked entries become 0.
+    """x [B, T] divided by its standard deviation over the unmasked entries of all rows; 0 where masked.
 
-    With `centre` the mean is subtracted first; without it a mean stays, divided too.
+    With `centre` their mean is subtracted before.
     """
     mean = x[mask].mean()
     std = ((x[mask] - mean) ** 2).mean().sqrt()
@@ -228,8 +235,8 @@ def whiten(x: Tensor, mask: Tensor, centre: bool = True, eps: float = 1e-8) -> T
 def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
     """Truncated importance weights min(pi / mu, cap) [B, T] (fengyao.notion.site/off-policy-rl).
 
-    The sampler mu drew each token with `sampler_logprobs`, the policy pi gives it `logprobs`; all [B, T]. A weight
-    is 1 where masked, and everywhere for cap 0, which stands for a sampler that is the policy itself.
+    The sampler mu drew each token with `sampler_logprobs`, the policy pi gives it `logprobs`; all [B, T].
+    A weight is 1 where masked, and everywhere for cap 0, which is for a sampler that is the policy itself.
     """
     if cap == 0:
         return torch.ones_like(logprobs)
@@ -238,10 +245,10 @@ def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor,
 
 
 def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Two estimates (k1, k3) of KL(pi || pi_ref) at each token sampled from pi, all [B, T] (2402.03300 eq. 4).
+    """Two estimates, k1 and k3, of KL(pi || pi_ref) at each token sampled from pi. All [B, T], in nats.
 
-    k1 is the log-ratio: unbiased, of either sign. k3 = exp(-k1) - 1 + k1: unbiased, never negative. Both are in nats.
-    Padding is masked before exp, since 0 * inf would be NaN.
+    k1 is the log-ratio: unbiased, of either sign. k3 = exp(-k1) - 1 + k1 (2402.03300 eq. 4): unbiased, never
+    negative. Padding is masked before exp, since 0 * inf would be NaN.
     """
     k1 = torch.where(mask, logprobs - ref_logprobs, 0.0)
     k3 = torch.expm1(-k1) + k1
@@ -251,10 +258,10 @@ def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> tuple[
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped surrogate (1707.06347 eq. 7), summed over tokens, and sums for the log. All inputs [B, T].
+    """PPO's clipped surrogate (1707.06347 eq. 7), summed over tokens, and sums for the log.
 
-    The log's sums, without gradient: `clipped` tokens (whose ratio is outside 1 +- clip), `approx_kl` (k3 of the old
-    policy against the new, in nats), `ratio`.
+    All inputs [B, T]. The log's sums, without gradient: `clipped`, the tokens whose ratio is outside 1 +-
+    clip; `approx_kl`, k3 of the old policy against the new, in nats; `ratio`.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
@@ -282,7 +289,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
 
 def next_beta(beta: float, kl: float, target: float, batch_size: int, horizon: int = 10_000) -> float:
-    """Adaptive KL coefficient (1909.08593 section 2.2): beta rises where the mean KL per token is above its target.
+    """Adaptive KL coefficient (1909.08593 section 2.2): it rises while the mean KL per token is above target.
 
     The relative error is clipped to 20 %; `horizon` is the controller's time constant, in responses.
     """
@@ -291,8 +298,12 @@ def next_beta(beta: float, kl: float, target: float, batch_size: int, horizon: i
 
 
 def main(args: Args) -> None:
-    # Shapes: B is --batch-size, T the length of a step's longest response, N the number of held-out prompts. Every
-    # rank holds these tensors whole and computes its share of them. A micro-batch `mb_` of a rank is [b, t].
+    # Shapes in the comments below:
+    #   B  --batch-size, the responses of a step; T  the tokens of the longest of them. Every rank holds the
+    #      [B, T] tensors whole, and computes its share of what is in them.
+    #   b, t  the same of one micro-batch of one rank, whose names begin with mb_
+    #   N  the held-out prompts of an evaluation
+    #   [] a single number
 
     # --- setup
     if args.batch_size % args.mini_batch_size:
@@ -307,8 +318,8 @@ def main(args: Args) -> None:
     require_same_tokenizer(tokenizer, ref_name, "--ref-model")
     pad = tokenizer.pad_token_id
     limit = args.max_response_length
-    # Either of two tokens ends a response: what the chat template writes after an answer need not be the tokenizer's
-    # end of sequence (Gemma's is not), and a policy may have learned to write the one or the other.
+    # Either of two tokens ends a response: what the chat template writes after an answer is not always the
+    # tokenizer's end of sequence (Gemma's is not), and a policy may end with the one or the other.
     stops = {stop_token(tokenizer), tokenizer.eos_token_id}
     reward_is_model = ":" not in args.reward or Path(args.reward).exists()
     critic_name = resolve(args.critic or (args.reward if reward_is_model else args.model))
@@ -336,15 +347,16 @@ def main(args: Args) -> None:
     reward = Reward(args.reward, tokenizer, args)
     eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
     policy = load_model("policy", policy_name, tokenizer, args, trained=True)
-    # By default there is no engine (rollout then samples with our own loop, from the policy itself) and the cap is 0,
-    # which makes all importance weights 1. Only --rollout-engine vllm, whose rounding differs, has both.
+    # By default the engine is None, so that rollout samples with our own loop from the policy itself, and
+    # the cap is 0, which makes every importance weight 1. Only --rollout-engine vllm, which rounds
+    # differently, has both.
     engine, importance_cap = vllm.start(policy, policy_name, args)
     policy.engine = engine
     optimizer = adamw(policy, args.lr)
     critic = load_model("value", critic_name, tokenizer, args, trained=True)
     critic_optimizer = adamw(critic, args.critic_lr)
     reference = load_reference(policy, ref_name, tokenizer, args)
-    models = [policy, critic, reference]
+    models = [policy, critic, reference]  # all that take memory while training
     if reward_is_model:
         models.append(reward.model)
     optimizers = [optimizer, critic_optimizer]
@@ -358,7 +370,7 @@ def main(args: Args) -> None:
     run.start(start, args.steps)
 
     def logprobs_of(model, sequences):
-        """Log-probabilities [N, T] of N responses' tokens under a policy, on every rank; 0 where masked."""
+        """Log-probabilities [n, T] of n responses' tokens under a policy, on every rank; 0 where masked."""
 
         def micro_batch_logprobs(mb):
             mb_logprobs, _ = model.response_logprobs(**mb, temperature=args.temperature)
@@ -370,11 +382,11 @@ def main(args: Args) -> None:
         )
 
     def critic_values(mb):
-        """V(s_1) and the values after each token [b, t + 1] of a micro-batch."""
+        """V(s_1), then V(s_{t+1}) after each token, [b, t + 1], of a micro-batch."""
         return response_values(critic, **mb)
 
     def evaluate(step):
-        """Answers the held-out prompts, with the same random numbers each time; logs rewards, KL and length."""
+        """Answers the held-out prompts, with the same random numbers each time, and logs how well."""
         prompts = [row["prompt_ids"] for row in eval_rows]
         seed = (0, 0)  # no training step has it: theirs are (--seed, 1), (--seed, 2), ...
         responses, _ = rollout(
@@ -386,23 +398,23 @@ def main(args: Args) -> None:
         ref_logprobs = logprobs_of(reference, sequences)  # [N, T]
         kl, _ = kl_estimates(logprobs, ref_logprobs, mask)  # [N, T]
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        rewards = {}
+        rewards = {}  # by label, each [N]
         for eval_reward in eval_rewards:
-            rewards[eval_reward.label] = eval_reward(eval_rows, sequences, texts)  # [N]
-        metrics = {f"eval/{label}": values.mean() for label, values in rewards.items()}
+            rewards[eval_reward.label] = eval_reward(eval_rows, sequences, texts)
+        metrics = {f"eval/{label}": reward.mean() for label, reward in rewards.items()}
         metrics["eval/kl"] = kl.sum(1).mean()
         metrics["eval/length"] = mask.sum(1).float().mean()
         run.metrics(step, metrics, show=tuple(metrics))
         samples = []
-        for i, row in enumerate(eval_rows[:8]):
+        for i, row in enumerate(eval_rows[:8]):  # enough to read
             sample = {
                 "prompt": row["prompt"],
                 "response": texts[i],
                 "kl": kl[i].sum().item(),
                 "length": len(responses[i]),
             }
-            for label, values in rewards.items():
-                sample[label] = values[i].item()
+            for label, reward in rewards.items():
+                sample[label] = reward[i].item()
             samples.append(sample)
         run.samples(step, samples)
 
@@ -416,12 +428,13 @@ def main(args: Args) -> None:
         batch = [rows[i] for i in drawn]
         prompts = [row["prompt_ids"] for row in batch]  # B token lists
         seed = (args.seed, step + 1)  # other random numbers in each step; + 1, since (0, 0) is evaluation's
-        # B token lists, and the log-probabilities [B, T] with which the sampler drew their tokens
+        # B token lists, and the log-probabilities [B, T] with which the sampler drew the tokens; note_drift
+        # compares them with the policy's below, when these are at hand, so compare=False
         responses, sampler_logprobs = rollout(
             policy, tokenizer, prompts, limit, args.temperature, seed, args.rollout_batch_size, compare=False
         )
         sequences = list(zip(prompts, responses, strict=True))  # B (prompt tokens, response tokens)
-        lengths = [len(prompt) + len(response) for prompt, response in sequences]
+        lengths = [len(prompt) + len(response) for prompt, response in sequences]  # B
         mask = response_mask(responses, device)  # [B, T] True at the tokens of the responses
         truncated = torch.tensor([response[-1] not in stops for response in responses], device=device)  # [B]
         phases.end("rollout")
@@ -433,10 +446,10 @@ def main(args: Args) -> None:
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         scores = reward(batch, sequences, texts)  # [B]
         final_rewards = scores - args.missing_eos_penalty * truncated  # [B]
-        # Column 0 is read at the last prompt token, column t at the response's token t.
-        values = run_micro_batches(
-            critic_values, sequences, args.micro_batch_size, pad, mask.shape[1] + 1
-        )  # [B, T + 1]
+        columns = mask.shape[1] + 1
+        # [B, T + 1]: column 0 is V(s_1), the output at the last prompt token; column t is the output at the
+        # response's token t, V(s_{t+1})
+        values = run_micro_batches(critic_values, sequences, args.micro_batch_size, pad, columns)
 
         # --- advantage
         state_values = values[:, :-1]  # [B, T] V(s_t) is the output at the token before a_t
@@ -452,8 +465,8 @@ def main(args: Args) -> None:
         # --- update
         lr = learning_rate(step, args.steps, args.lr, args.warmup_steps, args.lr_schedule)
         critic_lr = learning_rate(step, args.steps, args.critic_lr, args.warmup_steps, args.lr_schedule)
-        losses_and_norms = []  # of each optimizer step
-        sums = {}  # over the tokens of this rank, all epochs
+        losses_and_norms = []  # one tuple per optimizer step
+        sums = {}  # over the tokens of this rank, in all epochs; each []
         for name in ("clipped", "approx_kl", "ratio", "entropy", "tokens"):
             sums[name] = torch.zeros((), device=device)
         for epoch in range(args.epochs):
@@ -461,9 +474,8 @@ def main(args: Args) -> None:
             order = permutation(args.batch_size, step * args.epochs + epoch, args.seed + 1)
             for first in range(0, args.batch_size, args.mini_batch_size):
                 mini_batch = order[first : first + args.mini_batch_size]  # places in the batch
-                mini_batch_tokens = mask[
-                    mini_batch
-                ].sum()  # [], of all ranks: one denominator per optimizer step
+                # one denominator per optimizer step: the response tokens of all ranks and micro-batches
+                mini_batch_tokens = mask[mini_batch].sum()  # []
                 loss = torch.zeros((), device=device)  # [], this rank's share
                 critic_loss = torch.zeros((), device=device)  # [], this rank's share
                 rank_micro_batches = micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world)
@@ -471,21 +483,21 @@ def main(args: Args) -> None:
                     mb = collate([sequences[i] for i in mb_indices], pad, device)
                     mb_mask = mb["response_mask"]  # [b, t]
                     width = mb_mask.shape[1]  # t, the longest response of the micro-batch
-                    # A rank that has run out of sequences gets an empty micro-batch, of which collate makes a masked
-                    # dummy, for its part in the collectives; [0] then stands in for its place in the batch.
-                    at = torch.tensor(mb_indices or [0], device=device)  # [b]
-                    mb_old_logprobs = logprobs[at, :width]  # [b, t]
-                    mb_advantages = advantages[at, :width]  # [b, t]
-                    mb_logprobs, mb_entropy = policy.response_logprobs(
-                        **mb, temperature=args.temperature
-                    )  # [b, t]
+                    # A rank that has run out of responses gets an empty micro-batch, yet must join the
+                    # forward and backward passes of the others: collate makes a dummy, all masked, and any
+                    # place ([0]) will do.
+                    mb_places = torch.tensor(mb_indices or [0], device=device)  # [b]
+                    mb_old_logprobs = logprobs[mb_places, :width]  # [b, t]
+                    mb_advantages = advantages[mb_places, :width]  # [b, t]
+                    # [b, t], [b, t]
+                    mb_logprobs, mb_entropy = policy.response_logprobs(**mb, temperature=args.temperature)
                     mb_loss, mb_sums = policy_loss(
                         mb_logprobs, mb_old_logprobs, mb_advantages, mb_mask, args.clip
                     )
                     backward(mb_loss / mini_batch_tokens)
                     loss += mb_loss.detach() / mini_batch_tokens
-                    mb_old_values = state_values[at, :width]  # [b, t]
-                    mb_returns = returns[at, :width]  # [b, t]
+                    mb_old_values = state_values[mb_places, :width]  # [b, t]
+                    mb_returns = returns[mb_places, :width]  # [b, t]
                     mb_values = critic_values(mb)[:, :-1]  # [b, t]
                     mb_critic_loss = value_loss(
                         mb_values, mb_old_values, mb_returns, mb_mask, args.value_clip
@@ -503,7 +515,7 @@ def main(args: Args) -> None:
                     critic, critic_optimizer, critic_lr, critic_loss, args.max_grad_norm, where
                 )
                 losses_and_norms.append((mini_batch_loss, norm, mini_batch_critic_loss, critic_norm))
-        sums = distributed.all_reduce_dict(sums)
+        totals = distributed.all_reduce_dict(sums)  # floats, over all ranks
         phases.end("update")
 
         # --- log
@@ -511,9 +523,7 @@ def main(args: Args) -> None:
         means = torch.tensor(losses_and_norms).mean(0).tolist()
         mean_loss, mean_norm, mean_critic_loss, mean_critic_norm = means
         note_drift(policy, sampler_logprobs, logprobs, mask, done)
-        _, mismatch_k3 = kl_estimates(
-            sampler_logprobs, logprobs, mask
-        )  # [B, T] of the sampler against the policy
+        _, mismatch = kl_estimates(sampler_logprobs, logprobs, mask)  # [B, T], the sampler against the policy
         response_tokens = int(mask.sum())
         update_tokens = args.epochs * sum(lengths)
         metrics = {
@@ -521,15 +531,15 @@ def main(args: Args) -> None:
             "objective/kl": kl.sum(1).mean(),
             "objective/kl_k3": k3.sum(1).mean(),
             "objective/beta": beta,
-            "objective/entropy": sums["entropy"] / sums["tokens"],
-            "rollout/mismatch": mismatch_k3.sum() / response_tokens,
+            "objective/entropy": totals["entropy"] / totals["tokens"],
+            "rollout/mismatch": mismatch.sum() / response_tokens,
             "rollout/length": mask.sum(1).float().mean(),
             "rollout/truncated": truncated.float().mean(),
             "policy/loss": mean_loss,
             "policy/grad_norm": mean_norm,
-            "policy/clip_fraction": sums["clipped"] / sums["tokens"],
-            "policy/approx_kl": sums["approx_kl"] / sums["tokens"],
-            "policy/ratio": sums["ratio"] / sums["tokens"],
+            "policy/clip_fraction": totals["clipped"] / totals["tokens"],
+            "policy/approx_kl": totals["approx_kl"] / totals["tokens"],
+            "policy/ratio": totals["ratio"] / totals["tokens"],
             "policy/lr": lr,
             "critic/loss": mean_critic_loss,
             "critic/grad_norm": mean_critic_norm,

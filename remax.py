@@ -1,22 +1,25 @@
-"""ReMax: REINFORCE whose baseline is the reward of the policy's own greedy response. No critic, one sample a prompt.
+"""ReMax: REINFORCE whose baseline is the reward of the policy's own greedy response.
 
-Paper: 2310.10505 (algorithm 1); the KL is charged as in ppo.py. For a sampled response y and the greedy one g to the same
-prompt, both from one rollout:
+There is no critic, and one sample per prompt. Paper: 2310.10505 (algorithm 1); the KL is charged as in
+ppo.py. For a sampled response y and the greedy one g to the same prompt, both from one rollout:
 
     A_t = r(x, y) - r(x, g) - beta * sum_{l >= t} kl_l,  kl_l = log pi(y_l|s_l) - log pi_ref(y_l|s_l)
     loss = -mean over tokens of A_t log pi(y_t|s_t)
 
-Differences from grpo.py: (1) the baseline is the greedy response's reward, not a group's mean, and nothing is divided by a
-deviation; (2) the KL is a penalty on the rewards of the tokens that follow, not a term of the loss; (3) the mean over tokens
-has a constant denominator, as the paper's sum has. The loss is written with PPO's ratio, whose gradient at ratio 1 is ReMax's, so
-that more than one optimizer step on a rollout (--mini-batch-size, --epochs) is possible.
+Differences from grpo.py:
+ 1. The baseline is the greedy response's reward, not a group's mean, and nothing is divided by a deviation.
+ 2. The KL is a penalty on the rewards of the tokens that follow, not a term of the loss.
+ 3. The mean over tokens has a constant denominator, as the paper's sum has.
+The loss is written with PPO's ratio, whose gradient at ratio 1 is ReMax's, so that more than one optimizer
+step on a rollout (--mini-batch-size, --epochs) is possible.
 
     python remax.py                                                    # the embedded world, one CPU
     python remax.py --model runs/sft/model --reward runs/reward/model --dataset prompts.jsonl
     torchrun --nproc_per_node=8 remax.py --model Qwen/Qwen3-4B-Instruct-2507 --reward my_rewards:correct \
-        --dataset questions.jsonl --columns prompt question --batch-size 256 --mini-batch-size 256 --gradient-checkpointing
+        --dataset questions.jsonl --columns prompt question --batch-size 256 --mini-batch-size 256 \
+        --gradient-checkpointing
 
-Watch `eval/*` and read samples.jsonl; `objective/greedy_score` should rise with `objective/score`;
+Watch `eval/*` and read samples.jsonl. `objective/greedy_score` should rise with `objective/score`;
 `rollout/length` should neither collapse nor explode. Our page in docs/ explains every number and detail.
 """
 
@@ -52,7 +55,8 @@ from common.tokenization import load_tokenizer, require_same_tokenizer, stop_tok
 @dataclass
 class Args:
     model: str = "reviews"
-    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded one."""
+    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded
+    one."""
     ref_model: str = ""
     """Reference policy: a hub id or folder. By default it is `--model` as it starts."""
     reward: str = ""
@@ -68,7 +72,8 @@ class Args:
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
-    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an experiment."""
+    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an
+    experiment."""
     skip_bad_rows: bool = False
     """Drop and count unusable rows instead of stopping at the first."""
     run_dir: str = "runs/remax"
@@ -82,8 +87,8 @@ class Args:
     mini_batch_size: int = 64
     """Responses per optimizer step, over all ranks."""
     micro_batch_size: int = 2
-    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not the
-    result."""
+    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not
+    the result."""
     rollout_batch_size: int = 0
     """Prompts that one rank answers at once. 0: all of the step's."""
     rollout_engine: Literal["torch", "vllm"] = "torch"
@@ -104,7 +109,8 @@ class Args:
     lr: float = 1e-6
     """Peak learning rate (2402.03300, 2305.18290: 1e-6)."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a cosine."""
+    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a
+    cosine."""
     warmup_steps: int = 10
     """Steps over which the learning rate rises linearly to its peak."""
     max_grad_norm: float = 1.0
@@ -181,7 +187,7 @@ def remax_advantages(
     rewards and greedy_rewards [B], kl and mask [B, T]. Masked positions get 0.
     """
     kl = torch.where(mask, kl, 0.0)
-    later_kl = kl.flip(1).cumsum(1).flip(1)  # cumsum from the right: of t, t + 1, ..
+    later_kl = kl.flip(1).cumsum(1).flip(1)  # a cumulative sum from the right: kl_t + kl_{t+1} + ...
     advantages = (rewards - greedy_rewards)[:, None] - beta * later_kl
     return torch.where(mask, advantages, 0.0)
 
@@ -204,8 +210,8 @@ def token_weights(mask: Tensor, aggregation: str, max_length: int) -> Tensor:
 def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
     """Truncated importance weights min(pi / mu, cap) [B, T] (fengyao.notion.site/off-policy-rl).
 
-    The sampler mu drew each token with `sampler_logprobs`, the policy pi gives it `logprobs`; all [B, T]. A weight
-    is 1 where masked, and everywhere for cap 0, which stands for a sampler that is the policy itself.
+    The sampler mu drew each token with `sampler_logprobs`, the policy pi gives it `logprobs`; all [B, T].
+    A weight is 1 where masked, and everywhere for cap 0, which is for a sampler that is the policy itself.
     """
     if cap == 0:
         return torch.ones_like(logprobs)
@@ -214,10 +220,10 @@ def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor,
 
 
 def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Two estimates (k1, k3) of KL(pi || pi_ref) at each token sampled from pi, all [B, T] (2402.03300 eq. 4).
+    """Two estimates, k1 and k3, of KL(pi || pi_ref) at each token sampled from pi. All [B, T], in nats.
 
-    k1 is the log-ratio: unbiased, of either sign. k3 = exp(-k1) - 1 + k1: unbiased, never negative. Both are in nats.
-    Padding is masked before exp, since 0 * inf would be NaN.
+    k1 is the log-ratio: unbiased, of either sign. k3 = exp(-k1) - 1 + k1 (2402.03300 eq. 4): unbiased, never
+    negative. Padding is masked before exp, since 0 * inf would be NaN.
     """
     k1 = torch.where(mask, logprobs - ref_logprobs, 0.0)
     k3 = torch.expm1(-k1) + k1
@@ -235,8 +241,9 @@ def surrogate_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate (2402.03300 eq. 3), a weighted sum over tokens, and sums for the log.
 
-    All inputs [B, T]; advantages may be [B, 1]. The log's sums, without gradient: `clipped` tokens (whose ratio is
-    outside 1 - clip to 1 + clip_high), `approx_kl` (k3 of the old policy against the new, in nats), `ratio`.
+    All inputs [B, T]; advantages may be [B, 1]. The log's sums, without gradient: `clipped`, the tokens
+    whose ratio is below 1 - clip or above 1 + clip_high; `approx_kl`, k3 of the old policy against the new,
+    in nats; `ratio`.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
@@ -253,8 +260,12 @@ def surrogate_loss(
 
 
 def main(args: Args) -> None:
-    # Shapes: B is --batch-size, T the length of a step's longest response, N the number of held-out prompts. Every
-    # rank holds these tensors whole and computes its share of them. A micro-batch `mb_` of a rank is [b, t].
+    # Shapes in the comments below:
+    #   B  --batch-size, the responses of a step; T  the tokens of the longest of them. Every rank holds the
+    #      [B, T] tensors whole, and computes its share of what is in them.
+    #   b, t  the same of one micro-batch of one rank, whose names begin with mb_
+    #   N  the held-out prompts of an evaluation
+    #   [] a single number
 
     # --- setup
     if args.batch_size % args.mini_batch_size:
@@ -272,8 +283,8 @@ def main(args: Args) -> None:
     require_same_tokenizer(tokenizer, ref_name, "--ref-model")
     pad = tokenizer.pad_token_id
     limit = args.max_response_length
-    # Either of two tokens ends a response: what the chat template writes after an answer need not be the tokenizer's
-    # end of sequence (Gemma's is not), and a policy may have learned to write the one or the other.
+    # Either of two tokens ends a response: what the chat template writes after an answer is not always the
+    # tokenizer's end of sequence (Gemma's is not), and a policy may end with the one or the other.
     stops = {stop_token(tokenizer), tokenizer.eos_token_id}
 
     # --- data
@@ -298,12 +309,14 @@ def main(args: Args) -> None:
     reward = Reward(args.reward, tokenizer, args)
     eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
     policy = load_model("policy", policy_name, tokenizer, args, trained=True)
-    # By default there is no engine (rollout then samples with our own loop, from the policy itself) and the cap is 0,
-    # which makes all importance weights 1. Only --rollout-engine vllm, whose rounding differs, has both.
+    # By default the engine is None, so that rollout samples with our own loop from the policy itself, and
+    # the cap is 0, which makes every importance weight 1. Only --rollout-engine vllm, which rounds
+    # differently, has both.
     engine, importance_cap = vllm.start(policy, policy_name, args)
     policy.engine = engine
     optimizer = adamw(policy, args.lr)
     reference = load_reference(policy, ref_name, tokenizer, args) if args.beta else None
+    # all that take memory while training; a reward that is a function has no model
     models = [model for model in (policy, reference, reward.model) if model is not None]
     optimizers = [optimizer]
     trained = {"policy": (policy, optimizer)}
@@ -315,7 +328,7 @@ def main(args: Args) -> None:
     run.start(start, args.steps)
 
     def logprobs_of(model, sequences):
-        """Log-probabilities [N, T] of N responses' tokens under a policy, on every rank; 0 where masked."""
+        """Log-probabilities [n, T] of n responses' tokens under a policy, on every rank; 0 where masked."""
 
         def micro_batch_logprobs(mb):
             mb_logprobs, _ = model.response_logprobs(**mb, temperature=args.temperature)
@@ -327,9 +340,9 @@ def main(args: Args) -> None:
         )
 
     def evaluate_kl_optional(step):
-        """Answers the held-out prompts, with the same random numbers each time; logs rewards, length, and the KL.
+        """Answers the held-out prompts, with the same random numbers each time, and logs how well.
 
-        The KL is left out where no reference is loaded (--beta 0).
+        With --beta 0 no reference is loaded, and the KL is left out.
         """
         prompts = [row["prompt_ids"] for row in eval_rows]
         seed = (0, 0)  # no training step has it: theirs are (--seed, 1), (--seed, 2), ...
@@ -339,10 +352,10 @@ def main(args: Args) -> None:
         sequences = list(zip(prompts, responses, strict=True))
         mask = response_mask(responses, device)  # [N, T]
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        numbers = {}  # of each response, by name: [N]
+        numbers = {}  # by label, each [N]
         for eval_reward in eval_rewards:
             numbers[eval_reward.label] = eval_reward(eval_rows, sequences, texts)
-        metrics = {f"eval/{label}": values.mean() for label, values in numbers.items()}
+        metrics = {f"eval/{label}": number.mean() for label, number in numbers.items()}
         metrics["eval/length"] = mask.sum(1).float().mean()
         if reference is not None:
             logprobs = logprobs_of(policy, sequences)  # [N, T]
@@ -352,10 +365,10 @@ def main(args: Args) -> None:
             metrics["eval/kl"] = kl.sum(1).mean()
         run.metrics(step, metrics, show=tuple(metrics))
         samples = []
-        for i, row in enumerate(eval_rows[:8]):
+        for i, row in enumerate(eval_rows[:8]):  # enough to read
             sample = {"prompt": row["prompt"], "response": texts[i], "length": len(responses[i])}
-            for label, values in numbers.items():
-                sample[label] = values[i].item()
+            for label, number in numbers.items():
+                sample[label] = number[i].item()
             samples.append(sample)
         run.samples(step, samples)
 
@@ -371,7 +384,8 @@ def main(args: Args) -> None:
         seed = (args.seed, step + 1)  # other random numbers in each step; + 1, since (0, 0) is evaluation's
         # each prompt twice, in one call: first all sampled, then all greedy (temperature 0)
         temperatures = [args.temperature] * args.batch_size + [0.0] * args.batch_size
-        # 2B token lists, and the log-probabilities with which the sampler drew their tokens
+        # 2B token lists, and the log-probabilities with which the sampler drew the tokens; note_drift
+        # compares those of the sampled half with the policy's below, when these are at hand, so compare=False
         all_responses, all_sampler_logprobs = rollout(
             policy, tokenizer, prompts * 2, limit, temperatures, seed, args.rollout_batch_size, compare=False
         )
@@ -379,7 +393,7 @@ def main(args: Args) -> None:
         greedy_responses = all_responses[args.batch_size :]
         greedy_sequences = list(zip(prompts, greedy_responses, strict=True))
         sequences = list(zip(prompts, responses, strict=True))  # B (prompt tokens, response tokens)
-        lengths = [len(prompt) + len(response) for prompt, response in sequences]
+        lengths = [len(prompt) + len(response) for prompt, response in sequences]  # B
         mask = response_mask(responses, device)  # [B, T] True at the tokens of the responses
         sampler_logprobs = all_sampler_logprobs[: args.batch_size, : mask.shape[1]]  # [B, T]
         truncated = torch.tensor([response[-1] not in stops for response in responses], device=device)  # [B]
@@ -408,8 +422,8 @@ def main(args: Args) -> None:
 
         # --- update
         lr = learning_rate(step, args.steps, args.lr, args.warmup_steps, args.lr_schedule)
-        losses_and_norms = []  # of each optimizer step
-        sums = {}  # over the tokens of this rank, all epochs
+        losses_and_norms = []  # one tuple per optimizer step
+        sums = {}  # over the tokens of this rank, in all epochs; each []
         for name in ("clipped", "approx_kl", "ratio", "entropy", "tokens"):
             sums[name] = torch.zeros((), device=device)
         for epoch in range(args.epochs):
@@ -417,7 +431,8 @@ def main(args: Args) -> None:
             order = permutation(args.batch_size, step * args.epochs + epoch, args.seed + 1)
             for first in range(0, args.batch_size, args.mini_batch_size):
                 mini_batch = order[first : first + args.mini_batch_size]  # places in the batch
-                # of the whole mini-batch: one denominator per optimizer step, over all ranks and micro-batches
+                # one denominator per optimizer step: that of the mini-batch, over all ranks and
+                # micro-batches
                 weights = torch.zeros(mask.shape, device=device)  # [B, T], 0 outside the mini-batch
                 weights[mini_batch] = token_weights(mask[mini_batch], args.aggregation, limit)
                 loss = torch.zeros((), device=device)  # [], this rank's share
@@ -426,15 +441,15 @@ def main(args: Args) -> None:
                     mb = collate([sequences[i] for i in mb_indices], pad, device)
                     mb_mask = mb["response_mask"]  # [b, t]
                     width = mb_mask.shape[1]  # t, the longest response of the micro-batch
-                    # A rank that has run out of sequences gets an empty micro-batch, of which collate makes a masked
-                    # dummy, for its part in the collectives; [0] then stands in for its place in the batch.
-                    at = torch.tensor(mb_indices or [0], device=device)  # [b]
-                    mb_weights = weights[at, :width]  # [b, t]
-                    mb_advantages = advantages[at, :width]  # [b, t]
-                    mb_old_logprobs = logprobs[at, :width]  # [b, t]
-                    mb_logprobs, mb_entropy = policy.response_logprobs(
-                        **mb, temperature=args.temperature
-                    )  # [b, t]
+                    # A rank that has run out of responses gets an empty micro-batch, yet must join the
+                    # forward and backward passes of the others: collate makes a dummy, all masked, and any
+                    # place ([0]) will do.
+                    mb_places = torch.tensor(mb_indices or [0], device=device)  # [b]
+                    mb_weights = weights[mb_places, :width]  # [b, t]
+                    mb_advantages = advantages[mb_places, :width]  # [b, t]
+                    mb_old_logprobs = logprobs[mb_places, :width]  # [b, t]
+                    # [b, t], [b, t]
+                    mb_logprobs, mb_entropy = policy.response_logprobs(**mb, temperature=args.temperature)
                     mb_loss, mb_sums = surrogate_loss(
                         mb_logprobs,
                         mb_old_logprobs,
@@ -454,32 +469,30 @@ def main(args: Args) -> None:
                 where = f"step {step}, epoch {epoch}, data rows {data_rows}"  # said if the loss is not finite
                 mini_batch_loss, norm = optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where)
                 losses_and_norms.append((mini_batch_loss, norm))
-        sums = distributed.all_reduce_dict(sums)
+        totals = distributed.all_reduce_dict(sums)  # floats, over all ranks
         phases.end("update")
 
         # --- log
         done = step + 1
         mean_loss, mean_norm = torch.tensor(losses_and_norms).mean(0).tolist()
         note_drift(policy, sampler_logprobs, logprobs, mask, done)
-        _, mismatch_k3 = kl_estimates(
-            sampler_logprobs, logprobs, mask
-        )  # [B, T] of the sampler against the policy
+        _, mismatch = kl_estimates(sampler_logprobs, logprobs, mask)  # [B, T], the sampler against the policy
         response_tokens = int(mask.sum())
         update_tokens = args.epochs * sum(lengths)
         metrics = {
             "objective/score": scores.mean(),
             "objective/kl": kl.sum(1).mean(),
             "objective/kl_k3": k3.sum(1).mean(),
-            "objective/entropy": sums["entropy"] / sums["tokens"],
+            "objective/entropy": totals["entropy"] / totals["tokens"],
             "objective/greedy_score": greedy_scores.mean(),
-            "rollout/mismatch": mismatch_k3.sum() / response_tokens,
+            "rollout/mismatch": mismatch.sum() / response_tokens,
             "rollout/length": mask.sum(1).float().mean(),
             "rollout/truncated": truncated.float().mean(),
             "policy/loss": mean_loss,
             "policy/grad_norm": mean_norm,
-            "policy/clip_fraction": sums["clipped"] / sums["tokens"],
-            "policy/approx_kl": sums["approx_kl"] / sums["tokens"],
-            "policy/ratio": sums["ratio"] / sums["tokens"],
+            "policy/clip_fraction": totals["clipped"] / totals["tokens"],
+            "policy/approx_kl": totals["approx_kl"] / totals["tokens"],
+            "policy/ratio": totals["ratio"] / totals["tokens"],
             "policy/lr": lr,
             "memory/state_gb": state_bytes(models, optimizers) / 2**30,
             **phases.metrics(policy, response_tokens, update_tokens),
