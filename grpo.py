@@ -1,7 +1,7 @@
 """GRPO, Group Relative Policy Optimisation: several responses to each prompt are their own baseline.
 
-There is no critic. Paper: 2402.03300. For the G responses to one prompt, with rewards r_1 .. r_G and the ratio
-rho_t = pi(y_t|s_t) / pi_old(y_t|s_t):
+There is no critic. Paper: 2402.03300. For the G responses to one prompt, with rewards r_1 .. r_G and the
+ratio rho_t = pi(y_t|s_t) / pi_old(y_t|s_t):
 
     A_i = (r_i - mean(r)) / (std(r) + eps),  the same for every token of response i
     loss = -mean over tokens of min(rho_t A, clip(rho_t, 1 - clip, 1 + clip_high) A) + beta * KL_t    (eq. 3)
@@ -270,12 +270,9 @@ def surrogate_loss(
 
 
 def main(args: Args) -> None:
-    # Shapes in the comments below:
-    #   B  --batch-size, the responses of a step; T  the tokens of the longest of them. Every rank holds the
-    #      [B, T] tensors whole, and computes its share of what is in them.
-    #   b, t  the same of one micro-batch of one rank, whose names begin with mb_
-    #   N  the held-out prompts of an evaluation
-    #   [] a single number
+    # Shapes: B is --batch-size, the responses of a step, and T the length of the longest of them, in tokens.
+    # Every rank holds the [B, T] tensors whole and computes its share of what is in them. A micro-batch has
+    # [b, t], and its names begin with mb_. An evaluation has [N, T], of N held-out prompts. [] is one number.
 
     # --- setup
     if args.batch_size % args.mini_batch_size:
@@ -405,7 +402,8 @@ def main(args: Args) -> None:
         sequences = list(zip(prompts, responses, strict=True))  # B (prompt tokens, response tokens)
         lengths = [len(prompt) + len(response) for prompt, response in sequences]  # B
         mask = response_mask(responses, device)  # [B, T] True at the tokens of the responses
-        truncated = torch.tensor([response[-1] not in stops for response in responses], device=device)  # [B]
+        is_truncated = [response[-1] not in stops for response in responses]
+        truncated = torch.tensor(is_truncated, device=device)  # [B]
         phases.end("rollout")
 
         # --- reward

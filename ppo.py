@@ -298,12 +298,9 @@ def next_beta(beta: float, kl: float, target: float, batch_size: int, horizon: i
 
 
 def main(args: Args) -> None:
-    # Shapes in the comments below:
-    #   B  --batch-size, the responses of a step; T  the tokens of the longest of them. Every rank holds the
-    #      [B, T] tensors whole, and computes its share of what is in them.
-    #   b, t  the same of one micro-batch of one rank, whose names begin with mb_
-    #   N  the held-out prompts of an evaluation
-    #   [] a single number
+    # Shapes: B is --batch-size, the responses of a step, and T the length of the longest of them, in tokens.
+    # Every rank holds the [B, T] tensors whole and computes its share of what is in them. A micro-batch has
+    # [b, t], and its names begin with mb_. An evaluation has [N, T], of N held-out prompts. [] is one number.
 
     # --- setup
     if args.batch_size % args.mini_batch_size:
@@ -436,7 +433,8 @@ def main(args: Args) -> None:
         sequences = list(zip(prompts, responses, strict=True))  # B (prompt tokens, response tokens)
         lengths = [len(prompt) + len(response) for prompt, response in sequences]  # B
         mask = response_mask(responses, device)  # [B, T] True at the tokens of the responses
-        truncated = torch.tensor([response[-1] not in stops for response in responses], device=device)  # [B]
+        is_truncated = [response[-1] not in stops for response in responses]
+        truncated = torch.tensor(is_truncated, device=device)  # [B]
         phases.end("rollout")
 
         # --- reward

@@ -4,6 +4,7 @@ import ast
 import math
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -164,40 +165,46 @@ def test_next_beta_follows_the_kl_and_is_clipped(kl, factor):
 
 
 def test_policy_loss_value_gradient_and_statistics_against_a_loop():
-    """Sum of -min(rho A, clip(rho) A); the gradient vanishes exactly where the clip holds; stats are sums over valid tokens."""
+    """Sum of -min(rho A, clip(rho) A); its gradient is zero exactly where the clip holds; the log's sums are right."""
     mask, clip = ragged([1, 4, 8]), 0.2
-    new, old, adv = (0.4 * noise(3, 8)).requires_grad_(), 0.4 * noise(3, 8, seed=1), noise(3, 8, seed=2)
-    loss, stats = ppo.policy_loss(new, old, adv, mask, clip)
+    new = (0.4 * noise(3, 8)).requires_grad_()
+    old = 0.4 * noise(3, 8, seed=1)
+    adv = noise(3, 8, seed=2)
+    loss, sums = ppo.policy_loss(new, old, adv, mask, clip)
     loss.backward()
-    total, clipped, k3, ratios, grad = 0.0, 0, 0.0, 0.0, torch.zeros(3, 8, dtype=torch.float64)
+    total = 0.0
+    expected = {"clipped": 0, "approx_kl": 0.0, "ratio": 0.0}
+    grad = torch.zeros(3, 8, dtype=torch.float64)
     branches = set()
     for b, t in mask.nonzero().tolist():
-        rho, a = math.exp(new[b, t].item() - old[b, t].item()), adv[b, t].item()
+        rho = math.exp(new[b, t].item() - old[b, t].item())
+        a = adv[b, t].item()
         held = min(max(rho, 1 - clip), 1 + clip)
         total -= min(rho * a, held * a)
         stays = rho * a <= held * a
         grad[b, t] = -rho * a if stays else 0.0
-        clipped += abs(rho - 1) > clip
-        k3 += rho - 1 - math.log(rho)
-        ratios += rho
+        if abs(rho - 1) > clip:
+            expected["clipped"] += 1
+        expected["approx_kl"] += rho - 1 - math.log(rho)
+        expected["ratio"] += rho
         branches.add((stays, rho > 1 + clip, rho < 1 - clip))
     assert len(branches) >= 4  # clipped and pessimistic cases on either side are all in the sample
     assert loss.item() == pytest.approx(total, abs=1e-12)
     torch.testing.assert_close(new.grad, grad, rtol=0, atol=1e-12)
-    torch.testing.assert_close(
-        stats, torch.tensor([clipped, k3, ratios], dtype=torch.float64), rtol=0, atol=1e-12
-    )
+    assert {name: value.item() for name, value in sums.items()} == pytest.approx(expected, abs=1e-12)
+    assert not any(value.requires_grad for value in sums.values())
 
 
 def test_policy_loss_at_ratio_one_is_minus_the_advantage():
     """Before the first update the loss is -sum A, its gradient -A: neither half of a tie is lost."""
     mask, adv = ragged([2, 5]), noise(2, 5)
     logprobs = noise(2, 5, seed=1).requires_grad_()
-    loss, stats = ppo.policy_loss(logprobs, logprobs.detach(), adv, mask, 0.2)
+    loss, sums = ppo.policy_loss(logprobs, logprobs.detach(), adv, mask, 0.2)
     loss.backward()
     assert loss.item() == pytest.approx(-adv[mask].sum().item(), abs=1e-12)
     torch.testing.assert_close(logprobs.grad, torch.where(mask, -adv, 0.0), rtol=0, atol=1e-12)
-    assert stats.tolist() == pytest.approx([0, 0, 7], abs=1e-12)
+    found = {name: value.item() for name, value in sums.items()}
+    assert found == pytest.approx({"clipped": 0, "approx_kl": 0, "ratio": 7}, abs=1e-12)
 
 
 @pytest.mark.parametrize("padding", [(INF, 0.0), (-INF, -INF), (1e4, 0.0), (-1e30, 0.0)])
@@ -206,12 +213,13 @@ def test_policy_loss_padding_gives_no_nan(padding):
     mask, adv = ragged([1, 3]), noise(2, 3)
     new = noise(2, 3, seed=1).masked_fill(~mask, padding[0]).requires_grad_()
     old = noise(2, 3, seed=2).masked_fill(~mask, padding[1])
-    loss, stats = ppo.policy_loss(new, old, adv, mask, 0.2)
+    loss, sums = ppo.policy_loss(new, old, adv, mask, 0.2)
     loss.backward()
     clean, _ = ppo.policy_loss(
         new.detach().masked_fill(~mask, 0.0), old.masked_fill(~mask, 0.0), adv, mask, 0.2
     )
-    assert loss.item() == clean.item() and torch.isfinite(stats).all()
+    assert loss.item() == clean.item()
+    assert all(torch.isfinite(value) for value in sums.values())
     assert torch.isfinite(new.grad).all() and (new.grad[~mask] == 0).all()
 
 
@@ -311,27 +319,44 @@ def test_learning_rate_schedules(schedule):
 # --- the sources -----------------------------------------------------------------------------------------------------
 
 
-def functions(path):
-    """Name -> exact source of the module-level functions of a file, decorators included."""
+def functions(path, nested=False):
+    """Name -> exact source of the module-level functions of a file, decorators included; with `nested`, of all."""
     text = path.read_text()
+    tree = ast.parse(text)
     found = {}
-    for node in ast.parse(text).body:
+    for node in ast.walk(tree) if nested else tree.body:
         if isinstance(node, ast.FunctionDef):
             first = min([node.lineno] + [d.lineno for d in node.decorator_list])
             found[node.name] = "\n".join(text.splitlines()[first - 1 : node.end_lineno])
     return found
 
 
+def copies_of(paths, nested=False):
+    """Name -> {file: source} of the functions, but for `main`, that two or more files hold."""
+    where = {}
+    for path in paths:
+        for name, text in functions(path, nested).items():
+            where.setdefault(name, {})[path.name] = text
+    del where["main"]
+    return {name: copies for name, copies in where.items() if len(copies) > 1}
+
+
+def different_ones(copies):
+    return {name: sorted(where) for name, where in copies.items() if len(set(where.values())) > 1}
+
+
 def test_copies_of_a_function_are_identical_byte_for_byte():
     """A function that two scripts hold (but `main`) is the same text in both, so that a fix reaches every copy."""
-    copies = {}
-    for path in SCRIPTS:
-        for name, text in functions(path).items():
-            copies.setdefault(name, {})[path.name] = text
-    shared = {name: where for name, where in copies.items() if len(where) > 1 and name != "main"}
-    assert {"gae", "whiten", "token_rewards", "kl_estimates", "policy_loss", "next_beta"} <= set(shared)
-    different = {name: sorted(where) for name, where in shared.items() if len(set(where.values())) > 1}
-    assert not different, different
+    copies = copies_of(SCRIPTS)
+    assert {"gae", "whiten", "token_rewards", "kl_estimates", "policy_loss", "next_beta"} <= set(copies)
+    assert not different_ones(copies)
+
+
+def test_copies_inside_the_mains_of_the_online_scripts_are_identical_too():
+    """What must differ between two of them has two names."""
+    copies = copies_of([ROOT / f"{script}.py" for script in helpers.ONLINE], nested=True)
+    assert {"logprobs_of", "micro_batch_logprobs", "evaluate", "evaluate_kl_optional"} <= set(copies)
+    assert not different_ones(copies)
 
 
 def test_scripts_do_not_import_scripts_nor_common_a_script():
