@@ -353,7 +353,7 @@ def main(args: Args) -> None:
     # the cap is 0, which makes every importance weight 1. Only --rollout-engine vllm, which rounds
     # differently, has both.
     engine, importance_cap = vllm.start(policy, policy_name, args)
-    policy.engine = engine
+    policy.engine = engine  # where rollout looks for it
     optimizer = adamw(policy, args.lr)
     gvm = load_model("value", gvm_name, tokenizer, args, trained=False)
     if getattr(gvm.config, "gamma", args.gamma) != args.gamma:
@@ -362,8 +362,9 @@ def main(args: Args) -> None:
     context_pairs = getattr(gvm.config, "context_pairs", 0)
     context_length = getattr(gvm.config, "context_length", 0)
     reference = load_reference(policy, ref_name, tokenizer, args)
-    models = [policy, gvm, reference]  # all that take memory while training
+    models = [policy, gvm, reference]  # those in memory: counted in the log, and parked if frozen
     optimizers = [optimizer]
+    # what a checkpoint holds
     trained = {"policy": (policy, optimizer)}
     if args.offload_frozen:
         offload.park(models + [eval_reward.model for eval_reward in eval_rewards])
@@ -391,7 +392,7 @@ def main(args: Args) -> None:
         return response_values(gvm, **mb)
 
     def evaluate(step):
-        """Answers the held-out prompts, with the same random numbers each time, and logs how well."""
+        """Answers the held-out prompts, with the same random numbers each time; logs rewards, KL, length."""
         prompts = [row["prompt_ids"] for row in eval_rows]
         seed = (0, 0)  # no training step has it: theirs are (--seed, 1), (--seed, 2), ...
         responses, _ = rollout(
@@ -448,7 +449,7 @@ def main(args: Args) -> None:
         # --- reward
         logprobs = logprobs_of(policy, sequences)  # [B, T]
         ref_logprobs = logprobs_of(reference, sequences)  # [B, T]
-        kl, k3 = kl_estimates(logprobs, ref_logprobs, mask)  # [B, T], [B, T]
+        kl, k3 = kl_estimates(logprobs, ref_logprobs, mask)  # [B, T] each; kl is the log-ratio, k1
         answers = [{"prompt_ids": prompt, "response_ids": response} for prompt, response in sequences]
         # With 0 context pairs this changes nothing. The first step has no earlier answers and takes its own;
         # no prompt gets an answer to itself as context.
@@ -457,9 +458,9 @@ def main(args: Args) -> None:
         )
         pool = answers if context_pairs else []
         gvm_sequences = [(row["prompt_ids"], row["response_ids"]) for row in contexts]
-        columns = mask.shape[1] + 1
         # [B, T + 1]: column 0 is V(s_1), the output at the last prompt token; column t is Q(s_t, a_t), the
-        # output at the response's token t
+        # output at the response's token t; 0 where masked
+        columns = mask.shape[1] + 1
         values = run_micro_batches(gvm_values, gvm_sequences, args.micro_batch_size, pad, columns, model=gvm)
         if args.log_odds:
             values = torch.atanh(values.clamp(-0.99, 0.99))
@@ -486,29 +487,33 @@ def main(args: Args) -> None:
         # --- update
         lr = learning_rate(step, args.steps, args.lr, args.warmup_steps, args.lr_schedule)
         losses_and_norms = []  # one tuple per optimizer step
-        sums = {}  # over the tokens of this rank, in all epochs; each []
+        sums = {}  # [] each, over this rank's tokens in all epochs
         for name in ("clipped", "approx_kl", "ratio", "entropy", "tokens"):
             sums[name] = torch.zeros((), device=device)
         for epoch in range(args.epochs):
             # args.seed + 1: the order within a batch is drawn apart from the order of the data (args.seed)
             order = permutation(args.batch_size, step * args.epochs + epoch, args.seed + 1)
             for first in range(0, args.batch_size, args.mini_batch_size):
-                mini_batch = order[first : first + args.mini_batch_size]  # places in the batch
+                mini_batch = order[
+                    first : first + args.mini_batch_size
+                ]  # indices into the batch, for all ranks
                 # one denominator per optimizer step: the response tokens of all ranks and micro-batches
                 mini_batch_tokens = mask[mini_batch].sum()  # []
                 loss = torch.zeros((), device=device)  # [], this rank's share
+                # this rank's micro-batches, each a list of indices into the batch
                 rank_micro_batches = micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world)
                 for mb_indices in accumulated(rank_micro_batches, policy):
+                    # mb: input_ids [b, prompt and response], prompt_lengths [b], response_mask [b, t]
                     mb = collate([sequences[i] for i in mb_indices], pad, device)
                     mb_mask = mb["response_mask"]  # [b, t]
                     width = mb_mask.shape[1]  # t, the longest response of the micro-batch
                     # A rank that has run out of responses gets an empty micro-batch, yet must join the
-                    # forward and backward passes of the others: collate makes a dummy, all masked, and any
-                    # place ([0]) will do.
-                    mb_places = torch.tensor(mb_indices or [0], device=device)  # [b]
-                    mb_old_logprobs = logprobs[mb_places, :width]  # [b, t]
-                    mb_advantages = advantages[mb_places, :width]  # [b, t]
-                    # [b, t], [b, t]
+                    # forward and backward passes of the others. collate then makes a dummy, all masked, and
+                    # any row of the [B, T] tensors will do beside it: [0].
+                    mb_rows = torch.tensor(mb_indices or [0], device=device)  # [b]
+                    mb_old_logprobs = logprobs[mb_rows, :width]  # [b, t]
+                    mb_advantages = advantages[mb_rows, :width]  # [b, t]
+                    # [b, t] each
                     mb_logprobs, mb_entropy = policy.response_logprobs(**mb, temperature=args.temperature)
                     mb_loss, mb_sums = policy_loss(
                         mb_logprobs, mb_old_logprobs, mb_advantages, mb_mask, args.clip
@@ -523,7 +528,7 @@ def main(args: Args) -> None:
                 where = f"step {step}, epoch {epoch}, data rows {data_rows}"  # said if the loss is not finite
                 mini_batch_loss, norm = optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where)
                 losses_and_norms.append((mini_batch_loss, norm))
-        totals = distributed.all_reduce_dict(sums)  # floats, over all ranks
+        totals = distributed.all_reduce_dict(sums)  # floats, of all ranks
         phases.end("update")
 
         # --- log

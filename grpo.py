@@ -324,12 +324,13 @@ def main(args: Args) -> None:
     # the cap is 0, which makes every importance weight 1. Only --rollout-engine vllm, which rounds
     # differently, has both.
     engine, importance_cap = vllm.start(policy, policy_name, args)
-    policy.engine = engine
+    policy.engine = engine  # where rollout looks for it
     optimizer = adamw(policy, args.lr)
     reference = load_reference(policy, ref_name, tokenizer, args) if args.beta else None
-    # all that take memory while training; a reward that is a function has no model
+    # those in memory: counted in the log, and parked if frozen; a reward that is a function has no model
     models = [model for model in (policy, reference, reward.model) if model is not None]
     optimizers = [optimizer]
+    # what a checkpoint holds
     trained = {"policy": (policy, optimizer)}
     if args.offload_frozen:
         offload.park(models + [eval_reward.model for eval_reward in eval_rewards])
@@ -351,7 +352,7 @@ def main(args: Args) -> None:
         )
 
     def evaluate_kl_optional(step):
-        """Answers the held-out prompts, with the same random numbers each time, and logs how well.
+        """Answers the held-out prompts, with the same random numbers each time; logs rewards, length, KL.
 
         With --beta 0 no reference is loaded, and the KL is left out.
         """
@@ -429,39 +430,43 @@ def main(args: Args) -> None:
         # --- update
         lr = learning_rate(step, args.steps, args.lr, args.warmup_steps, args.lr_schedule)
         losses_and_norms = []  # one tuple per optimizer step
-        sums = {}  # over the tokens of this rank, in all epochs; each []
+        sums = {}  # [] each, over this rank's tokens in all epochs
         for name in ("clipped", "approx_kl", "ratio", "entropy", "tokens"):
             sums[name] = torch.zeros((), device=device)
         for epoch in range(args.epochs):
             # args.seed + 1: the order within a batch is drawn apart from the order of the data (args.seed)
             order = permutation(args.batch_size, step * args.epochs + epoch, args.seed + 1)
             for first in range(0, args.batch_size, args.mini_batch_size):
-                mini_batch = order[first : first + args.mini_batch_size]  # places in the batch
+                mini_batch = order[
+                    first : first + args.mini_batch_size
+                ]  # indices into the batch, for all ranks
                 # one denominator per optimizer step: that of the mini-batch, over all ranks and
                 # micro-batches
                 weights = torch.zeros(mask.shape, device=device)  # [B, T], 0 outside the mini-batch
                 weights[mini_batch] = token_weights(mask[mini_batch], args.aggregation, limit)
                 loss = torch.zeros((), device=device)  # [], this rank's share
+                # this rank's micro-batches, each a list of indices into the batch
                 rank_micro_batches = micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world)
                 for mb_indices in accumulated(rank_micro_batches, policy):
+                    # mb: input_ids [b, prompt and response], prompt_lengths [b], response_mask [b, t]
                     mb = collate([sequences[i] for i in mb_indices], pad, device)
                     mb_mask = mb["response_mask"]  # [b, t]
                     width = mb_mask.shape[1]  # t, the longest response of the micro-batch
                     # A rank that has run out of responses gets an empty micro-batch, yet must join the
-                    # forward and backward passes of the others: collate makes a dummy, all masked, and any
-                    # place ([0]) will do.
-                    mb_places = torch.tensor(mb_indices or [0], device=device)  # [b]
-                    mb_weights = weights[mb_places, :width]  # [b, t]
-                    mb_advantages = advantages[mb_places, :width]  # [b, t]
-                    mb_sampler_logprobs = sampler_logprobs[mb_places, :width]  # [b, t]
-                    # [b, t], [b, t]
+                    # forward and backward passes of the others. collate then makes a dummy, all masked, and
+                    # any row of the [B, T] tensors will do beside it: [0].
+                    mb_rows = torch.tensor(mb_indices or [0], device=device)  # [b]
+                    mb_weights = weights[mb_rows, :width]  # [b, t]
+                    mb_advantages = advantages[mb_rows, :width]  # [b, t]
+                    mb_sampler_logprobs = sampler_logprobs[mb_rows, :width]  # [b, t]
+                    # [b, t] each
                     mb_logprobs, mb_entropy = policy.response_logprobs(**mb, temperature=args.temperature)
                     if one_update:
                         mb_old_logprobs = mb_logprobs.detach()  # [b, t]
                         if mb_indices:
-                            update_logprobs[mb_places, :width] = mb_old_logprobs.to(update_logprobs.dtype)
+                            update_logprobs[mb_rows, :width] = mb_old_logprobs.to(update_logprobs.dtype)
                     else:
-                        mb_old_logprobs = old_logprobs[mb_places, :width]  # [b, t]
+                        mb_old_logprobs = old_logprobs[mb_rows, :width]  # [b, t]
                     mb_advantages = mb_advantages * importance_weights(
                         mb_old_logprobs, mb_sampler_logprobs, mb_mask, importance_cap
                     )
@@ -475,7 +480,7 @@ def main(args: Args) -> None:
                         args.clip_high,
                     )
                     if reference is not None:
-                        mb_ref_logprobs = ref_logprobs[mb_places, :width]  # [b, t]
+                        mb_ref_logprobs = ref_logprobs[mb_rows, :width]  # [b, t]
                         _, mb_k3 = kl_estimates(mb_logprobs, mb_ref_logprobs, mb_mask)  # [b, t]
                         mb_loss = mb_loss + args.beta * (mb_k3 * mb_weights).sum()
                     backward(mb_loss)
@@ -488,7 +493,7 @@ def main(args: Args) -> None:
                 where = f"step {step}, epoch {epoch}, data rows {data_rows}"  # said if the loss is not finite
                 mini_batch_loss, norm = optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where)
                 losses_and_norms.append((mini_batch_loss, norm))
-        totals = distributed.all_reduce_dict(sums)  # floats, over all ranks
+        totals = distributed.all_reduce_dict(sums)  # floats, of all ranks
         if one_update:
             # each rank has filled the rows of its micro-batches and left the others 0
             logprobs = distributed.all_reduce(update_logprobs)  # [B, T]
@@ -496,7 +501,7 @@ def main(args: Args) -> None:
             logprobs = old_logprobs
         if reference is None:
             ref_logprobs = logprobs  # so that the KL in the log is 0
-        kl, k3 = kl_estimates(logprobs, ref_logprobs, mask)  # [B, T], [B, T]
+        kl, k3 = kl_estimates(logprobs, ref_logprobs, mask)  # [B, T] each; kl is the log-ratio, k1
         phases.end("update")
 
         # --- log

@@ -310,12 +310,13 @@ def main(args: Args) -> None:
     # the cap is 0, which makes every importance weight 1. Only --rollout-engine vllm, which rounds
     # differently, has both.
     engine, importance_cap = vllm.start(policy, policy_name, args)
-    policy.engine = engine
+    policy.engine = engine  # where rollout looks for it
     optimizer = adamw(policy, args.lr)
     reference = load_reference(policy, ref_name, tokenizer, args) if args.beta else None
-    # all that take memory while training; a reward that is a function has no model
+    # those in memory: counted in the log, and parked if frozen; a reward that is a function has no model
     models = [model for model in (policy, reference, reward.model) if model is not None]
     optimizers = [optimizer]
+    # what a checkpoint holds
     trained = {"policy": (policy, optimizer)}
     if args.offload_frozen:
         offload.park(models + [eval_reward.model for eval_reward in eval_rewards])
@@ -337,7 +338,7 @@ def main(args: Args) -> None:
         )
 
     def evaluate_kl_optional(step):
-        """Answers the held-out prompts, with the same random numbers each time, and logs how well.
+        """Answers the held-out prompts, with the same random numbers each time; logs rewards, length, KL.
 
         With --beta 0 no reference is loaded, and the KL is left out.
         """
@@ -405,7 +406,7 @@ def main(args: Args) -> None:
             ref_logprobs = logprobs_of(reference, sequences)  # [B, T]
         else:
             ref_logprobs = logprobs  # so that the KL is 0
-        kl, k3 = kl_estimates(logprobs, ref_logprobs, mask)  # [B, T], [B, T]
+        kl, k3 = kl_estimates(logprobs, ref_logprobs, mask)  # [B, T] each; kl is the log-ratio, k1
         texts = tokenizer.batch_decode(all_responses, skip_special_tokens=True)
         all_scores = reward(batch * 2, sequences + greedy_sequences, texts)  # [2B]
         scores, greedy_scores = all_scores.split(args.batch_size)  # [B], [B]
@@ -420,32 +421,36 @@ def main(args: Args) -> None:
         # --- update
         lr = learning_rate(step, args.steps, args.lr, args.warmup_steps, args.lr_schedule)
         losses_and_norms = []  # one tuple per optimizer step
-        sums = {}  # over the tokens of this rank, in all epochs; each []
+        sums = {}  # [] each, over this rank's tokens in all epochs
         for name in ("clipped", "approx_kl", "ratio", "entropy", "tokens"):
             sums[name] = torch.zeros((), device=device)
         for epoch in range(args.epochs):
             # args.seed + 1: the order within a batch is drawn apart from the order of the data (args.seed)
             order = permutation(args.batch_size, step * args.epochs + epoch, args.seed + 1)
             for first in range(0, args.batch_size, args.mini_batch_size):
-                mini_batch = order[first : first + args.mini_batch_size]  # places in the batch
+                mini_batch = order[
+                    first : first + args.mini_batch_size
+                ]  # indices into the batch, for all ranks
                 # one denominator per optimizer step: that of the mini-batch, over all ranks and
                 # micro-batches
                 weights = torch.zeros(mask.shape, device=device)  # [B, T], 0 outside the mini-batch
                 weights[mini_batch] = token_weights(mask[mini_batch], args.aggregation, limit)
                 loss = torch.zeros((), device=device)  # [], this rank's share
+                # this rank's micro-batches, each a list of indices into the batch
                 rank_micro_batches = micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world)
                 for mb_indices in accumulated(rank_micro_batches, policy):
+                    # mb: input_ids [b, prompt and response], prompt_lengths [b], response_mask [b, t]
                     mb = collate([sequences[i] for i in mb_indices], pad, device)
                     mb_mask = mb["response_mask"]  # [b, t]
                     width = mb_mask.shape[1]  # t, the longest response of the micro-batch
                     # A rank that has run out of responses gets an empty micro-batch, yet must join the
-                    # forward and backward passes of the others: collate makes a dummy, all masked, and any
-                    # place ([0]) will do.
-                    mb_places = torch.tensor(mb_indices or [0], device=device)  # [b]
-                    mb_weights = weights[mb_places, :width]  # [b, t]
-                    mb_advantages = advantages[mb_places, :width]  # [b, t]
-                    mb_old_logprobs = logprobs[mb_places, :width]  # [b, t]
-                    # [b, t], [b, t]
+                    # forward and backward passes of the others. collate then makes a dummy, all masked, and
+                    # any row of the [B, T] tensors will do beside it: [0].
+                    mb_rows = torch.tensor(mb_indices or [0], device=device)  # [b]
+                    mb_weights = weights[mb_rows, :width]  # [b, t]
+                    mb_advantages = advantages[mb_rows, :width]  # [b, t]
+                    mb_old_logprobs = logprobs[mb_rows, :width]  # [b, t]
+                    # [b, t] each
                     mb_logprobs, mb_entropy = policy.response_logprobs(**mb, temperature=args.temperature)
                     mb_loss, mb_sums = surrogate_loss(
                         mb_logprobs,
@@ -466,7 +471,7 @@ def main(args: Args) -> None:
                 where = f"step {step}, epoch {epoch}, data rows {data_rows}"  # said if the loss is not finite
                 mini_batch_loss, norm = optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where)
                 losses_and_norms.append((mini_batch_loss, norm))
-        totals = distributed.all_reduce_dict(sums)  # floats, over all ranks
+        totals = distributed.all_reduce_dict(sums)  # floats, of all ranks
         phases.end("update")
 
         # --- log
