@@ -437,9 +437,8 @@ def main(args: Args) -> None:
             # args.seed + 1: the order within a batch is drawn apart from the order of the data (args.seed)
             order = permutation(args.batch_size, step * args.epochs + epoch, args.seed + 1)
             for first in range(0, args.batch_size, args.mini_batch_size):
-                mini_batch = order[
-                    first : first + args.mini_batch_size
-                ]  # indices into the batch, for all ranks
+                # indices into the batch, for all ranks
+                mini_batch = order[first : first + args.mini_batch_size]
                 # one denominator per optimizer step: that of the mini-batch, over all ranks and
                 # micro-batches
                 weights = torch.zeros(mask.shape, device=device)  # [B, T], 0 outside the mini-batch

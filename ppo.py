@@ -472,9 +472,8 @@ def main(args: Args) -> None:
             # args.seed + 1: the order within a batch is drawn apart from the order of the data (args.seed)
             order = permutation(args.batch_size, step * args.epochs + epoch, args.seed + 1)
             for first in range(0, args.batch_size, args.mini_batch_size):
-                mini_batch = order[
-                    first : first + args.mini_batch_size
-                ]  # indices into the batch, for all ranks
+                # indices into the batch, for all ranks
+                mini_batch = order[first : first + args.mini_batch_size]
                 # one denominator per optimizer step: the response tokens of all ranks and micro-batches
                 mini_batch_tokens = mask[mini_batch].sum()  # []
                 loss = torch.zeros((), device=device)  # [], this rank's share
