@@ -423,8 +423,9 @@ def main(args: Args) -> None:
         final_rewards = scores - args.missing_eos_penalty * truncated  # [B]
 
         # --- advantage
-        advantages, is_equal = group_advantages(final_rewards, args.group_size, args.scale_std)  # [B], [B]
-        advantages = advantages[:, None].expand(mask.shape)  # [B, T], the same for every token of a response
+        # [B] each, one number per response
+        response_advantages, is_equal = group_advantages(final_rewards, args.group_size, args.scale_std)
+        advantages = response_advantages[:, None].expand(mask.shape)  # [B, T], the same for all its tokens
         phases.end("scoring")
 
         # --- update
@@ -439,8 +440,7 @@ def main(args: Args) -> None:
             for first in range(0, args.batch_size, args.mini_batch_size):
                 # indices into the batch, for all ranks
                 mini_batch = order[first : first + args.mini_batch_size]
-                # one denominator per optimizer step: that of the mini-batch, over all ranks and
-                # micro-batches
+                # one denominator per optimizer step, over all ranks and micro-batches
                 weights = torch.zeros(mask.shape, device=device)  # [B, T], 0 outside the mini-batch
                 weights[mini_batch] = token_weights(mask[mini_batch], args.aggregation, limit)
                 loss = torch.zeros((), device=device)  # [], this rank's share

@@ -382,8 +382,9 @@ def main(args: Args) -> None:
         seed = (args.seed, step + 1)  # other random numbers in each step; + 1, since (0, 0) is evaluation's
         # each prompt twice, in one call: first all sampled, then all greedy (temperature 0)
         temperatures = [args.temperature] * args.batch_size + [0.0] * args.batch_size
-        # 2B token lists, and the log-probabilities with which the sampler drew the tokens; note_drift
-        # compares those of the sampled half with the policy's below, when these are at hand, so compare=False
+        # 2B token lists, and the log-probabilities [2B, the longest] with which the sampler drew the tokens;
+        # note_drift compares the sampled half with the policy's below, when these are at hand, so
+        # compare=False
         all_responses, all_sampler_logprobs = rollout(
             policy, tokenizer, prompts * 2, limit, temperatures, seed, args.rollout_batch_size, compare=False
         )
@@ -430,8 +431,7 @@ def main(args: Args) -> None:
             for first in range(0, args.batch_size, args.mini_batch_size):
                 # indices into the batch, for all ranks
                 mini_batch = order[first : first + args.mini_batch_size]
-                # one denominator per optimizer step: that of the mini-batch, over all ranks and
-                # micro-batches
+                # one denominator per optimizer step, over all ranks and micro-batches
                 weights = torch.zeros(mask.shape, device=device)  # [B, T], 0 outside the mini-batch
                 weights[mini_batch] = token_weights(mask[mini_batch], args.aggregation, limit)
                 loss = torch.zeros((), device=device)  # [], this rank's share
