@@ -1,33 +1,40 @@
-"""DVPO: PPO whose critic is a Global Value Model, trained offline (gvm_td.py) and frozen. No critic to train, no reward model.
+"""DVPO: PPO whose critic is a Global Value Model (GVM), trained offline (gvm_td.py) and frozen.
 
-Paper: 2502.16944 (Decoupled Value Policy Optimization). With s_t = (x, y_<t), a_t = y_t, one forward pass of the GVM gives
-V(s_1) at the last prompt token and Q(s_t, a_t) = V(s_{t+1}) at each response token.
+There is no critic to train and no reward model. Paper: 2502.16944 (Decoupled Value Policy Optimization).
+With s_t = (x, y_<t) and a_t = y_t, one forward pass of the GVM gives V(s_1) at the last prompt token, and
+Q(s_t, a_t) = V(s_{t+1}) at each response token.
 
-    --advantage gae: r_t = -beta * kl_t, plus Q(s_T, a_T) at the last token, GAE over V(s_t)     (v3: the value of the action
-                     against the value of the state)
-    --advantage q:   A_t = (Q_t - mean) / std, plus sum_{j>=t} gamma^{j-t} * (-beta * kl_j)            (v1, equations 2-3)
-    policy loss = -mean_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)                     (1707.06347 eq. 7)
+    --advantage gae: r_t = -beta * kl_t, plus Q(s_T, a_T) at the last token; GAE over V(s_t)
+                     (v3: the value of the action compared with the value of the state)
+    --advantage q:   A_t = (Q_t - mean) / std, plus sum_{j>=t} gamma^{j-t} * (-beta * kl_j)
+                     (v1, equations 2-3)
+    policy loss = -mean_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)            (1707.06347 eq. 7)
 
 Differences from ppo.py:
  1. `--gvm` takes the place of `--reward` and `--critic`: it is frozen, has no optimizer and no gradient.
  2. The score of a finished response is the GVM's own estimate, its value at the last token.
- 3. The values do not move during the update: no value loss, no value clipping, no critic learning rate. As V is that of the
-    policies behind the offline data, advantages are scaled but, without `--centre`, not centred.
- 4. A GVM trained with `--context-pairs k` reads k of the current policy's earlier answers before each prompt.
+ 3. The values do not move during the update: no value loss, no value clipping, no critic learning rate.
+    V describes the policies that wrote the offline data, not the current one; so advantages are divided by
+    their standard deviation but not centred (see `--centre`).
+ 4. A GVM trained with `--context-pairs k` reads k of the current policy's earlier answers before
+    each prompt.
 
     python dvpo.py                                                     # the embedded world, one CPU
     python dvpo.py --model runs/sft/model --gvm runs/gvm_td/model --dataset prompts.jsonl
     torchrun --nproc_per_node=8 dvpo.py --model meta-llama/Llama-3.2-3B-Instruct --gvm runs/gvm_td/model \
-        --dataset openbmb/UltraFeedback --part rl --batch-size 64 --mini-batch-size 16 --gradient-checkpointing
+        --dataset openbmb/UltraFeedback --part rl --batch-size 64 --mini-batch-size 16 \
+        --gradient-checkpointing
 
-Watch `eval/*` and read samples.jsonl rather than trust `objective/score`, which can be flattered; `objective/kl` should stay
-below a few nats a response, `rollout/length` neither collapse nor explode. Our page in docs/ explains every number and detail.
+Watch `eval/*` and read samples.jsonl rather than trust `objective/score`, which the policy may come to
+exploit. `objective/kl` should stay below a few nats per response; `rollout/length` should neither collapse
+nor explode. Our page in docs/ explains every number and detail.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from common import distributed, offload, vllm
 from common.batches import (
@@ -57,7 +64,8 @@ from common.value_heads import response_values
 @dataclass
 class Args:
     model: str = "reviews"
-    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded one."""
+    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded
+    one."""
     ref_model: str = ""
     """Reference policy: a hub id or folder. By default it is `--model` as it starts."""
     gvm: str = "reviews"
@@ -73,7 +81,8 @@ class Args:
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
-    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an experiment."""
+    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an
+    experiment."""
     skip_bad_rows: bool = False
     """Drop and count unusable rows instead of stopping at the first."""
     run_dir: str = "runs/dvpo"
@@ -87,8 +96,8 @@ class Args:
     mini_batch_size: int = 2
     """Responses per optimizer step, over all ranks (2502.16944: 2)."""
     micro_batch_size: int = 2
-    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not the
-    result."""
+    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not
+    the result."""
     rollout_batch_size: int = 0
     """Prompts that one rank answers at once. 0: all of the step's."""
     rollout_engine: Literal["torch", "vllm"] = "torch"
@@ -109,7 +118,8 @@ class Args:
     lr: float = 2e-6
     """Peak learning rate (2502.16944: 2e-6)."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a cosine."""
+    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a
+    cosine."""
     warmup_steps: int = 10
     """Steps over which the learning rate rises linearly to its peak."""
     max_grad_norm: float = 1.0
@@ -190,81 +200,130 @@ REVIEWS = dict(
 )
 
 
-def token_rewards(kl, score, mask, beta):
-    """Rewards [B, T]: -beta * kl_t at each token, plus score [B] at the last one (1909.08593 eq. 2). mask [B, T]."""
-    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
-    return torch.where(mask, -beta * kl, 0.0) + torch.where(last, score[:, None], 0.0)
+def token_rewards(kl: Tensor, final_rewards: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """Rewards [B, T]: -beta * kl_t at each token, plus final_rewards [B] at the last one (1909.08593 eq. 2).
+
+    kl and mask [B, T]; a response's tokens begin in column 0. Masked positions get 0.
+    """
+    positions = torch.arange(mask.shape[1], device=mask.device)  # [T]
+    lengths = mask.sum(1, keepdim=True)  # [B, 1]
+    is_last = positions == lengths - 1  # [B, T]
+    penalties = torch.where(mask, -beta * kl, 0.0)
+    return penalties + torch.where(is_last, final_rewards[:, None], 0.0)
 
 
-def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimates [B, T] (1506.02438 eq. 16) from rewards and V(s_t), all [B, T], padded on the right.
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """Generalised advantage estimates [B, T] (1506.02438 eq. 16), from rewards and V(s_t), all [B, T].
 
-    The value after a response's last token is 0. Masked positions get 0.
+    The value after a response's last token is 0. Masked positions, all of them on the right, get 0.
     """
     advantages = torch.zeros_like(rewards)
-    running = next_value = torch.zeros_like(rewards[:, 0])
+    next_advantage = torch.zeros_like(rewards[:, 0])  # [B]
+    next_value = torch.zeros_like(rewards[:, 0])  # [B]
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        running = torch.where(mask[:, t], delta + gamma * lam * running, 0.0)
+        advantage = delta + gamma * lam * next_advantage
+        next_advantage = torch.where(mask[:, t], advantage, 0.0)
         next_value = torch.where(mask[:, t], values[:, t], 0.0)
-        advantages[:, t] = running
+        advantages[:, t] = next_advantage
     return advantages
 
 
-def whiten(x, mask, centre=True, eps=1e-8):
-    """x [B, T] with standard deviation 1 and, with `centre`, mean 0 over the masked-in entries; 0 elsewhere."""
+def whiten(x: Tensor, mask: Tensor, centre: bool = True, eps: float = 1e-8) -> Tensor:
+    """x [B, T] divided by its standard deviation over the unmasked entries of all rows; 0 where masked.
+
+    With `centre` their mean is subtracted before.
+    """
     mean = x[mask].mean()
     std = ((x[mask] - mean) ** 2).mean().sqrt()
-    return torch.where(mask, (x - mean * centre) / (std + eps), 0.0)
+    if centre:
+        x = x - mean
+    return torch.where(mask, x / (std + eps), 0.0)
 
 
-def importance_weights(logprobs, sampled, mask, cap):
-    """min(pi / mu, cap) at each token [B, T], a truncated importance weight (fengyao.notion.site/off-policy-rl). Its sampler mu
-    drew it with log-probability `sampled`, the policy gives it `logprobs`. 1 where masked, and everywhere for `cap` 0."""
-    if not cap:
+def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """Truncated importance weights min(pi / mu, cap) [B, T] (fengyao.notion.site/off-policy-rl).
+
+    The sampler mu drew each token with `sampler_logprobs`, the policy pi gives it `logprobs`; all [B, T].
+    A weight is 1 where masked, and everywhere for cap 0, which is for a sampler that is the policy itself.
+    """
+    if cap == 0:
         return torch.ones_like(logprobs)
-    return torch.where(mask, logprobs - sampled, 0.0).exp().clamp(max=cap)
+    log_ratio = torch.where(mask, logprobs - sampler_logprobs, 0.0)
+    return log_ratio.exp().clamp(max=cap)
 
 
-def kl_estimates(logprobs, ref_logprobs, mask):
-    """Per-token estimates [B, T] of KL(pi || pi_ref) at tokens sampled from pi: k1 = log-ratio (unbiased, either sign) and
-    k3 = exp(-k1) - 1 + k1 (unbiased, never negative). Masked before exp."""
+def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Two estimates, k1 and k3, of KL(pi || pi_ref) at each token sampled from pi. All [B, T], in nats.
+
+    k1 is the log-ratio: unbiased, of either sign. k3 = exp(-k1) - 1 + k1 (2402.03300 eq. 4): unbiased, never
+    negative. Padding is masked before exp, since 0 * inf would be NaN.
+    """
     k1 = torch.where(mask, logprobs - ref_logprobs, 0.0)
-    return k1, torch.expm1(-k1) + k1
+    k3 = torch.expm1(-k1) + k1
+    return k1, k3
 
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
-    """Sum over tokens of the clipped surrogate (1707.06347 eq. 7), and sums for the log: clipped tokens, k3 of old against new,
-    ratio. All inputs [B, T]."""
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped surrogate (1707.06347 eq. 7), summed over tokens, and sums for the log.
+
+    All inputs [B, T]. The log's sums, without gradient: `clipped`, the tokens whose ratio is outside 1 +-
+    clip; `approx_kl`, k3 of the old policy against the new, in nats; `ratio`.
+    """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
-    clipped = ((ratio - 1).abs() > clip) & mask
-    stats = torch.stack([clipped.sum(), ((ratio - 1 - log_ratio) * mask).sum(), (ratio * mask).sum()])
-    return (loss * mask).sum(), stats.detach()
+    unclipped_losses = -advantages * ratio
+    clipped_losses = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    losses = torch.maximum(unclipped_losses, clipped_losses)
+    is_clipped = ((ratio - 1).abs() > clip) & mask
+    sums = {
+        "clipped": is_clipped.sum(),
+        "approx_kl": ((ratio - 1 - log_ratio) * mask).sum().detach(),
+        "ratio": (ratio * mask).sum().detach(),
+    }
+    return (losses * mask).sum(), sums
 
 
-def later_rewards(rewards, mask, gamma):
-    """Discounted sum [B, T] of each response's rewards from token t on: GAE with lambda 1 and no value."""
-    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)
+def later_rewards(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Discounted sum [B, T] of each response's rewards [B, T] from token t on.
+
+    That is GAE with lambda 1 and values of 0.
+    """
+    no_values = torch.zeros_like(rewards)
+    return gae(rewards, no_values, mask, gamma, lam=1.0)
 
 
-def next_beta(beta, kl, target, batch_size, horizon=10_000):
-    """Adaptive KL coefficient (1909.08593 section 2.2): proportional, error clipped to 20 %, time constant in responses."""
-    return beta * (1 + max(-0.2, min(0.2, kl / target - 1)) * batch_size / horizon)
+def next_beta(beta: float, kl: float, target: float, batch_size: int, horizon: int = 10_000) -> float:
+    """Adaptive KL coefficient (1909.08593 section 2.2): it rises while the mean KL per token is above target.
+
+    The relative error is clipped to 20 %; `horizon` is the controller's time constant, in responses.
+    """
+    error = max(-0.2, min(0.2, kl / target - 1))
+    return beta * (1 + error * batch_size / horizon)
 
 
 def main(args: Args) -> None:
+    # Shapes: B is --batch-size, the responses of a step, and T the length of the longest of them, in tokens.
+    # Every rank holds the [B, T] tensors whole and computes its share of what is in them. A micro-batch has
+    # [b, t], and its names begin with mb_. An evaluation has [N, T], of N held-out prompts. [] is one number.
+
     # --- setup
     if args.batch_size % args.mini_batch_size:
         fail(f"--mini-batch-size {args.mini_batch_size} does not divide --batch-size {args.batch_size}")
     run = Run(args)
-    device, rank, world = distributed.device(), distributed.rank(), distributed.world()
-    name = resolve(args.model)
-    tokenizer = load_tokenizer(name)
+    device = distributed.device()
+    rank = distributed.rank()
+    world = distributed.world()  # number of ranks
+    policy_name = resolve(args.model)
+    tokenizer = load_tokenizer(policy_name)
     ref_name = resolve(args.ref_model or args.model)
     require_same_tokenizer(tokenizer, ref_name, "--ref-model")
-    pad, limit = tokenizer.pad_token_id, args.max_response_length
+    pad = tokenizer.pad_token_id
+    limit = args.max_response_length
+    # Either of two tokens ends a response: what the chat template writes after an answer is not always the
+    # tokenizer's end of sequence (Gemma's is not), and a policy may end with the one or the other.
     stops = {stop_token(tokenizer), tokenizer.eos_token_id}
     gvm_name = resolve(args.gvm, "value")
     require_same_tokenizer(tokenizer, gvm_name, "--gvm")
@@ -279,7 +338,8 @@ def main(args: Args) -> None:
         split_seed=args.split_seed,
         skip_bad_rows=args.skip_bad_rows,
     )
-    rows = tokenize(rows, tokenizer, (), args.max_prompt_length, limit, args.dataset)
+    response_fields = ()  # the rows are prompts alone
+    rows = tokenize(rows, tokenizer, response_fields, args.max_prompt_length, limit, args.dataset)
     rows, eval_rows = hold_out_prompts(rows, args.eval_prompts, args.split_seed)
     if not rows:
         fail(
@@ -288,163 +348,220 @@ def main(args: Args) -> None:
 
     # --- models
     eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
-    policy = load_model("policy", name, tokenizer, args, trained=True)
-    policy.engine, cap = vllm.start(policy, name, args)
+    policy = load_model("policy", policy_name, tokenizer, args, trained=True)
+    # By default the engine is None, so that rollout samples with our own loop from the policy itself, and
+    # the cap is 0, which makes every importance weight 1. Only --rollout-engine vllm, which rounds
+    # differently, has both.
+    engine, importance_cap = vllm.start(policy, policy_name, args)
+    policy.engine = engine  # where rollout looks for it
     optimizer = adamw(policy, args.lr)
     gvm = load_model("value", gvm_name, tokenizer, args, trained=False)
     if getattr(gvm.config, "gamma", args.gamma) != args.gamma:
         fail(f"--gamma {args.gamma}, but {args.gvm} was trained with {gvm.config.gamma}")
-    context_pairs, context_length = (
-        getattr(gvm.config, key, 0) for key in ("context_pairs", "context_length")
-    )
+    # written by gvm_td.py; 0 pairs unless the GVM was trained to read the policy's other answers first
+    context_pairs = getattr(gvm.config, "context_pairs", 0)
+    context_length = getattr(gvm.config, "context_length", 0)
     reference = load_reference(policy, ref_name, tokenizer, args)
-    models, optimizers = [policy, gvm, reference], [optimizer]
+    models = [policy, gvm, reference]  # those in memory: counted in the log, and parked if frozen
+    optimizers = [optimizer]
+    # what a checkpoint holds
     trained = {"policy": (policy, optimizer)}
     if args.offload_frozen:
-        offload.park([*models, *(r.model for r in eval_rewards)])
+        offload.park(models + [eval_reward.model for eval_reward in eval_rewards])
     state = load_checkpoint(args.run_dir, trained) if args.resume else {}
-    start, beta = state.get("step", 0), state.get("beta", args.beta)
-    pool = state.get("pool", [])  # the policy's earlier answers, for a GVM with context
+    start = state.get("step", 0)
+    beta = state.get("beta", args.beta)
+    pool = state.get("pool", [])  # the policy's answers of the step before, for a GVM that reads context
     check_sampler(policy, tokenizer, [row["prompt_ids"] for row in rows], limit, args.temperature)
     run.start(start, args.steps)
 
-    def score(model, sequences):
-        """Log-probabilities [N, T] of the responses under a policy, on every rank."""
-        forward = lambda mb: model.response_logprobs(**mb, temperature=args.temperature)[0]
-        width = max(len(r) for _, r in sequences)
-        return run_micro_batches(forward, sequences, args.micro_batch_size, pad, width, model=model)
+    def logprobs_of(model, sequences):
+        """Log-probabilities [n, T] of n responses' tokens under a policy, on every rank; 0 where masked."""
+
+        def micro_batch_logprobs(mb):
+            mb_logprobs, _ = model.response_logprobs(**mb, temperature=args.temperature)
+            return mb_logprobs
+
+        width = max(len(response) for _, response in sequences)
+        return run_micro_batches(
+            micro_batch_logprobs, sequences, args.micro_batch_size, pad, width, model=model
+        )
+
+    def gvm_values(mb):
+        """V(s_1) and Q(s_t, a_t) [b, t + 1] of a micro-batch."""
+        return response_values(gvm, **mb)
 
     def evaluate(step):
-        """The policy on the held-out prompts, sampled with the same random numbers each time."""
+        """Answers the held-out prompts, with the same random numbers each time; logs rewards, KL, length."""
         prompts = [row["prompt_ids"] for row in eval_rows]
+        seed = (0, 0)  # no training step has it: theirs are (--seed, 1), (--seed, 2), ...
         responses, _ = rollout(
-            policy, tokenizer, prompts, limit, args.temperature, (0, 0), args.rollout_batch_size
+            policy, tokenizer, prompts, limit, args.temperature, seed, args.rollout_batch_size
         )
         sequences = list(zip(prompts, responses, strict=True))
-        mask = response_mask(responses, device)
-        kl, _ = kl_estimates(score(policy, sequences), score(reference, sequences), mask)
+        mask = response_mask(responses, device)  # [N, T]
+        logprobs = logprobs_of(policy, sequences)  # [N, T]
+        ref_logprobs = logprobs_of(reference, sequences)  # [N, T]
+        kl, _ = kl_estimates(logprobs, ref_logprobs, mask)  # [N, T]
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        scores = {f"eval/{r.label}": r(eval_rows, sequences, texts) for r in eval_rewards}
-        out = {key: value.mean() for key, value in scores.items()}
-        out |= {"eval/kl": kl.sum(1).mean(), "eval/length": mask.sum(1).float().mean()}
-        run.metrics(step, out, show=tuple(out))
-        run.samples(
-            step,
-            [
-                {
-                    "prompt": row["prompt"],
-                    "response": text,
-                    "kl": kl[i].sum().item(),
-                    "length": len(responses[i]),
-                }
-                | {key.split("/")[1]: value[i].item() for key, value in scores.items()}
-                for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
-            ],
-        )
+        rewards = {}  # by label, each [N]
+        for eval_reward in eval_rewards:
+            rewards[eval_reward.label] = eval_reward(eval_rows, sequences, texts)
+        metrics = {f"eval/{label}": reward.mean() for label, reward in rewards.items()}
+        metrics["eval/kl"] = kl.sum(1).mean()
+        metrics["eval/length"] = mask.sum(1).float().mean()
+        run.metrics(step, metrics, show=tuple(metrics))
+        samples = []
+        for i, row in enumerate(eval_rows[:8]):  # enough to read
+            sample = {
+                "prompt": row["prompt"],
+                "response": texts[i],
+                "kl": kl[i].sum().item(),
+                "length": len(responses[i]),
+            }
+            for label, reward in rewards.items():
+                sample[label] = reward[i].item()
+            samples.append(sample)
+        run.samples(step, samples)
 
     if start == 0 and args.eval_every and eval_rows:
         evaluate(0)
+
     for step in range(start, args.steps):
         # --- rollout
         phases = Phases()
-        batch = [rows[i] for i in batch_indices(len(rows), args.batch_size, step, args.seed)]
-        prompts = [row["prompt_ids"] for row in batch]
-        seed = (args.seed, step + 1)
-        responses, sampled = rollout(
+        drawn = batch_indices(len(rows), args.batch_size, step, args.seed)
+        batch = [rows[i] for i in drawn]
+        prompts = [row["prompt_ids"] for row in batch]  # B token lists
+        seed = (args.seed, step + 1)  # other random numbers in each step; + 1, since (0, 0) is evaluation's
+        # B token lists, and the log-probabilities [B, T] with which the sampler drew the tokens; note_drift
+        # compares them with the policy's below, when these are at hand, so compare=False
+        responses, sampler_logprobs = rollout(
             policy, tokenizer, prompts, limit, args.temperature, seed, args.rollout_batch_size, compare=False
         )
-        sequences = list(zip(prompts, responses, strict=True))
-        lengths = [len(p) + len(r) for p, r in sequences]
-        mask = response_mask(responses, device)
-        truncated = torch.tensor([r[-1] not in stops for r in responses], device=device)
+        sequences = list(zip(prompts, responses, strict=True))  # B (prompt tokens, response tokens)
+        lengths = [len(prompt) + len(response) for prompt, response in sequences]  # B
+        mask = response_mask(responses, device)  # [B, T] True at the tokens of the responses
+        is_truncated = [response[-1] not in stops for response in responses]
+        truncated = torch.tensor(is_truncated, device=device)  # [B]
         phases.end("rollout")
 
         # --- reward
-        logprobs, ref_logprobs = score(policy, sequences), score(reference, sequences)
-        kl, k3 = kl_estimates(logprobs, ref_logprobs, mask)
-        answers = [{"prompt_ids": p, "response_ids": r} for p, r in sequences]
+        logprobs = logprobs_of(policy, sequences)  # [B, T]
+        ref_logprobs = logprobs_of(reference, sequences)  # [B, T]
+        kl, k3 = kl_estimates(logprobs, ref_logprobs, mask)  # [B, T] each; kl is the log-ratio, k1
+        answers = [{"prompt_ids": prompt, "response_ids": response} for prompt, response in sequences]
+        # With 0 context pairs this changes nothing. The first step has no earlier answers and takes its own;
+        # no prompt gets an answer to itself as context.
         contexts = add_context(
             answers, context_pairs, pool or answers, tokenizer, context_length, args.seed + step
         )
         pool = answers if context_pairs else []
-        read = [(row["prompt_ids"], row["response_ids"]) for row in contexts]
-        values = run_micro_batches(
-            lambda mb: response_values(gvm, **mb),
-            read,
-            args.micro_batch_size,
-            pad,
-            mask.shape[1] + 1,
-            model=gvm,
-        )
+        gvm_sequences = [(row["prompt_ids"], row["response_ids"]) for row in contexts]
+        # [B, T + 1]: column 0 is V(s_1), the output at the last prompt token; column t is Q(s_t, a_t), the
+        # output at the response's token t; 0 where masked
+        columns = mask.shape[1] + 1
+        values = run_micro_batches(gvm_values, gvm_sequences, args.micro_batch_size, pad, columns, model=gvm)
         if args.log_odds:
             values = torch.atanh(values.clamp(-0.99, 0.99))
-        scores = values.gather(1, mask.sum(1, keepdim=True)).squeeze(1)  # Q(s_T, a_T)
-        final = scores - args.missing_eos_penalty * truncated
+        action_values = values[:, 1:]  # [B, T] Q(s_t, a_t)
+        last_columns = mask.sum(1, keepdim=True)  # [B, 1]: the last token's, since column 0 is the prompt's
+        scores = values.gather(1, last_columns).squeeze(1)  # [B] Q(s_T, a_T)
+        final_rewards = scores - args.missing_eos_penalty * truncated  # [B]
 
         # --- advantage
         if args.advantage == "gae":
-            old_values = values[:, :-1] / args.gamma  # V(s_{t+1}) = Q(s_t, a_t) / gamma
-            old_values[:, 0] = values[:, 0]
-            advantages = gae(token_rewards(kl, final, mask, beta), old_values, mask, args.gamma, args.lam)
+            # V(s_{t+1}) = Q(s_t, a_t) / gamma: an action leads to one state, and is rewarded only at the end
+            later_values = values[:, 1:-1] / args.gamma  # [B, T - 1] V(s_2) .. V(s_T)
+            state_values = torch.cat([values[:, :1], later_values], 1)  # [B, T] V(s_t)
+            rewards = token_rewards(kl, final_rewards, mask, beta)  # [B, T]
+            advantages = gae(rewards, state_values, mask, args.gamma, args.lam)  # [B, T]
             advantages = whiten(advantages, mask, args.centre)
         else:
-            penalties = token_rewards(kl, final - scores, mask, beta)
-            advantages = whiten(values[:, 1:], mask) + later_rewards(penalties, mask, args.gamma)
-        advantages = advantages * importance_weights(logprobs, sampled, mask, cap)
+            # the score is in the values already, so what is left of the rewards are the two penalties
+            penalties = token_rewards(kl, final_rewards - scores, mask, beta)  # [B, T]
+            advantages = whiten(action_values, mask) + later_rewards(penalties, mask, args.gamma)
+        advantages = advantages * importance_weights(logprobs, sampler_logprobs, mask, importance_cap)
         phases.end("scoring")
 
         # --- update
-        totals, norms = torch.zeros(5, device=device), []
         lr = learning_rate(step, args.steps, args.lr, args.warmup_steps, args.lr_schedule)
+        losses_and_norms = []  # one tuple per optimizer step
+        sums = {}  # [] each, over this rank's tokens in all epochs
+        for name in ("clipped", "approx_kl", "ratio", "entropy", "tokens"):
+            sums[name] = torch.zeros((), device=device)
         for epoch in range(args.epochs):
+            # args.seed + 1: the order within a batch is drawn apart from the order of the data (args.seed)
             order = permutation(args.batch_size, step * args.epochs + epoch, args.seed + 1)
             for first in range(0, args.batch_size, args.mini_batch_size):
+                # indices into the batch, for all ranks
                 mini_batch = order[first : first + args.mini_batch_size]
-                tokens = mask[mini_batch].sum()  # over all ranks and micro-batches
-                loss = torch.zeros((), device=device)
-                picks = micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world)
-                for pick in accumulated(picks, policy):
-                    mb = collate([sequences[i] for i in pick], pad, device)
-                    mb_mask, at = mb["response_mask"], torch.tensor(pick or [0], device=device)
-                    mb_old, mb_advantages = (x[at, : mb_mask.shape[1]] for x in (logprobs, advantages))
+                # one denominator per optimizer step: the response tokens of all ranks and micro-batches
+                mini_batch_tokens = mask[mini_batch].sum()  # []
+                loss = torch.zeros((), device=device)  # [], this rank's share
+                # this rank's micro-batches, each a list of indices into the batch
+                rank_micro_batches = micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world)
+                for mb_indices in accumulated(rank_micro_batches, policy):
+                    # mb: input_ids [b, prompt and response], prompt_lengths [b], response_mask [b, t]
+                    mb = collate([sequences[i] for i in mb_indices], pad, device)
+                    mb_mask = mb["response_mask"]  # [b, t]
+                    width = mb_mask.shape[1]  # t, the longest response of the micro-batch
+                    # A rank that has run out of responses gets an empty micro-batch, yet must join the
+                    # forward and backward passes of the others. collate then makes a dummy, all masked, and
+                    # any row of the [B, T] tensors will do beside it: [0].
+                    mb_rows = torch.tensor(mb_indices or [0], device=device)  # [b]
+                    mb_old_logprobs = logprobs[mb_rows, :width]  # [b, t]
+                    mb_advantages = advantages[mb_rows, :width]  # [b, t]
+                    # [b, t] each
                     mb_logprobs, mb_entropy = policy.response_logprobs(**mb, temperature=args.temperature)
-                    mb_loss, stats = policy_loss(mb_logprobs, mb_old, mb_advantages, mb_mask, args.clip)
-                    backward(mb_loss / tokens)
-                    loss += mb_loss.detach() / tokens
-                    totals += torch.cat([stats, mb_entropy.detach().sum()[None], mb_mask.sum()[None]])
-                where = f"step {step}, epoch {epoch}, data rows {[batch[i]['row'] for i in mini_batch]}"
-                total, norm = optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where)
-                norms.append((total, norm))
-        clipped, approx_kl, ratio, entropy, count = distributed.all_reduce(totals).tolist()
+                    mb_loss, mb_sums = policy_loss(
+                        mb_logprobs, mb_old_logprobs, mb_advantages, mb_mask, args.clip
+                    )
+                    backward(mb_loss / mini_batch_tokens)
+                    loss += mb_loss.detach() / mini_batch_tokens
+                    for name, mb_sum in mb_sums.items():
+                        sums[name] += mb_sum
+                    sums["entropy"] += mb_entropy.detach().sum()
+                    sums["tokens"] += mb_mask.sum()
+                data_rows = [batch[i]["row"] for i in mini_batch]
+                where = f"step {step}, epoch {epoch}, data rows {data_rows}"  # said if the loss is not finite
+                mini_batch_loss, norm = optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where)
+                losses_and_norms.append((mini_batch_loss, norm))
+        totals = distributed.all_reduce_dict(sums)  # floats, of all ranks
         phases.end("update")
 
         # --- log
-        done, response_tokens, means = step + 1, int(mask.sum()), torch.tensor(norms).mean(0).tolist()
-        note_drift(policy, sampled, logprobs, mask, done)
+        done = step + 1
+        mean_loss, mean_norm = torch.tensor(losses_and_norms).mean(0).tolist()
+        note_drift(policy, sampler_logprobs, logprobs, mask, done)
+        _, mismatch = kl_estimates(sampler_logprobs, logprobs, mask)  # [B, T], the sampler against the policy
+        response_tokens = int(mask.sum())
+        update_tokens = args.epochs * sum(lengths)
         metrics = {
             "objective/score": scores.mean(),
             "objective/kl": kl.sum(1).mean(),
             "objective/kl_k3": k3.sum(1).mean(),
             "objective/beta": beta,
-            "objective/entropy": entropy / count,
-            "rollout/mismatch": kl_estimates(sampled, logprobs, mask)[1].sum() / response_tokens,
+            "objective/entropy": totals["entropy"] / totals["tokens"],
+            "rollout/mismatch": mismatch.sum() / response_tokens,
             "rollout/length": mask.sum(1).float().mean(),
             "rollout/truncated": truncated.float().mean(),
-            "policy/loss": means[0],
-            "policy/grad_norm": means[1],
-            "policy/clip_fraction": clipped / count,
-            "policy/approx_kl": approx_kl / count,
-            "policy/ratio": ratio / count,
+            "policy/loss": mean_loss,
+            "policy/grad_norm": mean_norm,
+            "policy/clip_fraction": totals["clipped"] / totals["tokens"],
+            "policy/approx_kl": totals["approx_kl"] / totals["tokens"],
+            "policy/ratio": totals["ratio"] / totals["tokens"],
             "policy/lr": lr,
-            "gvm/value": values[:, 1:][mask].mean(),
-            "gvm/value_std": values[:, 1:][mask].std(),
+            "gvm/value": action_values[mask].mean(),
+            "gvm/value_std": action_values[mask].std(),
             "gvm/start": values[:, 0].mean(),
             "memory/state_gb": state_bytes(models, optimizers) / 2**30,
-            **phases.metrics(policy, response_tokens, args.epochs * sum(lengths)),
+            **phases.metrics(policy, response_tokens, update_tokens),
         }
         run.metrics(done, metrics, show=("objective/score", "objective/kl", "rollout/length"))
         if args.kl_target:
-            beta = next_beta(beta, float(kl[mask].mean()), args.kl_target, args.batch_size)
+            mean_kl = float(kl[mask].mean())  # per token
+            beta = next_beta(beta, mean_kl, args.kl_target, args.batch_size)
         if args.eval_every and eval_rows and done % args.eval_every == 0 and done < args.steps:
             evaluate(done)
 

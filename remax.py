@@ -1,22 +1,25 @@
-"""ReMax: REINFORCE whose baseline is the reward of the policy's own greedy response. No critic, one sample a prompt.
+"""ReMax: REINFORCE whose baseline is the reward of the policy's own greedy response.
 
-Paper: 2310.10505 (algorithm 1); the KL is charged as in ppo.py. For a sampled response y and the greedy one g to the same
-prompt, both from one rollout:
+There is no critic, and one sample per prompt. Paper: 2310.10505 (algorithm 1); the KL is charged as in
+ppo.py. For a sampled response y and the greedy one g to the same prompt, both from one rollout:
 
     A_t = r(x, y) - r(x, g) - beta * sum_{l >= t} kl_l,  kl_l = log pi(y_l|s_l) - log pi_ref(y_l|s_l)
     loss = -mean over tokens of A_t log pi(y_t|s_t)
 
-Differences from grpo.py: (1) the baseline is the greedy response's reward, not a group's mean, and nothing is divided by a
-deviation; (2) the KL is a penalty on the rewards of the tokens that follow, not a term of the loss; (3) the mean over tokens
-has a constant denominator, as the paper's sum has. The loss is written with PPO's ratio, whose gradient at ratio 1 is ReMax's, so
-that more than one optimizer step on a rollout (--mini-batch-size, --epochs) is possible.
+Differences from grpo.py:
+ 1. The baseline is the greedy response's reward, not a group's mean, and nothing is divided by a deviation.
+ 2. The KL is a penalty on the rewards of the tokens that follow, not a term of the loss.
+ 3. The mean over tokens has a constant denominator, as the paper's sum has.
+The loss is written with PPO's ratio, whose gradient at ratio 1 is ReMax's, so that more than one optimizer
+step on a rollout (--mini-batch-size, --epochs) is possible.
 
     python remax.py                                                    # the embedded world, one CPU
     python remax.py --model runs/sft/model --reward runs/reward/model --dataset prompts.jsonl
     torchrun --nproc_per_node=8 remax.py --model Qwen/Qwen3-4B-Instruct-2507 --reward my_rewards:correct \
-        --dataset questions.jsonl --columns prompt question --batch-size 256 --mini-batch-size 256 --gradient-checkpointing
+        --dataset questions.jsonl --columns prompt question --batch-size 256 --mini-batch-size 256 \
+        --gradient-checkpointing
 
-Watch `eval/*` and read samples.jsonl; `objective/greedy_score` should rise with `objective/score`;
+Watch `eval/*` and read samples.jsonl. `objective/greedy_score` should rise with `objective/score`;
 `rollout/length` should neither collapse nor explode. Our page in docs/ explains every number and detail.
 """
 
@@ -24,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from common import distributed, offload, vllm
 from common.batches import (
@@ -51,7 +55,8 @@ from common.tokenization import load_tokenizer, require_same_tokenizer, stop_tok
 @dataclass
 class Args:
     model: str = "reviews"
-    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded one."""
+    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded
+    one."""
     ref_model: str = ""
     """Reference policy: a hub id or folder. By default it is `--model` as it starts."""
     reward: str = ""
@@ -67,7 +72,8 @@ class Args:
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
-    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an experiment."""
+    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an
+    experiment."""
     skip_bad_rows: bool = False
     """Drop and count unusable rows instead of stopping at the first."""
     run_dir: str = "runs/remax"
@@ -81,8 +87,8 @@ class Args:
     mini_batch_size: int = 64
     """Responses per optimizer step, over all ranks."""
     micro_batch_size: int = 2
-    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not the
-    result."""
+    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not
+    the result."""
     rollout_batch_size: int = 0
     """Prompts that one rank answers at once. 0: all of the step's."""
     rollout_engine: Literal["torch", "vllm"] = "torch"
@@ -103,7 +109,8 @@ class Args:
     lr: float = 1e-6
     """Peak learning rate (2402.03300, 2305.18290: 1e-6)."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a cosine."""
+    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a
+    cosine."""
     warmup_steps: int = 10
     """Steps over which the learning rate rises linearly to its peak."""
     max_grad_norm: float = 1.0
@@ -172,51 +179,91 @@ REVIEWS = dict(
 )
 
 
-def remax_advantages(rewards, greedy_rewards, kl, mask, beta):
-    """r(x, y) - r(x, greedy) less beta times the KL of this and the later tokens, [B, T]; rewards [B], kl and mask [B, T]
-    (2310.10505)."""
-    later = torch.where(mask, kl, 0.0).flip(1).cumsum(1).flip(1)
-    return torch.where(mask, (rewards - greedy_rewards)[:, None] - beta * later, 0.0)
+def remax_advantages(
+    rewards: Tensor, greedy_rewards: Tensor, kl: Tensor, mask: Tensor, beta: float
+) -> Tensor:
+    """r(x, y) - r(x, greedy) - beta * the KL of this and the later tokens, [B, T] (2310.10505).
+
+    rewards and greedy_rewards [B], kl and mask [B, T]. Masked positions get 0.
+    """
+    kl = torch.where(mask, kl, 0.0)
+    later_kl = kl.flip(1).cumsum(1).flip(1)  # a cumulative sum from the right: kl_t + kl_{t+1} + ...
+    advantages = (rewards - greedy_rewards)[:, None] - beta * later_kl
+    return torch.where(mask, advantages, 0.0)
 
 
-def token_weights(mask, aggregation, max_length):
-    """Weights [N, T] of the tokens of a mini-batch in its loss, mask [N, T]: `grpo` 1 / (N * length), `dapo` 1 / all tokens,
-    `dr_grpo` 1 / (N * max_length). Of the whole mini-batch, so neither ranks nor micro-batches change them."""
-    whole = {
-        "grpo": len(mask) * mask.sum(1, keepdim=True),
-        "dapo": mask.sum(),
-        "dr_grpo": len(mask) * max_length,
-    }[aggregation]
-    return mask / whole
+def token_weights(mask: Tensor, aggregation: str, max_length: int) -> Tensor:
+    """Weight [N, T] of each token in the loss of a mini-batch of N responses, mask [N, T]; 0 where masked.
+
+    `grpo`: 1 / (N * the response's length); `dapo`: 1 / all tokens; `dr_grpo`: 1 / (N * max_length).
+    They are of the whole mini-batch, so neither ranks nor micro-batches change the loss.
+    """
+    if aggregation == "grpo":
+        denominator = len(mask) * mask.sum(1, keepdim=True)  # [N, 1]
+    elif aggregation == "dapo":
+        denominator = mask.sum()
+    else:
+        denominator = len(mask) * max_length
+    return mask / denominator
 
 
-def importance_weights(logprobs, sampled, mask, cap):
-    """min(pi / mu, cap) at each token [B, T], a truncated importance weight (fengyao.notion.site/off-policy-rl). Its sampler mu
-    drew it with log-probability `sampled`, the policy gives it `logprobs`. 1 where masked, and everywhere for `cap` 0."""
-    if not cap:
+def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """Truncated importance weights min(pi / mu, cap) [B, T] (fengyao.notion.site/off-policy-rl).
+
+    The sampler mu drew each token with `sampler_logprobs`, the policy pi gives it `logprobs`; all [B, T].
+    A weight is 1 where masked, and everywhere for cap 0, which is for a sampler that is the policy itself.
+    """
+    if cap == 0:
         return torch.ones_like(logprobs)
-    return torch.where(mask, logprobs - sampled, 0.0).exp().clamp(max=cap)
+    log_ratio = torch.where(mask, logprobs - sampler_logprobs, 0.0)
+    return log_ratio.exp().clamp(max=cap)
 
 
-def kl_estimates(logprobs, ref_logprobs, mask):
-    """Per-token estimates [B, T] of KL(pi || pi_ref) at tokens sampled from pi: k1 = log-ratio (unbiased, either sign) and
-    k3 = exp(-k1) - 1 + k1 (unbiased, never negative). Masked before exp."""
+def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Two estimates, k1 and k3, of KL(pi || pi_ref) at each token sampled from pi. All [B, T], in nats.
+
+    k1 is the log-ratio: unbiased, of either sign. k3 = exp(-k1) - 1 + k1 (2402.03300 eq. 4): unbiased, never
+    negative. Padding is masked before exp, since 0 * inf would be NaN.
+    """
     k1 = torch.where(mask, logprobs - ref_logprobs, 0.0)
-    return k1, torch.expm1(-k1) + k1
+    k3 = torch.expm1(-k1) + k1
+    return k1, k3
 
 
-def surrogate_loss(logprobs, old_logprobs, advantages, weights, mask, clip, clip_high):
-    """Weighted sum over tokens of the clipped surrogate (2402.03300 eq. 3), and sums for the log: clipped tokens, k3 of old
-    against new, ratio. All inputs [B, T]; advantages may be [B, 1]."""
+def surrogate_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    mask: Tensor,
+    clip: float,
+    clip_high: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped surrogate (2402.03300 eq. 3), a weighted sum over tokens, and sums for the log.
+
+    All inputs [B, T]; advantages may be [B, 1]. The log's sums, without gradient: `clipped`, the tokens
+    whose ratio is below 1 - clip or above 1 + clip_high; `approx_kl`, k3 of the old policy against the new,
+    in nats; `ratio`.
+    """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip_high))
-    clipped = ((ratio < 1 - clip) | (ratio > 1 + clip_high)) & mask
-    stats = torch.stack([clipped.sum(), ((ratio - 1 - log_ratio) * mask).sum(), (ratio * mask).sum()])
-    return (loss * weights * mask).sum(), stats.detach()
+    unclipped_losses = -advantages * ratio
+    clipped_losses = -advantages * ratio.clamp(1 - clip, 1 + clip_high)
+    losses = torch.maximum(unclipped_losses, clipped_losses)
+    is_clipped = ((ratio < 1 - clip) | (ratio > 1 + clip_high)) & mask
+    sums = {
+        "clipped": is_clipped.sum(),
+        "approx_kl": ((ratio - 1 - log_ratio) * mask).sum().detach(),
+        "ratio": (ratio * mask).sum().detach(),
+    }
+    return (losses * weights * mask).sum(), sums
 
 
 def main(args: Args) -> None:
+    # Shapes: B is --batch-size, the responses of a step, and T the length of the longest of them, in tokens.
+    # Every rank holds the [B, T] tensors whole and computes its share of what is in them. A micro-batch has
+    # [b, t], and its names begin with mb_. An evaluation has [N, T], of N held-out prompts. [] is one number.
+
     # --- setup
     if args.batch_size % args.mini_batch_size:
         fail(f"--mini-batch-size {args.mini_batch_size} does not divide --batch-size {args.batch_size}")
@@ -224,12 +271,17 @@ def main(args: Args) -> None:
         given = f"--beta {args.beta}, --clip {args.clip}, --clip-high {args.clip_high}"
         fail(f"{given}: beta must not be negative, clip in (0, 1), clip_high above 0")
     run = Run(args)
-    device, rank, world = distributed.device(), distributed.rank(), distributed.world()
-    name = resolve(args.model)
-    tokenizer = load_tokenizer(name)
+    device = distributed.device()
+    rank = distributed.rank()
+    world = distributed.world()  # number of ranks
+    policy_name = resolve(args.model)
+    tokenizer = load_tokenizer(policy_name)
     ref_name = resolve(args.ref_model or args.model)
     require_same_tokenizer(tokenizer, ref_name, "--ref-model")
-    pad, limit = tokenizer.pad_token_id, args.max_response_length
+    pad = tokenizer.pad_token_id
+    limit = args.max_response_length
+    # Either of two tokens ends a response: what the chat template writes after an answer is not always the
+    # tokenizer's end of sequence (Gemma's is not), and a policy may end with the one or the other.
     stops = {stop_token(tokenizer), tokenizer.eos_token_id}
 
     # --- data
@@ -242,7 +294,8 @@ def main(args: Args) -> None:
         split_seed=args.split_seed,
         skip_bad_rows=args.skip_bad_rows,
     )
-    rows = tokenize(rows, tokenizer, (), args.max_prompt_length, limit, args.dataset)
+    response_fields = ()  # the rows are prompts alone
+    rows = tokenize(rows, tokenizer, response_fields, args.max_prompt_length, limit, args.dataset)
     rows, eval_rows = hold_out_prompts(rows, args.eval_prompts, args.split_seed)
     if not rows:
         fail(
@@ -252,149 +305,208 @@ def main(args: Args) -> None:
     # --- models
     reward = Reward(args.reward, tokenizer, args)
     eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
-    policy = load_model("policy", name, tokenizer, args, trained=True)
-    policy.engine, cap = vllm.start(policy, name, args)
+    policy = load_model("policy", policy_name, tokenizer, args, trained=True)
+    # By default the engine is None, so that rollout samples with our own loop from the policy itself, and
+    # the cap is 0, which makes every importance weight 1. Only --rollout-engine vllm, which rounds
+    # differently, has both.
+    engine, importance_cap = vllm.start(policy, policy_name, args)
+    policy.engine = engine  # where rollout looks for it
     optimizer = adamw(policy, args.lr)
     reference = load_reference(policy, ref_name, tokenizer, args) if args.beta else None
+    # those in memory: counted in the log, and parked if frozen; a reward that is a function has no model
     models = [model for model in (policy, reference, reward.model) if model is not None]
+    optimizers = [optimizer]
+    # what a checkpoint holds
+    trained = {"policy": (policy, optimizer)}
     if args.offload_frozen:
-        offload.park([*models, *(r.model for r in eval_rewards)])
-    state = load_checkpoint(args.run_dir, {"policy": (policy, optimizer)}) if args.resume else {}
+        offload.park(models + [eval_reward.model for eval_reward in eval_rewards])
+    state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
     check_sampler(policy, tokenizer, [row["prompt_ids"] for row in rows], limit, args.temperature)
     run.start(start, args.steps)
 
-    def score(model, sequences):
-        """Log-probabilities [N, T] of the responses under a policy, on every rank."""
-        forward = lambda mb: model.response_logprobs(**mb, temperature=args.temperature)[0]
-        width = max(len(r) for _, r in sequences)
-        return run_micro_batches(forward, sequences, args.micro_batch_size, pad, width, model=model)
+    def logprobs_of(model, sequences):
+        """Log-probabilities [n, T] of n responses' tokens under a policy, on every rank; 0 where masked."""
 
-    def evaluate(step):
-        """The policy on the held-out prompts, sampled with the same random numbers each time."""
+        def micro_batch_logprobs(mb):
+            mb_logprobs, _ = model.response_logprobs(**mb, temperature=args.temperature)
+            return mb_logprobs
+
+        width = max(len(response) for _, response in sequences)
+        return run_micro_batches(
+            micro_batch_logprobs, sequences, args.micro_batch_size, pad, width, model=model
+        )
+
+    def evaluate_kl_optional(step):
+        """Answers the held-out prompts, with the same random numbers each time; logs rewards, length, KL.
+
+        With --beta 0 no reference is loaded, and the KL is left out.
+        """
         prompts = [row["prompt_ids"] for row in eval_rows]
+        seed = (0, 0)  # no training step has it: theirs are (--seed, 1), (--seed, 2), ...
         responses, _ = rollout(
-            policy, tokenizer, prompts, limit, args.temperature, (0, 0), args.rollout_batch_size
+            policy, tokenizer, prompts, limit, args.temperature, seed, args.rollout_batch_size
         )
         sequences = list(zip(prompts, responses, strict=True))
-        mask = response_mask([r for _, r in sequences], device)
+        mask = response_mask(responses, device)  # [N, T]
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        scores = {f"eval/{r.label}": r(eval_rows, sequences, texts) for r in eval_rewards}
-        out = {key: value.mean() for key, value in scores.items()}
-        out["eval/length"] = mask.sum(1).float().mean()
+        numbers = {}  # by label, each [N]
+        for eval_reward in eval_rewards:
+            numbers[eval_reward.label] = eval_reward(eval_rows, sequences, texts)
+        metrics = {f"eval/{label}": number.mean() for label, number in numbers.items()}
+        metrics["eval/length"] = mask.sum(1).float().mean()
         if reference is not None:
-            kl, _ = kl_estimates(score(policy, sequences), score(reference, sequences), mask)
-            scores["eval/kl"] = kl.sum(1)
-            out["eval/kl"] = kl.sum(1).mean()
-        run.metrics(step, out, show=tuple(out))
-        run.samples(
-            step,
-            [
-                {"prompt": row["prompt"], "response": text, "length": len(responses[i])}
-                | {key.split("/")[1]: value[i].item() for key, value in scores.items()}
-                for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
-            ],
-        )
+            logprobs = logprobs_of(policy, sequences)  # [N, T]
+            ref_logprobs = logprobs_of(reference, sequences)  # [N, T]
+            kl, _ = kl_estimates(logprobs, ref_logprobs, mask)  # [N, T]
+            numbers["kl"] = kl.sum(1)
+            metrics["eval/kl"] = kl.sum(1).mean()
+        run.metrics(step, metrics, show=tuple(metrics))
+        samples = []
+        for i, row in enumerate(eval_rows[:8]):  # enough to read
+            sample = {"prompt": row["prompt"], "response": texts[i], "length": len(responses[i])}
+            for label, number in numbers.items():
+                sample[label] = number[i].item()
+            samples.append(sample)
+        run.samples(step, samples)
 
     if start == 0 and args.eval_every and eval_rows:
-        evaluate(0)
+        evaluate_kl_optional(0)
+
     for step in range(start, args.steps):
         # --- rollout
         phases = Phases()
-        batch = [rows[i] for i in batch_indices(len(rows), args.batch_size, step, args.seed)]
-        prompts = [row["prompt_ids"] for row in batch]
-        heat = [args.temperature] * len(prompts) + [0.0] * len(prompts)  # sampled and greedy in one call
-        seed = (args.seed, step + 1)
-        responses, sampled = rollout(
-            policy, tokenizer, prompts * 2, limit, heat, seed, args.rollout_batch_size, compare=False
+        drawn = batch_indices(len(rows), args.batch_size, step, args.seed)
+        batch = [rows[i] for i in drawn]
+        prompts = [row["prompt_ids"] for row in batch]  # B token lists
+        seed = (args.seed, step + 1)  # other random numbers in each step; + 1, since (0, 0) is evaluation's
+        # each prompt twice, in one call: first all sampled, then all greedy (temperature 0)
+        temperatures = [args.temperature] * args.batch_size + [0.0] * args.batch_size
+        # 2B token lists, and the log-probabilities [2B, the longest] with which the sampler drew the tokens;
+        # note_drift compares the sampled half with the policy's below, when these are at hand, so
+        # compare=False
+        all_responses, all_sampler_logprobs = rollout(
+            policy, tokenizer, prompts * 2, limit, temperatures, seed, args.rollout_batch_size, compare=False
         )
-        sequences, greedy = (
-            list(zip(prompts, r, strict=True)) for r in (responses[: len(batch)], responses[len(batch) :])
-        )
-        lengths = [len(p) + len(r) for p, r in sequences]
-        mask = response_mask([r for _, r in sequences], device)
-        sampled = sampled[: len(batch), : mask.shape[1]]
-        truncated = torch.tensor([r[-1] not in stops for r in responses], device=device).split(len(batch))
+        responses = all_responses[: args.batch_size]
+        greedy_responses = all_responses[args.batch_size :]
+        greedy_sequences = list(zip(prompts, greedy_responses, strict=True))
+        sequences = list(zip(prompts, responses, strict=True))  # B (prompt tokens, response tokens)
+        lengths = [len(prompt) + len(response) for prompt, response in sequences]  # B
+        mask = response_mask(responses, device)  # [B, T] True at the tokens of the responses
+        sampler_logprobs = all_sampler_logprobs[: args.batch_size, : mask.shape[1]]  # [B, T]
+        is_truncated = [response[-1] not in stops for response in responses]
+        truncated = torch.tensor(is_truncated, device=device)  # [B]
+        greedy_is_truncated = [response[-1] not in stops for response in greedy_responses]
+        greedy_truncated = torch.tensor(greedy_is_truncated, device=device)  # [B]
         phases.end("rollout")
 
         # --- reward
-        logprobs = score(policy, sequences)
-        ref_logprobs = logprobs if reference is None else score(reference, sequences)
-        kl, k3 = kl_estimates(logprobs, ref_logprobs, mask)
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        scores, greedy_scores = reward(batch * 2, sequences + greedy, texts).split(len(batch))
+        logprobs = logprobs_of(policy, sequences)  # [B, T]
+        if reference is not None:
+            ref_logprobs = logprobs_of(reference, sequences)  # [B, T]
+        else:
+            ref_logprobs = logprobs  # so that the KL is 0
+        kl, k3 = kl_estimates(logprobs, ref_logprobs, mask)  # [B, T] each; kl is the log-ratio, k1
+        texts = tokenizer.batch_decode(all_responses, skip_special_tokens=True)
+        all_scores = reward(batch * 2, sequences + greedy_sequences, texts)  # [2B]
+        scores, greedy_scores = all_scores.split(args.batch_size)  # [B], [B]
+        final_rewards = scores - args.missing_eos_penalty * truncated  # [B]
+        greedy_rewards = greedy_scores - args.missing_eos_penalty * greedy_truncated  # [B]
 
         # --- advantage
-        final, baseline = (
-            s - args.missing_eos_penalty * t for s, t in zip((scores, greedy_scores), truncated, strict=True)
-        )
-        advantages = remax_advantages(final, baseline, kl, mask, args.beta) * importance_weights(
-            logprobs, sampled, mask, cap
-        )
+        advantages = remax_advantages(final_rewards, greedy_rewards, kl, mask, args.beta)  # [B, T]
+        advantages = advantages * importance_weights(logprobs, sampler_logprobs, mask, importance_cap)
         phases.end("scoring")
 
         # --- update
-        totals, norms = torch.zeros(5, device=device), []
         lr = learning_rate(step, args.steps, args.lr, args.warmup_steps, args.lr_schedule)
+        losses_and_norms = []  # one tuple per optimizer step
+        sums = {}  # [] each, over this rank's tokens in all epochs
+        for name in ("clipped", "approx_kl", "ratio", "entropy", "tokens"):
+            sums[name] = torch.zeros((), device=device)
         for epoch in range(args.epochs):
+            # args.seed + 1: the order within a batch is drawn apart from the order of the data (args.seed)
             order = permutation(args.batch_size, step * args.epochs + epoch, args.seed + 1)
             for first in range(0, args.batch_size, args.mini_batch_size):
+                # indices into the batch, for all ranks
                 mini_batch = order[first : first + args.mini_batch_size]
-                weights = torch.zeros_like(logprobs)
-                weights[mini_batch] = token_weights(
-                    mask[mini_batch], args.aggregation, limit
-                )  # over all ranks and micro-batches
-                loss = torch.zeros((), device=device)
-                picks = micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world)
-                for pick in accumulated(picks, policy):
-                    mb = collate([sequences[i] for i in pick], pad, device)
-                    mb_mask, at = mb["response_mask"], torch.tensor(pick or [0], device=device)
-                    mb_old, mb_weights, mb_advantages = (
-                        x[at, : mb_mask.shape[1]] for x in (logprobs, weights, advantages)
-                    )
+                # one denominator per optimizer step, over all ranks and micro-batches
+                weights = torch.zeros(mask.shape, device=device)  # [B, T], 0 outside the mini-batch
+                weights[mini_batch] = token_weights(mask[mini_batch], args.aggregation, limit)
+                loss = torch.zeros((), device=device)  # [], this rank's share
+                # this rank's micro-batches, each a list of indices into the batch
+                rank_micro_batches = micro_batches(mini_batch, lengths, args.micro_batch_size, rank, world)
+                for mb_indices in accumulated(rank_micro_batches, policy):
+                    # mb: input_ids [b, prompt and response], prompt_lengths [b], response_mask [b, t]
+                    mb = collate([sequences[i] for i in mb_indices], pad, device)
+                    mb_mask = mb["response_mask"]  # [b, t]
+                    width = mb_mask.shape[1]  # t, the longest response of the micro-batch
+                    # A rank that has run out of responses gets an empty micro-batch, yet must join the
+                    # forward and backward passes of the others. collate then makes a dummy, all masked, and
+                    # any row of the [B, T] tensors will do beside it: [0].
+                    mb_rows = torch.tensor(mb_indices or [0], device=device)  # [b]
+                    mb_weights = weights[mb_rows, :width]  # [b, t]
+                    mb_advantages = advantages[mb_rows, :width]  # [b, t]
+                    mb_old_logprobs = logprobs[mb_rows, :width]  # [b, t]
+                    # [b, t] each
                     mb_logprobs, mb_entropy = policy.response_logprobs(**mb, temperature=args.temperature)
-                    clips = args.clip, args.clip_high
-                    mb_loss, stats = surrogate_loss(
-                        mb_logprobs, mb_old, mb_advantages, mb_weights, mb_mask, *clips
+                    mb_loss, mb_sums = surrogate_loss(
+                        mb_logprobs,
+                        mb_old_logprobs,
+                        mb_advantages,
+                        mb_weights,
+                        mb_mask,
+                        args.clip,
+                        args.clip_high,
                     )
                     backward(mb_loss)
                     loss += mb_loss.detach()
-                    totals += torch.cat([stats, mb_entropy.detach().sum()[None], mb_mask.sum()[None]])
-                where = f"step {step}, epoch {epoch}, data rows {[batch[i]['row'] for i in mini_batch]}"
-                norms.append(optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where))
-        clipped, approx_kl, ratio, entropy, count = distributed.all_reduce(totals).tolist()
+                    for name, mb_sum in mb_sums.items():
+                        sums[name] += mb_sum
+                    sums["entropy"] += mb_entropy.detach().sum()
+                    sums["tokens"] += mb_mask.sum()
+                data_rows = [batch[i]["row"] for i in mini_batch]
+                where = f"step {step}, epoch {epoch}, data rows {data_rows}"  # said if the loss is not finite
+                mini_batch_loss, norm = optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where)
+                losses_and_norms.append((mini_batch_loss, norm))
+        totals = distributed.all_reduce_dict(sums)  # floats, of all ranks
         phases.end("update")
 
         # --- log
-        done, response_tokens, means = step + 1, int(mask.sum()), torch.tensor(norms).mean(0).tolist()
-        note_drift(policy, sampled, logprobs, mask, done)
+        done = step + 1
+        mean_loss, mean_norm = torch.tensor(losses_and_norms).mean(0).tolist()
+        note_drift(policy, sampler_logprobs, logprobs, mask, done)
+        _, mismatch = kl_estimates(sampler_logprobs, logprobs, mask)  # [B, T], the sampler against the policy
+        response_tokens = int(mask.sum())
+        update_tokens = args.epochs * sum(lengths)
         metrics = {
             "objective/score": scores.mean(),
             "objective/kl": kl.sum(1).mean(),
             "objective/kl_k3": k3.sum(1).mean(),
-            "objective/entropy": entropy / count,
+            "objective/entropy": totals["entropy"] / totals["tokens"],
             "objective/greedy_score": greedy_scores.mean(),
-            "rollout/mismatch": kl_estimates(sampled, logprobs, mask)[1].sum() / response_tokens,
+            "rollout/mismatch": mismatch.sum() / response_tokens,
             "rollout/length": mask.sum(1).float().mean(),
-            "rollout/truncated": truncated[0].float().mean(),
-            "policy/loss": means[0],
-            "policy/grad_norm": means[1],
-            "policy/clip_fraction": clipped / count,
-            "policy/approx_kl": approx_kl / count,
-            "policy/ratio": ratio / count,
+            "rollout/truncated": truncated.float().mean(),
+            "policy/loss": mean_loss,
+            "policy/grad_norm": mean_norm,
+            "policy/clip_fraction": totals["clipped"] / totals["tokens"],
+            "policy/approx_kl": totals["approx_kl"] / totals["tokens"],
+            "policy/ratio": totals["ratio"] / totals["tokens"],
             "policy/lr": lr,
-            "memory/state_gb": state_bytes(models, [optimizer]) / 2**30,
-            **phases.metrics(policy, response_tokens, args.epochs * sum(lengths)),
+            "memory/state_gb": state_bytes(models, optimizers) / 2**30,
+            **phases.metrics(policy, response_tokens, update_tokens),
         }
         run.metrics(done, metrics, show=("objective/score", "objective/kl", "rollout/length"))
         if args.eval_every and eval_rows and done % args.eval_every == 0 and done < args.steps:
-            evaluate(done)
+            evaluate_kl_optional(done)
 
         # --- save
         if args.save_every and (done % args.save_every == 0 or done == args.steps):
-            save_checkpoint(args.run_dir, done, {"policy": (policy, optimizer)}, {}, args.keep)
+            save_checkpoint(args.run_dir, done, trained, {}, args.keep)
     if args.eval_every and eval_rows:
-        evaluate(args.steps)
+        evaluate_kl_optional(args.steps)
     export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
     run.close()
 

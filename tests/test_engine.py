@@ -1,5 +1,5 @@
-"""--rollout-engine vllm. What needs no vLLM (importance weights in the four scripts, errors) always; the rest against the real
-one, skipped without it."""
+"""--rollout-engine vllm. What needs no vLLM (importance weights in the four scripts, errors) always; the rest
+against the real one, skipped without it."""
 
 import functools
 import importlib
@@ -42,15 +42,18 @@ ARGS = SimpleNamespace(
 STEP = dict(rollout_engine="vllm", vllm_cache_gb=0.05, steps=4, eval_every=2, save_every=2)
 
 
-# --- without vLLM ----------------------------------------------------------------------------------------------------
+# --- without vLLM -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", helpers.ONLINE)
 def test_importance_weights_make_the_samplers_mean_the_policys(script):
-    """Enumerated: the weighted mean of any function over what mu draws is its mean under pi; with a cap, min(pi, cap mu)."""
+    """Enumerated: the weighted mean of any function over what mu draws is its mean under pi; with a cap,
+    min(pi, cap mu)."""
     function = importlib.import_module(script).importance_weights
-    pi, mu = torch.tensor([[0.7, 0.2, 0.1]]).double(), torch.tensor([[0.1, 0.3, 0.6]]).double()
-    f, mask = torch.tensor([[3.0, -1.0, 10.0]]).double(), torch.ones(1, 3, dtype=torch.bool)
+    pi = torch.tensor([[0.7, 0.2, 0.1]]).double()
+    mu = torch.tensor([[0.1, 0.3, 0.6]]).double()
+    f = torch.tensor([[3.0, -1.0, 10.0]]).double()
+    mask = torch.ones(1, 3, dtype=torch.bool)
     torch.testing.assert_close((mu * function(pi.log(), mu.log(), mask, 1e9) * f).sum(), (pi * f).sum())
     torch.testing.assert_close(
         (mu * function(pi.log(), mu.log(), mask, 2.0) * f).sum(), (torch.minimum(pi, 2 * mu) * f).sum()
@@ -70,10 +73,12 @@ def test_our_own_loop_gets_no_weights():
 
 
 def tell_other_log_probabilities(module, cap, log):
-    """The rollout says that it drew the tokens of even positions with 1 / 1.5, of odd ones with 1 / 3 of their probability. `log`
-    gets the loss's advantages."""
-    real, name = module.rollout, "policy_loss" if hasattr(module, "policy_loss") else "surrogate_loss"
-    real_loss, seen = getattr(module, name), []
+    """The rollout says that it drew the tokens of even positions with 1 / 1.5, of odd ones with 1 / 3 of
+    their probability. `log` gets the loss's advantages."""
+    real = module.rollout
+    name = "policy_loss" if hasattr(module, "policy_loss") else "surrogate_loss"
+    real_loss = getattr(module, name)
+    seen = []
 
     def told(*args, **kwargs):
         responses, sampled = real(*args, **kwargs)
@@ -96,10 +101,12 @@ def tell_other_log_probabilities(module, cap, log):
     "script, one_update", [*((script, False) for script in helpers.ONLINE), ("grpo", True)]
 )
 def test_each_advantage_gets_the_truncated_weight_of_its_token(world, script, one_update):
-    """With pi / mu = 1.5 and 3 in turns and a cap of 2, advantages are 1.5 and 2 times those of a run without weights."""
+    """With pi / mu = 1.5 and 3 in turns and a cap of 2, advantages are 1.5 and 2 times those of a run without
+    weights."""
     found = {}
     for cap in (0.0, 2.0):
-        log, name = world.path(f"seen-{script}-{one_update}-{cap}"), f"runs/told-{script}-{one_update}-{cap}"
+        log = world.path(f"seen-{script}-{one_update}-{cap}")
+        name = f"runs/told-{script}-{one_update}-{cap}"
         args = helpers.ARGS[script] | dict(
             steps=1, save_every=0, mini_batch_size=9 if one_update else 3, precision="fp64"
         )
@@ -107,7 +114,8 @@ def test_each_advantage_gets_the_truncated_weight_of_its_token(world, script, on
         world.run(script, patch=patch, **args, run_dir=name).ok()
         found[cap] = json.loads(log.read_text())
         row = next(row for row in helpers.metrics(world.path(name)) if "rollout/mismatch" in row)
-        even, odd = (r - 1 - math.log(r) for r in (1.5, 3.0))
+        even = 1.5 - 1 - math.log(1.5)
+        odd = 3.0 - 1 - math.log(3.0)
         assert min(even, odd) < row["rollout/mismatch"] < max(even, odd)
     assert sum(len(row) for call in found[0.0] for row in call) > 30
     for plain, weighted in zip(found[0.0], found[2.0], strict=True):
@@ -152,17 +160,15 @@ def test_an_encoder_decoder_ends_with_one_line():
         )
 
 
-# --- with vLLM -------------------------------------------------------------------------------------------------------
+# --- with vLLM ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A policy with heads of 32, the least that vLLM has on a CPU; tied, far from uniform. Its generation config names ends and a
-    sampler that are not ours."""
-    name, tokenizer = (
-        str(tmp_path_factory.mktemp("engine") / "policy"),
-        load_tokenizer(reviews.folder("untrained")),
-    )
+    """A policy with heads of 32, the least that vLLM has on a CPU; tied, far from uniform. Its generation
+    config names ends and a sampler that are not ours."""
+    name = str(tmp_path_factory.mktemp("engine") / "policy")
+    tokenizer = load_tokenizer(reviews.folder("untrained"))
     torch.manual_seed(0)
     shape = dict(
         hidden_size=64,
@@ -190,7 +196,8 @@ def folder(tmp_path_factory):
 
 @needs_vllm
 def test_engine_is_the_policy(group, folder):
-    """One process, one engine (its start is the costly part): log-probabilities, greedy answers, seeds, new weights."""
+    """One process, one engine (its start is the costly part): log-probabilities, greedy answers, seeds, new
+    weights."""
     tokenizer = load_tokenizer(folder)
     policy = load_model("policy", folder, tokenizer, ARGS, trained=True)
     generator = torch.Generator().manual_seed(1)
@@ -204,7 +211,10 @@ def test_engine_is_the_policy(group, folder):
 
     def check(temperature, seed=(0, 1)):
         responses, sampled = rollout(policy, tokenizer, prompts, 16, temperature, seed)
-        forward = lambda mb: policy.response_logprobs(**mb, temperature=temperature)[0]
+
+        def forward(mb):
+            return policy.response_logprobs(**mb, temperature=temperature)[0]
+
         scored = run_micro_batches(
             forward, list(zip(prompts, responses, strict=True)), 5, 0, sampled.shape[1]
         )
@@ -254,10 +264,13 @@ def test_engine_is_the_policy(group, folder):
 @needs_vllm
 @pytest.mark.parametrize("script", helpers.ONLINE)
 def test_scripts_with_vllm_on_one_rank_and_two_and_resumed(world, folder, script):
-    """The same run to float32's rounding; resumed at step 2 bit for bit. The sampler agrees with the policy at every step."""
+    """The same run to float32's rounding; resumed at step 2 bit for bit. The sampler agrees with the policy
+    at every step."""
     args = helpers.ARGS[script] | STEP | dict(model=folder, save_every=2)
     args |= dict(gvm=reviews.folder("value")) if script == "dvpo" else {}
-    one, two, cut = (f"runs/vllm-{script}-{name}" for name in ("one", "two", "cut"))
+    one = f"runs/vllm-{script}-one"
+    two = f"runs/vllm-{script}-two"
+    cut = f"runs/vllm-{script}-cut"
     world.run(script, **args, run_dir=one).ok()
     world.run(script, ranks=2, **args, run_dir=two).ok()
     world.run(script, **args | dict(steps=2), run_dir=cut).ok()

@@ -1,5 +1,5 @@
-"""grpo.py's and remax.py's functions against loops; their expected gradients on an enumerable world against exact ones; ReMax's
-greedy half against a greedy rollout of the same policy."""
+"""grpo.py's and remax.py's functions against loops; their expected gradients on an enumerable world against
+exact ones; ReMax's greedy half against a greedy rollout of the same policy."""
 
 import json
 import math
@@ -20,7 +20,8 @@ from common.rollout import rollout
 from common.tokenization import load_tokenizer, tokenize
 
 AGGREGATIONS = ["grpo", "dapo", "dr_grpo"]
-NAN, INF = float("nan"), float("inf")
+NAN = float("nan")
+INF = float("inf")
 
 
 def ragged(lengths, width=None):
@@ -31,13 +32,15 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# --- advantages ------------------------------------------------------------------------------------------------------
+# --- advantages ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale_std", [True, False])
 def test_group_advantages_against_a_loop(scale_std):
-    """(r - mean) / (std + 1e-4) in each group of neighbours, G - 1 in the deviation's denominator; without scale_std r - mean."""
-    rewards, size = 3 * noise(12) + 1, 4
+    """(r - mean) / (std + 1e-4) in each group of neighbours, G - 1 in the deviation's denominator; without
+    scale_std r - mean."""
+    rewards = 3 * noise(12) + 1
+    size = 4
     expected = []
     for first in range(0, 12, size):
         own = rewards[first : first + size].tolist()
@@ -60,9 +63,14 @@ def test_a_group_of_equal_rewards_teaches_exactly_nothing(scale_std):
 
 
 def test_remax_advantages_against_a_loop():
-    """r - r_greedy - beta * (KL of this and the later tokens), of its own response alone; padding, even NaN, is not read."""
-    lengths, beta = [1, 3, 5], 0.3
-    mask, rewards, greedy, kl = ragged(lengths, 6), noise(3), noise(3, seed=1), noise(3, 6, seed=2)
+    """r - r_greedy - beta * (KL of this and the later tokens), of its own response alone; padding, even NaN,
+    is not read."""
+    lengths = [1, 3, 5]
+    beta = 0.3
+    mask = ragged(lengths, 6)
+    rewards = noise(3)
+    greedy = noise(3, seed=1)
+    kl = noise(3, 6, seed=2)
     expected = torch.zeros(3, 6, dtype=torch.float64)
     for b, n in enumerate(lengths):
         for t in range(n):
@@ -72,14 +80,15 @@ def test_remax_advantages_against_a_loop():
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
-# --- the loss --------------------------------------------------------------------------------------------------------
+# --- the loss -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_token_weights_against_a_loop(aggregation):
-    """grpo: each response weighs 1 / N, so all sum to 1; dapo: each token of the mini-batch the same, sum 1; dr_grpo: each token
-    1 / (N * limit), sum mean length / limit. None on padding."""
-    lengths, limit = [1, 4, 6], 8
+    """grpo: each response weighs 1 / N, so all sum to 1; dapo: each token of the mini-batch the same, sum 1;
+    dr_grpo: each token 1 / (N * limit), sum mean length / limit. None on padding."""
+    lengths = [1, 4, 6]
+    limit = 8
     weights = grpo.token_weights(ragged(lengths, 7), aggregation, limit)
     expected = torch.zeros(3, 7)
     for b, n in enumerate(lengths):
@@ -96,36 +105,45 @@ def test_token_weights_against_a_loop(aggregation):
 @pytest.mark.parametrize("script", [grpo, remax])
 @pytest.mark.parametrize("clip, clip_high", [(0.2, 0.2), (0.2, 0.28), (0.05, 3.0)])
 def test_surrogate_against_a_loop(script, clip, clip_high):
-    """Weighted sum of -min(rho A, clip(rho, 1 - clip, 1 + clip_high) A), its gradient zero exactly where the clip binds, and the
-    sums for the log; padding, even NaN or -inf, is not read and gets no gradient."""
+    """Weighted sum of -min(rho A, clip(rho, 1 - clip, 1 + clip_high) A), its gradient zero exactly where the
+    clip binds, and the sums for the log; padding, even NaN or -inf, is not read and gets no gradient."""
     lengths = [2, 5, 1, 4]
-    mask, old, weights = ragged(lengths), noise(4, 5), noise(4, 5, seed=1).abs()
-    logprobs, advantages = old + 0.4 * noise(4, 5, seed=2), noise(4, 1, seed=3)
-    total, clipped, k3, ratios, slopes = 0.0, 0, 0.0, 0.0, torch.zeros(4, 5, dtype=torch.float64)
+    mask = ragged(lengths)
+    old = noise(4, 5)
+    weights = noise(4, 5, seed=1).abs()
+    logprobs = old + 0.4 * noise(4, 5, seed=2)
+    advantages = noise(4, 1, seed=3)
+    total = 0.0
+    expected = {"clipped": 0, "approx_kl": 0.0, "ratio": 0.0}
+    slopes = torch.zeros(4, 5, dtype=torch.float64)
     for b, n in enumerate(lengths):
         for t in range(n):
-            rho, a, w = (
-                math.exp(logprobs[b, t].item() - old[b, t].item()),
-                advantages[b, 0].item(),
-                weights[b, t].item(),
-            )
+            rho = math.exp(logprobs[b, t].item() - old[b, t].item())
+            a = advantages[b, 0].item()
+            w = weights[b, t].item()
             held = min(max(rho, 1 - clip), 1 + clip_high)
             total -= w * min(rho * a, held * a)
             slopes[b, t] = -w * rho * a if rho * a <= held * a else 0.0
-            clipped, k3, ratios = clipped + (rho != held), k3 + rho - 1 - math.log(rho), ratios + rho
-    assert clipped and (slopes[mask] == 0).any() and (slopes[mask] != 0).any()
+            if rho != held:
+                expected["clipped"] += 1
+            expected["approx_kl"] += rho - 1 - math.log(rho)
+            expected["ratio"] += rho
+    assert expected["clipped"] and (slopes[mask] == 0).any() and (slopes[mask] != 0).any()
     for rubbish in (0.0, NAN, -INF):
         new = logprobs.masked_fill(~mask, rubbish).requires_grad_()
         args = (weights, mask, clip, clip_high)
-        loss, stats = script.surrogate_loss(new, old.masked_fill(~mask, rubbish), advantages, *args)
+        loss, sums = script.surrogate_loss(new, old.masked_fill(~mask, rubbish), advantages, *args)
         assert loss.item() == pytest.approx(total, abs=1e-12)
-        assert stats.tolist() == pytest.approx([clipped, k3, ratios], abs=1e-9) and not stats.requires_grad
+        assert {name: value.item() for name, value in sums.items()} == pytest.approx(expected, abs=1e-9)
+        assert not any(value.requires_grad for value in sums.values())
         torch.testing.assert_close(torch.autograd.grad(loss, new)[0], slopes, rtol=0, atol=1e-12)
 
 
 def test_kl_estimates_against_a_loop():
     """k1 = log-ratio, k3 = exp(-k1) - 1 + k1 >= 0 (2402.03300 eq. 4); masked before exp."""
-    mask, logprobs, ref = ragged([2, 4]), noise(2, 4), noise(2, 4, seed=1)
+    mask = ragged([2, 4])
+    logprobs = noise(2, 4)
+    ref = noise(2, 4, seed=1)
     dirty = ref.masked_fill(~mask, INF)
     k1, k3 = grpo.kl_estimates(logprobs, dirty, mask)
     for b, t in product(range(2), range(4)):
@@ -138,10 +156,13 @@ def test_kl_estimates_against_a_loop():
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_loss_does_not_depend_on_micro_batches(aggregation):
-    """Weights are of the whole mini-batch, so the loss and its gradient are the same for every way to cut it, each piece as
-    narrow as its longest response."""
+    """Weights are of the whole mini-batch, so the loss and its gradient are the same for every way to cut it,
+    each piece as narrow as its longest response."""
     lengths = [6, 1, 3, 5, 2, 4]
-    mask, old, ref, advantages = ragged(lengths), noise(6, 6), noise(6, 6, seed=4), noise(6, 1, seed=3)
+    mask = ragged(lengths)
+    old = noise(6, 6)
+    ref = noise(6, 6, seed=4)
+    advantages = noise(6, 1, seed=3)
     weights = grpo.token_weights(mask, aggregation, 10).double()
     found = []
     for parts in (
@@ -154,8 +175,12 @@ def test_loss_does_not_depend_on_micro_batches(aggregation):
         loss = 0.0
         for at in parts:
             width = max(lengths[i] for i in at)
-            new, *rest = (x[at, :width] for x in (logprobs, old, ref, advantages.expand(6, 6), weights, mask))
-            mb_old, mb_ref, mb_advantages, mb_weights, mb_mask = rest
+            new = logprobs[at, :width]
+            mb_old = old[at, :width]
+            mb_ref = ref[at, :width]
+            mb_advantages = advantages[at]
+            mb_weights = weights[at, :width]
+            mb_mask = mask[at, :width]
             part = grpo.surrogate_loss(new, mb_old, mb_advantages, mb_weights, mb_mask, 0.2, 0.2)[0]
             loss = loss + part + 0.04 * (grpo.kl_estimates(new, mb_ref, mb_mask)[1] * mb_weights).sum()
         found.append((loss.detach(), torch.autograd.grad(loss, logprobs)[0]))
@@ -163,12 +188,12 @@ def test_loss_does_not_depend_on_micro_batches(aggregation):
         torch.testing.assert_close(other, found[0], rtol=0, atol=1e-12)
 
 
-# --- expected gradients ----------------------------------------------------------------------------------------------
+# --- expected gradients -------------------------------------------------------------------------------------
 
 
 def expected_grpo_gradient(world, size, scale_std, aggregation):
-    """E[-gradient of grpo.py's loss at ratio 1] over all groups of `size` responses drawn from the policy, each listed. The loss
-    is linear in the advantages, so a group's probability can be a factor of its own."""
+    """E[-gradient of grpo.py's loss at ratio 1] over all groups of `size` responses drawn from the policy,
+    each listed. The loss is linear in the advantages, so a group's probability can be a factor of its own."""
     logits = world.logits.clone().requires_grad_()
     logprobs = logprobs_of(logits)
     groups = torch.tensor(list(product(range(len(RESPONSES)), repeat=size)))
@@ -183,8 +208,8 @@ def expected_grpo_gradient(world, size, scale_std, aggregation):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_grpo_gradient_is_the_exact_policy_gradient_but_for_a_factor(size):
-    """Without the deviation and with dr_grpo's constant, E[gradient] = (G - 1) / G * d/dtheta E[r] / limit: a group's mean holds
-    the response itself, which shrinks the gradient and turns it nowhere."""
+    """Without the deviation and with dr_grpo's constant, E[gradient] = (G - 1) / G * d/dtheta E[r] / limit: a
+    group's mean holds the response itself, which shrinks the gradient and turns it nowhere."""
     world = World()
     exact = exact_gradient(world, 0.0)
     assert exact.abs().max() > 0.05
@@ -193,7 +218,8 @@ def test_grpo_gradient_is_the_exact_policy_gradient_but_for_a_factor(size):
 
 
 def test_grpo_gradient_with_the_papers_mean_or_deviation_points_elsewhere():
-    """1 / length of each response (`grpo`) and 1 / std of each group are no scale of the exact gradient; Dr. GRPO has neither."""
+    """1 / length of each response (`grpo`) and 1 / std of each group are no scale of the exact gradient; Dr.
+    GRPO has neither."""
     world = World()
     exact = exact_gradient(world, 0.0).flatten()
     for scale_std, aggregation, turned in (
@@ -207,11 +233,12 @@ def test_grpo_gradient_with_the_papers_mean_or_deviation_points_elsewhere():
 
 
 def test_gradient_of_the_k3_term_is_that_of_the_other_kl():
-    """In the loss, E[gradient of k3] is that of KL(pi_ref || pi) at each state the policy visits (the states held fixed), not
-    that of KL(pi || pi_ref), of whose value k3 is an unbiased estimate."""
+    """In the loss, E[gradient of k3] is that of KL(pi_ref || pi) at each state the policy visits (the states
+    held fixed), not that of KL(pi || pi_ref), of whose value k3 is an unbiased estimate."""
     world = World()
     logits = world.logits.clone().requires_grad_()
-    logprobs, ref = logprobs_of(logits), logprobs_of(world.ref_logits)
+    logprobs = logprobs_of(logits)
+    ref = logprobs_of(world.ref_logits)
     p = logprobs.detach().sum(1).exp()
     k1, k3 = grpo.kl_estimates(logprobs, ref, MASK)
     kl = (p * k1.sum(1)).sum().item()
@@ -225,12 +252,14 @@ def test_gradient_of_the_k3_term_is_that_of_the_other_kl():
 
 @pytest.mark.parametrize("beta", [0.0, 0.7])
 def test_remax_gradient_is_the_exact_policy_gradient(beta):
-    """E[A_t d log pi] over all responses = d/dtheta (E[r] - beta KL(pi || pi_ref)): the greedy response's reward is no function
-    of the sample, so it does not bias, and the penalties before a token are rightly left out of its advantage."""
+    """E[A_t d log pi] over all responses = d/dtheta (E[r] - beta KL(pi || pi_ref)): the greedy response's
+    reward is no function of the sample, so it does not bias, and the penalties before a token are rightly
+    left out of its advantage."""
     world = World()
     logits = world.logits.clone().requires_grad_()
     logprobs = logprobs_of(logits)
-    p, state = logprobs.detach().sum(1).exp(), ()
+    p = logprobs.detach().sum(1).exp()
+    state = ()
     while state not in RESPONSES:
         state = (*state, int(world.logits[STATES.index(state)].argmax()))
     greedy = world.scores[RESPONSES.index(state)].expand(len(RESPONSES))
@@ -244,7 +273,7 @@ def test_remax_gradient_is_the_exact_policy_gradient(beta):
     )  # weights are float32
 
 
-# --- the greedy half -------------------------------------------------------------------------------------------------
+# --- the greedy half ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -258,14 +287,15 @@ def opened(folder, tokenizer):
 
 
 def test_rollout_at_a_list_of_temperatures_is_each_prompts_own(group, tokenizer):
-    """Each response is that of a call with its temperature for all: the random numbers belong to the place in the list; the
-    greedy half depends on no random number and equals one of the prompts alone."""
+    """Each response is that of a call with its temperature for all: the random numbers belong to the place in
+    the list; the greedy half depends on no random number and equals one of the prompts alone."""
     policy = opened(reviews.folder("policy"), tokenizer)
     prompts = [
         row["prompt_ids"]
         for row in tokenize(reviews.rows("prompts")[:40:8], tokenizer, (), 24, 16, "reviews")
     ]
-    heat, n = [0.7, 0.0, 1.3, 1.0, 0.0], len(prompts)
+    heat = [0.7, 0.0, 1.3, 1.0, 0.0]
+    n = len(prompts)
     mixed = rollout(policy, tokenizer, prompts, 12, heat, (0, 1))[0]
     for i, temperature in enumerate(heat):
         assert rollout(policy, tokenizer, prompts, 12, temperature, (0, 1))[0][i] == mixed[i]
@@ -276,8 +306,9 @@ def test_rollout_at_a_list_of_temperatures_is_each_prompts_own(group, tokenizer)
 
 
 def test_remax_baseline_is_the_greedy_response_of_the_current_policy(world, group, tokenizer):
-    """objective/greedy_score is the mean reward of a greedy rollout of the policy before each step, objective/score of a sampled
-    one, to the step's own prompts; the second step's policy is the one exported after the first."""
+    """objective/greedy_score is the mean reward of a greedy rollout of the policy before each step,
+    objective/score of a sampled one, to the step's own prompts; the second step's policy is the one exported
+    after the first."""
     args = helpers.ARGS["remax"] | dict(eval_every=0, precision="fp64", lr=1e-2)
     for steps in (1, 2):
         world.run("remax", **args | dict(steps=steps), run_dir=f"runs/remax-{steps}").ok()
@@ -289,10 +320,8 @@ def test_remax_baseline_is_the_greedy_response_of_the_current_policy(world, grou
     rows = rows[args["eval_prompts"] :]
     seen = []
     for step, folder in enumerate((reviews.folder("policy"), world.path("runs/remax-1/model"))):
-        policy, prompts = (
-            opened(folder, tokenizer),
-            [rows[i]["prompt_ids"] for i in batch_indices(len(rows), 9, step, 0)],
-        )
+        policy = opened(folder, tokenizer)
+        prompts = [rows[i]["prompt_ids"] for i in batch_indices(len(rows), 9, step, 0)]
         for key, temperature in (("objective/score", 1.0), ("objective/greedy_score", 0.0)):
             responses = rollout(policy, tokenizer, prompts, 16, temperature, (0, step + 1))[0]
             rewards = helpers.length_reward(None, tokenizer.batch_decode(responses, skip_special_tokens=True))

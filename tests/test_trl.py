@@ -315,9 +315,9 @@ def test_grpo_loss_is_trls(generation, theirs, ours, clips):
     )
     logprobs, entropy = trainer.model.response_logprobs(**mb, temperature=0.7)
     weights = grpo.token_weights(mask, ours, LIMIT)
-    loss, stats = grpo.surrogate_loss(logprobs, old, advantages, weights, mask, *clips)
+    loss, sums = grpo.surrogate_loss(logprobs, old, advantages, weights, mask, *clips)
     loss = loss + 0.04 * (grpo.kl_estimates(logprobs, ref, mask)[1] * weights).sum()
-    assert stats[0] > 3  # the clip binds
+    assert sums["clipped"] > 3  # the clip binds
     assert_same(trainer.model, trainer.compute_loss(trainer.model, scored), loss)
     logged, count = trainer._metrics["train"], mask.sum()
     assert logged["entropy"][-1] == pytest.approx((entropy.sum() / count).item(), abs=1e-5)

@@ -1,7 +1,9 @@
-"""Worlds small enough to enumerate: what TD learning converges to, and what the policy gradients of DVPO and PPO are, exactly.
+"""Worlds small enough to enumerate: what TD learning converges to, and what the policy gradients of DVPO and
+PPO are, exactly.
 
-Vocabulary {0, 1, 2}, 0 ends a response, three tokens at most: 15 responses of lengths 1, 2, 3, the longest ones of them cut off
-without an end. A tabular value or policy holds a number for every prefix, so that each expectation is a finite sum.
+Vocabulary {0, 1, 2}, 0 ends a response, three tokens at most: 15 responses of lengths 1, 2, 3, the longest
+ones of them cut off without an end. A tabular value or policy holds a number for every prefix, so that each
+expectation is a finite sum.
 """
 
 import gc
@@ -32,18 +34,24 @@ MASK = torch.tensor([[t < len(y) for t in range(LIMIT)] for y in RESPONSES])
 
 
 class World:
-    """Scores of the responses, and a behaviour: probabilities of the next token in each state; both drawn at random."""
+    """Scores of the responses, and a behaviour: probabilities of the next token in each state; both drawn at
+    random."""
 
     def __init__(self, seed=0):
         generator = torch.Generator().manual_seed(seed)
-        random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
         self.scores = random(len(RESPONSES))
-        self.logits, self.ref_logits = 1.5 * random(len(STATES), 3), random(len(STATES), 3)
+        self.logits = 1.5 * random(len(STATES), 3)
+        self.ref_logits = random(len(STATES), 3)
 
 
 def logprobs_of(logits):
     """[B, T] log-probabilities of the responses' tokens under a table of logits [states, 3]; 0 on padding."""
-    table, zero = logits.log_softmax(-1), logits.new_zeros(())
+    table = logits.log_softmax(-1)
+    zero = logits.new_zeros(())
     rows = [
         [table[STATES.index(y[:t]), y[t]] if t < len(y) else zero for t in range(LIMIT)] for y in RESPONSES
     ]
@@ -51,8 +59,10 @@ def logprobs_of(logits):
 
 
 def dynamic_programming(logits, final, gamma=1.0, step=None):
-    """{prefix: value} backwards from the ends: `final` is the reward with the last token, `step` {(state, token): reward}."""
-    probabilities, values = logits.softmax(-1), {y: final[i].item() for i, y in enumerate(RESPONSES)}
+    """{prefix: value} backwards from the ends: `final` is the reward with the last token, `step` {(state,
+    token): reward}."""
+    probabilities = logits.softmax(-1)
+    values = {y: final[i].item() for i, y in enumerate(RESPONSES)}
     for state in sorted(STATES, key=len, reverse=True):
         values[state] = 0.0
         for token in range(3):
@@ -64,16 +74,23 @@ def dynamic_programming(logits, final, gamma=1.0, step=None):
 
 
 def table_of(values, gamma=1.0):
-    """[B, T + 1] as a value model gives them: V(s_1), then Q(s_t, a_t), which is gamma * V(s_{t+1}) before the end."""
-    read = lambda y, t: values[y[:t]] * (gamma if 0 < t < len(y) else 1.0) if t <= len(y) else 0.0
+    """[B, T + 1] as a value model gives them: V(s_1), then Q(s_t, a_t), which is gamma * V(s_{t+1}) before
+    the end."""
+
+    def read(y, t):
+        if t > len(y):
+            return 0.0
+        return values[y[:t]] * (gamma if 0 < t < len(y) else 1.0)
+
     return torch.tensor([[read(y, t) for t in range(LIMIT + 1)] for y in RESPONSES], dtype=torch.float64)
 
 
-# --- temporal differences --------------------------------------------------------------------------------------------
+# --- temporal differences -----------------------------------------------------------------------------------
 
 
 def weighted_td_loss(values, scores, weights, gamma, lam):
-    """td_loss with a weight for each response: targets are linear in values and scores, so it is a scale of both."""
+    """td_loss with a weight for each response: targets are linear in values and scores, so it is a scale of
+    both."""
     scale = weights.sqrt()
     return gvm_td.td_loss(values * scale[:, None], scores * scale, MASK, gamma, lam)
 
@@ -81,7 +98,8 @@ def weighted_td_loss(values, scores, weights, gamma, lam):
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
 def test_td_fixed_point_is_the_dynamic_programming_value(lam, gamma):
-    """A tabular value trained on td_loss, each response weighted by its probability, becomes E[gamma^(T - t) S | prefix]."""
+    """A tabular value trained on td_loss, each response weighted by its probability, becomes E[gamma^(T - t)
+    S | prefix]."""
     world = World()
     weights = logprobs_of(world.logits).sum(1).exp()
     assert weights.sum().item() == pytest.approx(1, abs=1e-12)  # the enumeration is complete
@@ -114,9 +132,10 @@ def group():
 
 
 def test_a_transformer_gvm_approaches_the_dynamic_programming_value(group, tmp_path):
-    """load_model, response_values and td_loss at lam 0.95, responses weighted by their probability: within 0.1 of values that
-    spread over more than 1, in each of the 29 prefixes."""
-    world, tokenizer = World(seed=1), load_tokenizer(reviews.folder("untrained"))
+    """load_model, response_values and td_loss at lam 0.95, responses weighted by their probability: within
+    0.1 of values that spread over more than 1, in each of the 29 prefixes."""
+    world = World(seed=1)
+    tokenizer = load_tokenizer(reviews.folder("untrained"))
     shape = dict(
         hidden_size=32,
         intermediate_size=64,
@@ -144,7 +163,7 @@ def test_a_transformer_gvm_approaches_the_dynamic_programming_value(group, tmp_p
     assert spread > 1 and error < 0.1, (spread, error)
 
 
-# --- policy gradients ------------------------------------------------------------------------------------------------
+# --- policy gradients ---------------------------------------------------------------------------------------
 
 
 def exact_gradient(world, beta):
@@ -158,8 +177,9 @@ def exact_gradient(world, beta):
 
 
 def estimated_gradient(script, world, advantages):
-    """The expected gradient of a script's policy_loss at ratio 1, minus sign taken off: the loss is linear in A, so that
-    weighting A by the response's probability gives the expectation over responses drawn from the policy."""
+    """The expected gradient of a script's policy_loss at ratio 1, minus sign taken off: the loss is linear in
+    A, so that weighting A by the response's probability gives the expectation over responses drawn from the
+    policy."""
     logits = world.logits.clone().requires_grad_()
     logprobs = logprobs_of(logits)
     p = logprobs.detach().sum(1).exp()
@@ -175,7 +195,8 @@ def kl_of(world):
 
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
 def test_dvpo_gradient_with_an_exact_gvm_is_the_exact_policy_gradient(lam):
-    """E[gradient] = d/dtheta E[S] for every lam, when the GVM is the current policy's dynamic-programming value."""
+    """E[gradient] = d/dtheta E[S] for every lam, when the GVM is the current policy's dynamic-programming
+    value."""
     world = World()
     values = table_of(dynamic_programming(world.logits, world.scores))
     final = values.gather(1, MASK.sum(1, keepdim=True)).squeeze(1)  # Q(s_T, a_T), as dvpo.py reads it
@@ -188,7 +209,8 @@ def test_dvpo_gradient_with_an_exact_gvm_is_the_exact_policy_gradient(lam):
 
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
 def test_without_the_score_on_the_last_token_the_gradient_is_wrong(lam):
-    """The released trainer's variant, no reward at the end, gives the last token -V: far from the policy gradient."""
+    """The released trainer's variant, no reward at the end, gives the last token -V: far from the policy
+    gradient."""
     world = World()
     values = table_of(dynamic_programming(world.logits, world.scores))
     rewards = dvpo.token_rewards(kl_of(world), torch.zeros(len(RESPONSES), dtype=torch.float64), MASK, 0.0)
@@ -199,9 +221,12 @@ def test_without_the_score_on_the_last_token_the_gradient_is_wrong(lam):
 
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
 def test_dvpo_gradient_with_a_kl_penalty_the_gvm_knows_nothing_of(lam):
-    """V of the score alone: at lam 1 the gradient of E[S] - beta KL is exact; below, later penalties fade as lam^l, no more."""
-    world, beta = World(), 0.7
-    values, kl = table_of(dynamic_programming(world.logits, world.scores)), kl_of(world)
+    """V of the score alone: at lam 1 the gradient of E[S] - beta KL is exact; below, later penalties fade as
+    lam^l, no more."""
+    world = World()
+    beta = 0.7
+    values = table_of(dynamic_programming(world.logits, world.scores))
+    kl = kl_of(world)
     rewards = dvpo.token_rewards(kl, world.scores, MASK, beta)
     got = estimated_gradient(dvpo, world, dvpo.gae(rewards, values[:, :-1], MASK, 1.0, lam))
     exact = exact_gradient(world, beta)
@@ -214,8 +239,10 @@ def test_dvpo_gradient_with_a_kl_penalty_the_gvm_knows_nothing_of(lam):
 
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
 def test_dvpo_expected_advantage_with_a_discounted_gvm(lam):
-    """gamma < 1: with dvpo.py's V(s_{t+1}) = Q(s_t, a_t) / gamma, E[A_t | s_t, a_t] = Q(s_t, a_t) - V(s_t) for all lam."""
-    world, gamma = World(), 0.8
+    """gamma < 1: with dvpo.py's V(s_{t+1}) = Q(s_t, a_t) / gamma, E[A_t | s_t, a_t] = Q(s_t, a_t) - V(s_t)
+    for all lam."""
+    world = World()
+    gamma = 0.8
     values = table_of(dynamic_programming(world.logits, world.scores, gamma), gamma)
     old_values = values[:, :-1] / gamma
     old_values[:, 0] = values[:, 0]
@@ -232,7 +259,8 @@ def test_dvpo_expected_advantage_with_a_discounted_gvm(lam):
 @pytest.mark.parametrize("beta", [0.0, 0.7])
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
 def test_ppo_gradient_with_an_exact_critic_is_the_exact_policy_gradient(lam, beta):
-    """PPO's critic learns returns that include the KL: with that V the gradient of E[S] - beta KL is exact for every lam."""
+    """PPO's critic learns returns that include the KL: with that V the gradient of E[S] - beta KL is exact
+    for every lam."""
     world = World()
     log_ratio = world.logits.log_softmax(-1) - world.ref_logits.log_softmax(-1)
     step = {(s, a): -beta * log_ratio[i, a].item() for i, s in enumerate(STATES) for a in range(3)}
@@ -244,7 +272,8 @@ def test_ppo_gradient_with_an_exact_critic_is_the_exact_policy_gradient(lam, bet
 
 
 def test_ppo_critic_fixed_point_is_the_dynamic_programming_value():
-    """Regression on R = A + V with value_loss, by probability, drives a tabular critic to V for lam < 1 too."""
+    """Regression on R = A + V with value_loss, by probability, drives a tabular critic to V for lam < 1
+    too."""
     world = World()
     exact = dynamic_programming(world.logits, world.scores)
     at = torch.tensor([[STATES.index(y[: min(t, len(y) - 1)]) for t in range(LIMIT)] for y in RESPONSES])
