@@ -287,9 +287,8 @@ def main(args: Args) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(len(rows), generator=generator, dtype=torch.float64)  # [N]
     rewards = ((rewards - mean) / std + args.reward_noise * noise).to(device)
-    held_out_rewards = torch.tensor(
-        [row["reward"] for row in held_out], dtype=torch.float64, device=device
-    )  # [M]
+    held_out_rewards = [row["reward"] for row in held_out]
+    held_out_rewards = torch.tensor(held_out_rewards, dtype=torch.float64, device=device)  # [M]
     groups = prompt_groups(rows).to(device)  # [N]
     eval_groups = prompt_groups(held_out).to(device)  # [M]
     sequences = [(row["prompt_ids"], row["response_ids"]) for row in rows]
@@ -385,37 +384,35 @@ def main(args: Args) -> None:
         # --- update
         clock = time.perf_counter()
         batch = batch_indices(len(rows), args.batch_size, step, args.seed)
-        sums = {  # of each response's share in the batch's mean; float64 scalars
+        sums = {  # over this rank's responses, each divided by the size of the batch
             "loss": torch.zeros((), device=device, dtype=torch.float64),
             "log_ratio": torch.zeros((), device=device, dtype=torch.float64),
             "value": torch.zeros((), device=device, dtype=torch.float64),
         }
         picks = micro_batches(batch, lengths, args.micro_batch_size, rank, world)
         for pick in accumulated(picks, policy, value):
-            # A rank with nothing left still joins the collectives: collate gives it a masked dummy sequence,
-            # and row 0 lends it the numbers that the loss needs.
-            mb = collate([sequences[i] for i in pick], pad, device)  # input_ids [B, L], response_mask [B, T]
-            mb_indices = pick or [0]
-            mb_scale = scale([sequences[i] for i in mb_indices])  # [B]
-            mb_ref_logprobs = ref_logprobs[mb_indices]  # [B]
+            mb_sequences = [sequences[i] for i in pick]
+            mb = collate(mb_sequences, pad, device)  # input_ids [B, L], response_mask [B, T]
             if args.shared_encoder:
                 # [B, T], entropy, [B]
                 mb_token_logprobs, _, mb_values = policy.response_logprobs(**mb, prompt_head=value)
             else:
-                mb_token_logprobs = policy.response_logprobs(**mb)[0]  # [B, T]
+                mb_token_logprobs, _ = policy.response_logprobs(**mb)  # [B, T]
                 mb_values = prompt_values(value, **mb)  # [B]
-            mb_logprobs = mb_token_logprobs.sum(1) / mb_scale  # [B]
+            if not pick:
+                # A rank with nothing left still joins the collectives: its dummy sequence counts nothing.
+                backward((mb_token_logprobs.sum() + mb_values.sum()) * 0)
+                continue
+            mb_logprobs = mb_token_logprobs.sum(1) / scale(mb_sequences)  # [B]
+            mb_ref_logprobs = ref_logprobs[pick]  # [B]
             mb_policy_loss, mb_value_loss = dro_losses(
-                mb_logprobs, mb_ref_logprobs, rewards[mb_indices], mb_values, args.tau
+                mb_logprobs, mb_ref_logprobs, rewards[pick], mb_values, args.tau
             )
             mb_loss = mb_policy_loss + mb_value_loss  # []
-            if pick:
-                backward(mb_loss / len(batch))
-                sums["loss"] += mb_policy_loss.detach() / len(batch)
-                sums["log_ratio"] += (mb_logprobs - mb_ref_logprobs).sum().detach() / len(batch)
-                sums["value"] += mb_values.double().sum().detach() / len(batch)
-            else:
-                backward(mb_loss * 0)  # the dummy sequence counts nothing
+            backward(mb_loss / len(batch))
+            sums["loss"] += mb_policy_loss.detach() / len(batch)
+            sums["log_ratio"] += (mb_logprobs - mb_ref_logprobs).sum().detach() / len(batch)
+            sums["value"] += mb_values.double().sum().detach() / len(batch)
         lr = learning_rate(step, steps, peak_lr, args.warmup_steps, args.lr_schedule)
         value_lr = learning_rate(step, steps, args.value_lr, args.warmup_steps, args.lr_schedule)
         where = f"step {step}, data rows {[rows[i]['row'] for i in batch]}"

@@ -19,8 +19,8 @@ whatever its reward: such prompts are dropped and counted.
         --lr 5e-7 --gradient-checkpointing
 
 Watch `eval/pair_accuracy` (does the policy's own log-ratio order held-out answers?) and `eval/kl`; read
-samples.jsonl. Where `rpo/target` is far from 0 on average, it asks the impossible of a policy: tens of nats for
-long answers. docs/rpo.md explains the rest.
+samples.jsonl. Where `rpo/target` is far from 0 on average, it asks the impossible of a policy: tens of nats
+for long answers. docs/rpo.md explains the rest.
 """
 
 import json
@@ -286,9 +286,8 @@ def main(args: Args) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(len(rows), generator=generator, dtype=torch.float64)  # [N]
     rewards = ((rewards - mean) / std + args.reward_noise * noise).to(device)
-    held_out_rewards = torch.tensor(
-        [row["reward"] for row in held_out], dtype=torch.float64, device=device
-    )  # [M]
+    held_out_rewards = [row["reward"] for row in held_out]
+    held_out_rewards = torch.tensor(held_out_rewards, dtype=torch.float64, device=device)  # [M]
     groups = prompt_groups(rows).to(device)  # [N]
     eval_groups = prompt_groups(held_out).to(device)  # [M]
     sequences = [(row["prompt_ids"], row["response_ids"]) for row in rows]
@@ -379,26 +378,25 @@ def main(args: Args) -> None:
         # --- update
         clock = time.perf_counter()
         batch = batch_indices(len(rows), args.batch_size, step, args.seed)
-        sums = {  # of each response's share in the batch's mean; float64 scalars
+        sums = {  # over this rank's responses, each divided by the size of the batch
             "loss": torch.zeros((), device=device, dtype=torch.float64),
             "log_ratio": torch.zeros((), device=device, dtype=torch.float64),
         }
         picks = micro_batches(batch, lengths, args.micro_batch_size, rank, world)
         for pick in accumulated(picks, policy):
-            # A rank with nothing left still joins the collectives: collate gives it a masked dummy sequence,
-            # and row 0 lends it the numbers that the loss needs.
-            mb = collate([sequences[i] for i in pick], pad, device)  # input_ids [B, L], response_mask [B, T]
-            mb_indices = pick or [0]
-            mb_scale = scale([sequences[i] for i in mb_indices])  # [B]
-            mb_ref_logprobs = ref_logprobs[mb_indices]  # [B]
-            mb_logprobs = policy.response_logprobs(**mb)[0].sum(1) / mb_scale  # [B]
-            mb_loss = rpo_loss(mb_logprobs, mb_ref_logprobs, targets[mb_indices])  # []
-            if pick:
-                backward(mb_loss / len(batch))
-                sums["loss"] += mb_loss.detach() / len(batch)
-                sums["log_ratio"] += (mb_logprobs - mb_ref_logprobs).sum().detach() / len(batch)
-            else:
-                backward(mb_loss * 0)  # the dummy sequence counts nothing
+            mb_sequences = [sequences[i] for i in pick]
+            mb = collate(mb_sequences, pad, device)  # input_ids [B, L], response_mask [B, T]
+            mb_token_logprobs, _ = policy.response_logprobs(**mb)  # [B, T]
+            if not pick:
+                # A rank with nothing left still joins the collectives: its dummy sequence counts nothing.
+                backward(mb_token_logprobs.sum() * 0)
+                continue
+            mb_logprobs = mb_token_logprobs.sum(1) / scale(mb_sequences)  # [B]
+            mb_ref_logprobs = ref_logprobs[pick]  # [B]
+            mb_loss = rpo_loss(mb_logprobs, mb_ref_logprobs, targets[pick])  # []
+            backward(mb_loss / len(batch))
+            sums["loss"] += mb_loss.detach() / len(batch)
+            sums["log_ratio"] += (mb_logprobs - mb_ref_logprobs).sum().detach() / len(batch)
         lr = learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
         where = f"step {step}, data rows {[rows[i]['row'] for i in batch]}"
         total, norm = optimizer_step(policy, optimizer, lr, sums["loss"], args.max_grad_norm, where)
