@@ -9,8 +9,8 @@ human utility is
 
 z estimates KL(pi || pi_ref) without sampling: the mean of log pi(y'|x) - log pi_ref(y'|x) over *mismatched*
 pairs (a prompt with the response to another), over the whole batch and all ranks, clamped at 0; no gradient
-passes through it. Each row keeps one mismatched response for the whole run, so the reference's log-probabilities
-of those too are computed once.
+passes through it. Each row keeps one mismatched response for the whole run, so the reference's
+log-probabilities of those too are computed once.
 
     python kto.py                                                      # the embedded world, one CPU
     python kto.py --model runs/sft/model --dataset thumbs.jsonl        # prompt, response, label (a bool)
