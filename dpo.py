@@ -1,16 +1,18 @@
 """DPO: Direct Preference Optimisation, offline, from pairs of a chosen and a rejected response.
 
-Paper: 2305.18290. With the implied reward h(y) = log pi(y|x) - log pi_ref(y|x), the Bradley-Terry likelihood of the pairs:
+Paper: 2305.18290. With the implied reward h(y) = log pi(y|x) - log pi_ref(y|x), the Bradley-Terry likelihood
+of the pairs:
 
-    loss = -mean over pairs of log sigmoid(beta * (h(y_chosen) - h(y_rejected)))                                  (eq. 7)
+    loss = -mean over pairs of log sigmoid(beta * (h(y_chosen) - h(y_rejected)))                (eq. 7)
 
     python dpo.py                                                      # the embedded world, one CPU
     python dpo.py --model runs/sft/model --dataset pairs.jsonl
     torchrun --nproc_per_node=8 dpo.py --model runs/sft/model --dataset openbmb/UltraFeedback --part value \
         --gradient-checkpointing
 
-Watch `eval/pair_accuracy` (does the log-ratio order held-out pairs?), `eval/kl`, and `dpo/log_ratio_chosen`: the loss sees the
-difference alone, so both can fall together while the policy leaves the data. Read samples.jsonl. docs/dpo.md explains the rest.
+Watch `eval/pair_accuracy` (does the log-ratio order held-out pairs?), `eval/kl`, and `dpo/log_ratio_chosen`:
+the loss sees the difference alone, so both can fall together while the policy leaves the data. Read
+samples.jsonl. docs/dpo.md explains the rest.
 """
 
 import time
@@ -151,21 +153,41 @@ REVIEWS = dict(
 )
 
 
-def dpo_loss(chosen_log_ratios, rejected_log_ratios, beta, label_smoothing=0.0):
-    """Sum over pairs of -log sigmoid(beta * (h_chosen - h_rejected)) (2305.18290 eq. 7); both [B]. `label_smoothing` is the
-    weight of the same loss with the pair turned round."""
+def dpo_loss(
+    chosen_log_ratios: torch.Tensor,
+    rejected_log_ratios: torch.Tensor,
+    beta: float,
+    label_smoothing: float | torch.Tensor = 0.0,
+) -> torch.Tensor:
+    """Sum over pairs of -log sigmoid(beta * (h_chosen - h_rejected)) (2305.18290 eq. 7); both [B].
+
+    `label_smoothing` is the weight of the same loss with the pair turned round: one number, or [B].
+    """
     margin = beta * (chosen_log_ratios - rejected_log_ratios)
-    return -((1 - label_smoothing) * F.logsigmoid(margin) + label_smoothing * F.logsigmoid(-margin)).sum()
+    as_labelled = (1 - label_smoothing) * F.logsigmoid(margin)
+    turned_round = label_smoothing * F.logsigmoid(-margin)
+    return -(as_labelled + turned_round).sum()
+
+
+def one_row_per_prompt(rows: list[dict]) -> list[dict]:
+    """The last row of each prompt, in the order in which the prompts first appear."""
+    last = {}
+    for row in rows:
+        last[str(row["prompt"])] = row
+    return list(last.values())
 
 
 def main(args: Args) -> None:
+    # Shapes: N training pairs, M held-out ones, B in a micro-batch; L tokens of prompt and response,
+    # T tokens of the response.
     # --- setup
     if not (args.beta > 0 and 0 <= args.label_smoothing < 0.5):
-        fail(
-            f"--beta {args.beta}, --label-smoothing {args.label_smoothing}: beta must be above 0, the smoothing in [0, 0.5)"
-        )
+        given = f"--beta {args.beta}, --label-smoothing {args.label_smoothing}"
+        fail(f"{given}: beta must be above 0, the smoothing in [0, 0.5)")
     run = Run(args)
-    device, rank, world = distributed.device(), distributed.rank(), distributed.world()
+    device = distributed.device()
+    rank = distributed.rank()
+    world = distributed.world()
     name = resolve(args.model)
     tokenizer = load_tokenizer(name)
     ref_name = resolve(args.ref_model or args.model)
@@ -173,152 +195,179 @@ def main(args: Args) -> None:
     pad = tokenizer.pad_token_id
 
     # --- data
-    def read(dataset, split, part):
-        reader = dict(columns=args.columns, split_seed=args.split_seed, skip_bad_rows=args.skip_bad_rows)
-        return read_rows(dataset, "preference", split=split, part=part, **reader)
+    def read_pairs(dataset, split, part):
+        """Rows of prompt, chosen and rejected."""
+        return read_rows(
+            dataset,
+            "preference",
+            split=split,
+            columns=args.columns,
+            part=part,
+            split_seed=args.split_seed,
+            skip_bad_rows=args.skip_bad_rows,
+        )
 
-    rows = read(args.dataset, args.split, args.part)
+    rows = read_pairs(args.dataset, args.split, args.part)
     if args.eval_dataset:
-        held_out = read(args.eval_dataset, args.eval_split, "all")
+        held_out = read_pairs(args.eval_dataset, args.eval_split, "all")
     else:
         rows, held_out = hold_out(rows, args.eval_fraction, args.split_seed)
     if not rows or not held_out:
         counts = f"{len(rows)} rows to learn from, {len(held_out)} held out"
         fail(f"{args.dataset}: {counts}; change --eval-fraction or give --eval-dataset")
-    rows, held_out = (
-        tokenize(
-            part, tokenizer, ("chosen", "rejected"), args.max_prompt_length, args.max_response_length, dataset
-        )
-        for part, dataset in ((rows, args.dataset), (held_out, args.eval_dataset or args.dataset))
-    )
-    chosen, rejected, eval_chosen, eval_rejected = (
-        [(row["prompt_ids"], row[f"{side}_ids"]) for row in part]
-        for part in (rows, held_out)
-        for side in ("chosen", "rejected")
-    )
-    eval_rows = list({str(row["prompt"]): row for row in held_out}.values())[: args.eval_prompts]
-    lengths = [len(p) + len(a) + len(p) + len(b) for (p, a), (_, b) in zip(chosen, rejected, strict=True)]
+    eval_name = args.eval_dataset or args.dataset
+    max_lengths = (args.max_prompt_length, args.max_response_length)
+    rows = tokenize(rows, tokenizer, ("chosen", "rejected"), *max_lengths, args.dataset)
+    held_out = tokenize(held_out, tokenizer, ("chosen", "rejected"), *max_lengths, eval_name)
+    chosen = [(row["prompt_ids"], row["chosen_ids"]) for row in rows]
+    rejected = [(row["prompt_ids"], row["rejected_ids"]) for row in rows]
+    eval_chosen = [(row["prompt_ids"], row["chosen_ids"]) for row in held_out]
+    eval_rejected = [(row["prompt_ids"], row["rejected_ids"]) for row in held_out]
+    eval_rows = one_row_per_prompt(held_out)[: args.eval_prompts]
+    eval_prompts = [row["prompt_ids"] for row in eval_rows]
+    lengths = []  # of both sequences of a pair
+    for row in rows:
+        both_prompts = 2 * len(row["prompt_ids"])
+        lengths.append(both_prompts + len(row["chosen_ids"]) + len(row["rejected_ids"]))
     steps = args.steps or args.epochs * max(1, len(rows) // args.batch_size)
     note(f"{len(rows)} pairs to learn from, {len(held_out)} held out, {steps} steps")
 
     def scale(sequences):
-        """What a summed log-probability is divided by, [N]."""
-        ones = [len(r) if args.length_normalise else 1 for _, r in sequences]
-        return torch.tensor(ones, dtype=torch.float64, device=device)
+        """What a summed log-probability is divided by, [N]: the response's length in tokens, or 1."""
+        if args.length_normalise:
+            divisors = [len(response) for _, response in sequences]
+        else:
+            divisors = [1] * len(sequences)
+        return torch.tensor(divisors, dtype=torch.float64, device=device)
 
     # --- models
-    eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
-    parts = dict(chosen=chosen, rejected=rejected, eval_chosen=eval_chosen, eval_rejected=eval_rejected)
-    sums = reference_logprobs(ref_name, tokenizer, args, **parts)
-    ref_logprobs = {
-        name: total / scale(part) for (name, part), total in zip(parts.items(), sums, strict=True)
-    }
+    judges = [Reward(reward_name, tokenizer, args) for reward_name in args.eval_reward]
+    chosen_sums, rejected_sums, eval_chosen_sums, eval_rejected_sums = reference_logprobs(
+        ref_name,
+        tokenizer,
+        args,
+        chosen=chosen,
+        rejected=rejected,
+        eval_chosen=eval_chosen,
+        eval_rejected=eval_rejected,
+    )
+    ref_chosen = chosen_sums / scale(chosen)  # [N]
+    ref_rejected = rejected_sums / scale(rejected)  # [N]
+    eval_ref_chosen = eval_chosen_sums / scale(eval_chosen)  # [M]
+    eval_ref_rejected = eval_rejected_sums / scale(eval_rejected)  # [M]
     policy = load_model("policy", name, tokenizer, args, trained=True)
     optimizer = adamw(policy, args.lr)
     reference = None if args.precompute_ref else load_reference(policy, ref_name, tokenizer, args)
-    models = [policy] + [reference] * (reference is not None)
-    trained, optimizers = {"policy": (policy, optimizer)}, [optimizer]
+    trained = {"policy": (policy, optimizer)}
+    models = [policy]
+    optimizers = [optimizer]
+    if reference is not None:
+        models.append(reference)
     state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
-    check_sampler(
-        policy,
-        tokenizer,
-        [row["prompt_ids"] for row in eval_rows],
-        args.max_response_length,
-        args.temperature,
-    )
+    check_sampler(policy, tokenizer, eval_prompts, args.max_response_length, args.temperature)
     run.start(start, steps)
 
-    def score(model, sequences, temperature=1.0):
+    def summed_logprobs_of(model, sequences, temperature=1.0):
+        """log pi(y | x) [N], summed over the response's tokens, on every rank; no gradient."""
         return sequence_logprobs(model, sequences, args.micro_batch_size, pad, temperature)
 
-    def evaluate(step):
-        h_chosen, h_rejected = (
-            score(policy, parts[side]) / scale(parts[side]) - ref_logprobs[side]
-            for side in ("eval_chosen", "eval_rejected")
+    def judge_samples():
+        """Samples a response to each evaluation prompt; returns (metrics, rows for samples.jsonl)."""
+        # The seed is the same in every evaluation, so that what differs comes from the policy.
+        responses, _ = rollout(
+            policy, tokenizer, eval_prompts, args.max_response_length, args.temperature, (0, 0)
         )
-        out = {"eval/pair_accuracy": (h_chosen > h_rejected).double().mean()}
-        prompts = [row["prompt_ids"] for row in eval_rows]
-        responses, _ = rollout(policy, tokenizer, prompts, args.max_response_length, args.temperature, (0, 0))
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        sampled = list(zip(prompts, responses, strict=True))
-        scores = {r.label: r(eval_rows, sampled, texts) for r in eval_rewards}
-        out |= {f"eval/{key}": value.mean() for key, value in scores.items()}
-        out |= {
-            "eval/length": sum(map(len, responses)) / max(1, len(responses)),
-            "eval/distinct_2": distinct_2(texts),
-        }
+        sampled = list(zip(eval_prompts, responses, strict=True))
+        judged = {}  # by name, a number for each response
+        for judge in judges:
+            judged[judge.label] = judge(eval_rows, sampled, texts)
+        metrics = {f"eval/{label}": rewards.mean() for label, rewards in judged.items()}
+        metrics["eval/length"] = sum(len(response) for response in responses) / max(1, len(responses))
+        metrics["eval/distinct_2"] = distinct_2(texts)
         if reference is not None:
-            scores["kl"] = score(policy, sampled, args.temperature) - score(
-                reference, sampled, args.temperature
-            )
-            out["eval/kl"] = scores["kl"].mean()
-        run.metrics(step, out, show=tuple(out))
-        run.samples(
-            step,
-            [
-                {"prompt": row["prompt"], "response": text, "length": len(responses[i])}
-                | {k: v[i].item() for k, v in scores.items()}
-                for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
-            ],
-        )
+            policy_logprobs = summed_logprobs_of(policy, sampled, args.temperature)
+            judged["kl"] = policy_logprobs - summed_logprobs_of(reference, sampled, args.temperature)
+            metrics["eval/kl"] = judged["kl"].mean()
+        samples = []
+        for i, row in enumerate(eval_rows[:8]):
+            sample = {"prompt": row["prompt"], "response": texts[i], "length": len(responses[i])}
+            for label, numbers in judged.items():
+                sample[label] = numbers[i].item()
+            samples.append(sample)
+        return metrics, samples
+
+    def evaluate_pairs(step):
+        """How held-out log-ratios order the pairs, and what sampled responses show; into the logs."""
+        eval_logprobs_chosen = summed_logprobs_of(policy, eval_chosen) / scale(eval_chosen)  # [M]
+        eval_logprobs_rejected = summed_logprobs_of(policy, eval_rejected) / scale(eval_rejected)  # [M]
+        h_chosen = eval_logprobs_chosen - eval_ref_chosen  # [M]
+        h_rejected = eval_logprobs_rejected - eval_ref_rejected  # [M]
+        metrics = {"eval/pair_accuracy": (h_chosen > h_rejected).double().mean()}
+        sampled_metrics, samples = judge_samples()
+        metrics |= sampled_metrics
+        run.metrics(step, metrics, show=tuple(metrics))
+        run.samples(step, samples)
 
     if start == 0 and args.eval_every:
-        evaluate(0)
+        evaluate_pairs(0)
     for step in range(start, steps):
         # --- update
         clock = time.perf_counter()
         batch = batch_indices(len(rows), args.batch_size, step, args.seed)
-        stats = torch.zeros(3, device=device, dtype=torch.float64)
+        sums = {  # over this rank's pairs, each divided by the size of the batch
+            "loss": torch.zeros((), device=device, dtype=torch.float64),
+            "log_ratio_chosen": torch.zeros((), device=device, dtype=torch.float64),
+            "log_ratio_rejected": torch.zeros((), device=device, dtype=torch.float64),
+        }
         picks = micro_batches(batch, lengths, args.micro_batch_size, rank, world)
         for pick in accumulated(picks, policy):
-            at = pick or [
-                0
-            ]  # a rank with nothing left: one dummy sequence, both sides of a pair that counts nothing
-            both = [chosen[i] for i in at] + [rejected[i] for i in at]
-            mb = collate(both if pick else [], pad, device)
-            mb_logprobs = policy.response_logprobs(**mb)[0].sum(1)
-            mb_logprobs = (mb_logprobs if pick else mb_logprobs.expand(2)) / scale(both)
-            h_chosen, h_rejected = mb_logprobs.split(len(at))
-            h_chosen, h_rejected = (
-                h_chosen - ref_logprobs["chosen"][at],
-                h_rejected - ref_logprobs["rejected"][at],
-            )
-            mb_loss = dpo_loss(h_chosen, h_rejected, args.beta, args.label_smoothing) * bool(pick)
+            mb_sequences = [chosen[i] for i in pick] + [rejected[i] for i in pick]
+            mb = collate(mb_sequences, pad, device)  # input_ids [2B, L], response_mask [2B, T]
+            mb_token_logprobs, _ = policy.response_logprobs(**mb)  # [2B, T]
+            if not pick:
+                # A rank with nothing left still joins the collectives: its dummy sequence counts nothing.
+                backward(mb_token_logprobs.sum() * 0)
+                continue
+            mb_logprobs = mb_token_logprobs.sum(1) / scale(mb_sequences)  # [2B]
+            mb_chosen, mb_rejected = mb_logprobs.split(len(pick))  # [B] each
+            h_chosen = mb_chosen - ref_chosen[pick]  # [B]
+            h_rejected = mb_rejected - ref_rejected[pick]  # [B]
+            mb_loss = dpo_loss(h_chosen, h_rejected, args.beta, args.label_smoothing)  # []
             backward(mb_loss / len(batch))
-            stats += torch.stack(
-                [mb_loss, *(h.sum() * bool(pick) for h in (h_chosen, h_rejected))]
-            ).detach() / len(batch)
+            sums["loss"] += mb_loss.detach() / len(batch)
+            sums["log_ratio_chosen"] += h_chosen.sum().detach() / len(batch)
+            sums["log_ratio_rejected"] += h_rejected.sum().detach() / len(batch)
         lr = learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
         where = f"step {step}, data rows {[rows[i]['row'] for i in batch]}"
-        total, norm = optimizer_step(policy, optimizer, lr, stats[0], args.max_grad_norm, where)
+        total, norm = optimizer_step(policy, optimizer, lr, sums["loss"], args.max_grad_norm, where)
 
         # --- log
-        distributed.all_reduce(stats)
-        done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
-        run.metrics(
-            done,
-            {
-                "dpo/loss": total,
-                "dpo/log_ratio_chosen": stats[1],
-                "dpo/log_ratio_rejected": stats[2],
-                "dpo/grad_norm": norm,
-                "dpo/lr": lr,
-                "time/step_s": seconds,
-                "perf/update_tokens_per_s": tokens / seconds,
-                "memory/state_gb": state_bytes(models, optimizers) / 2**30,
-                "memory/peak_gb": peak_memory_gb(),
-                **mfu(policy, tokens, seconds),
-            },
-            show=("dpo/loss", "dpo/log_ratio_chosen", "dpo/log_ratio_rejected"),
-        )
+        means = distributed.all_reduce_dict(sums)  # over the batch
+        done = step + 1
+        seconds = time.perf_counter() - clock
+        tokens = sum(lengths[i] for i in batch)
+        metrics = {
+            "dpo/loss": total,
+            "dpo/log_ratio_chosen": means["log_ratio_chosen"],
+            "dpo/log_ratio_rejected": means["log_ratio_rejected"],
+            "dpo/grad_norm": norm,
+            "dpo/lr": lr,
+            "time/step_s": seconds,
+            "perf/update_tokens_per_s": tokens / seconds,
+            "memory/state_gb": state_bytes(models, optimizers) / 2**30,
+            "memory/peak_gb": peak_memory_gb(),
+            **mfu(policy, tokens, seconds),
+        }
+        run.metrics(done, metrics, show=("dpo/loss", "dpo/log_ratio_chosen", "dpo/log_ratio_rejected"))
         if args.eval_every and done % args.eval_every == 0 and done < steps:
-            evaluate(done)
+            evaluate_pairs(done)
 
         # --- save
         if args.save_every and (done % args.save_every == 0 or done == steps):
             save_checkpoint(args.run_dir, done, trained, {}, args.keep)
-    evaluate(steps)
+    evaluate_pairs(steps)
     export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
     run.close()
 

@@ -1,21 +1,23 @@
 """DRO-V: Direct Reward Optimisation with a value function, offline, from (prompt, response, scalar reward).
 
 Paper: 2405.19107 (not distributionally robust optimisation). All KL-regularised objectives share the optimum
-pi*(y|x) = pi_ref(y|x) exp((r(x, y) - V(x)) / tau). DRO-V learns policy and V together from its residual, in two networks:
+pi*(y|x) = pi_ref(y|x) exp((r(x, y) - V(x)) / tau). DRO-V learns policy and V together from its residual,
+in two networks:
 
     delta = r - V(x) - tau * (log pi(y|x) - log pi_ref(y|x))
     loss = 0.5 * delta^2, mean over responses: the policy's with V held fixed, V's with the policy held fixed
 
-Differences from rpo.py: (1) V(x) is a second network with its own optimizer, not a sum over the prompt's responses: one is
-enough; (2) the policy's learning rate carries the paper's rescale 1 / tau (under Adam a scaled gradient changes nothing).
+Differences from rpo.py: (1) V(x) is a second network with its own optimizer, not a sum over the prompt's
+responses, so one response to a prompt is enough; (2) the policy's learning rate carries the paper's rescale
+1 / tau (under Adam a scaled gradient changes nothing).
 
     python dro.py                                                      # the embedded world, one CPU
     python dro.py --model runs/sft/model --dataset scored.jsonl --lr 1e-5 --value-lr 1e-5
-    torchrun --nproc_per_node=8 dro.py --model runs/sft/model --dataset openbmb/UltraFeedback --part value --lr 5e-7 \
-        --value-lr 5e-6 --gradient-checkpointing
+    torchrun --nproc_per_node=8 dro.py --model runs/sft/model --dataset openbmb/UltraFeedback --part value \
+        --lr 5e-7 --value-lr 5e-6 --gradient-checkpointing
 
-Watch `eval/pair_accuracy` (does the policy's own log-ratio order held-out answers?) and `eval/kl`; read samples.jsonl.
-docs/dro.md explains the rest.
+Watch `eval/pair_accuracy` (does the policy's own log-ratio order held-out answers?) and `eval/kl`; read
+samples.jsonl. docs/dro.md explains the rest.
 """
 
 import json
@@ -170,8 +172,13 @@ REVIEWS = dict(
 )
 
 
-def prompt_values(model, input_ids, prompt_lengths, response_mask):
-    """V(x) [B]: a value model's output at the last prompt token, or of an encoder its mean over the prompt's tokens."""
+def prompt_values(
+    model, input_ids: torch.Tensor, prompt_lengths: torch.Tensor, response_mask: torch.Tensor
+) -> torch.Tensor:
+    """V(x) [B]: a value model's output at the last prompt token; of an encoder, its mean over the prompt.
+
+    input_ids [B, L], prompt_lengths [B]. response_mask [B, T] is not read: `collate` gives all three.
+    """
     ids, mask = only_prompts(input_ids, prompt_lengths)
     values = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
     if hasattr(model.config, "relative_attention_num_buckets"):  # the encoder of a T5
@@ -179,24 +186,57 @@ def prompt_values(model, input_ids, prompt_lengths, response_mask):
     return values.gather(1, prompt_lengths[:, None] - 1).squeeze(1)
 
 
-def dro_losses(logprobs, ref_logprobs, rewards, values, tau):
-    """Sums over responses of half the squared residual (2405.19107), the policy's and V's, each with the other fixed; all [B]."""
+def dro_losses(
+    logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    tau: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over responses of half the squared residual (2405.19107): (the policy's, with V fixed; V's, with
+    the policy fixed). All four tensors are [B]."""
     log_ratio = logprobs - ref_logprobs
     policy = 0.5 * ((rewards - values.detach() - tau * log_ratio) ** 2).sum()
-    return policy, 0.5 * ((rewards - values - tau * log_ratio.detach()) ** 2).sum()
+    value = 0.5 * ((rewards - values - tau * log_ratio.detach()) ** 2).sum()
+    return policy, value
 
 
-def thin(rows, share, seed):
+def thin(rows: list[dict], share: float, seed: int) -> list[dict]:
     """`share` of the responses of each prompt, at random, at least one; in the order they had."""
-    groups = {}
+    groups = {}  # the positions of each prompt's rows
     for i, row in enumerate(rows):
         groups.setdefault(json.dumps(row["prompt"]), []).append(i)
     rng = random.Random(seed)
-    kept = {i for group in groups.values() for i in rng.sample(group, max(1, round(share * len(group))))}
+    kept = set()
+    for group in groups.values():
+        count = max(1, round(share * len(group)))
+        kept.update(rng.sample(group, count))
     return [row for i, row in enumerate(rows) if i in kept]
 
 
+def prompt_groups(rows: list[dict]) -> torch.Tensor:
+    """The number of each row's prompt, [N]: prompts count from 0 in the order in which they first appear."""
+    numbers = {}
+    groups = []
+    for row in rows:
+        prompt = json.dumps(row["prompt"])
+        if prompt not in numbers:
+            numbers[prompt] = len(numbers)
+        groups.append(numbers[prompt])
+    return torch.tensor(groups)
+
+
+def one_row_per_prompt(rows: list[dict]) -> list[dict]:
+    """The last row of each prompt, in the order in which the prompts first appear."""
+    last = {}
+    for row in rows:
+        last[str(row["prompt"])] = row
+    return list(last.values())
+
+
 def main(args: Args) -> None:
+    # Shapes: N training responses, M held-out ones, B in a micro-batch; L tokens of prompt and response,
+    # T tokens of the response.
     # --- setup
     if not (args.tau > 0 and 0 < args.keep_responses <= 1 and args.reward_noise >= 0):
         given = (
@@ -204,7 +244,9 @@ def main(args: Args) -> None:
         )
         fail(f"{given}: tau must be above 0, the share in (0, 1], the noise not negative")
     run = Run(args)
-    device, rank, world = distributed.device(), distributed.rank(), distributed.world()
+    device = distributed.device()
+    rank = distributed.rank()
+    world = distributed.world()
     name = resolve(args.model)
     tokenizer = load_tokenizer(name)
     ref_name = resolve(args.ref_model or args.model)
@@ -212,174 +254,199 @@ def main(args: Args) -> None:
     pad = tokenizer.pad_token_id
 
     # --- data
-    def read(dataset, split, part):
-        reader = dict(columns=args.columns, split_seed=args.split_seed, skip_bad_rows=args.skip_bad_rows)
-        return read_rows(dataset, "scored", split=split, part=part, **reader)
+    def read_scored(dataset, split, part):
+        """Rows of prompt, response and reward."""
+        return read_rows(
+            dataset,
+            "scored",
+            split=split,
+            columns=args.columns,
+            part=part,
+            split_seed=args.split_seed,
+            skip_bad_rows=args.skip_bad_rows,
+        )
 
-    rows = read(args.dataset, args.split, args.part)
+    rows = read_scored(args.dataset, args.split, args.part)
     if args.eval_dataset:
-        held_out = read(args.eval_dataset, args.eval_split, "all")
+        held_out = read_scored(args.eval_dataset, args.eval_split, "all")
     else:
         rows, held_out = hold_out(rows, args.eval_fraction, args.split_seed)
     if not rows or not held_out:
         counts = f"{len(rows)} rows to learn from, {len(held_out)} held out"
         fail(f"{args.dataset}: {counts}; change --eval-fraction or give --eval-dataset")
-    rows, held_out = (
-        tokenize(part, tokenizer, ("response",), args.max_prompt_length, args.max_response_length, dataset)
-        for part, dataset in ((rows, args.dataset), (held_out, args.eval_dataset or args.dataset))
-    )
+    eval_name = args.eval_dataset or args.dataset
+    max_lengths = (args.max_prompt_length, args.max_response_length)
+    rows = tokenize(rows, tokenizer, ("response",), *max_lengths, args.dataset)
+    held_out = tokenize(held_out, tokenizer, ("response",), *max_lengths, eval_name)
     rows = thin(rows, args.keep_responses, args.seed)
-    rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
-    mean, std = rewards.mean(), rewards.std()
+    rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)  # [N]
+    mean = rewards.mean()
+    std = rewards.std()
     if not std > 0:
         fail(f"{args.dataset}: all rewards are {rewards[0].item()}; there is nothing to learn")
-    noise = torch.randn(len(rows), generator=torch.Generator().manual_seed(args.seed), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(args.seed)
+    noise = torch.randn(len(rows), generator=generator, dtype=torch.float64)  # [N]
     rewards = ((rewards - mean) / std + args.reward_noise * noise).to(device)
-    eval_rewards_given = torch.tensor([row["reward"] for row in held_out], dtype=torch.float64, device=device)
-    groups, eval_groups = (
-        torch.tensor([order.setdefault(json.dumps(row["prompt"]), len(order)) for row in part], device=device)
-        for part, order in ((rows, {}), (held_out, {}))
-    )
-    sequences, eval_sequences = (
-        [(row["prompt_ids"], row["response_ids"]) for row in part] for part in (rows, held_out)
-    )
-    eval_rows = list({str(row["prompt"]): row for row in held_out}.values())[: args.eval_prompts]
-    lengths = [len(p) + len(r) for p, r in sequences]
+    held_out_rewards = [row["reward"] for row in held_out]
+    held_out_rewards = torch.tensor(held_out_rewards, dtype=torch.float64, device=device)  # [M]
+    groups = prompt_groups(rows).to(device)  # [N]
+    eval_groups = prompt_groups(held_out).to(device)  # [M]
+    sequences = [(row["prompt_ids"], row["response_ids"]) for row in rows]
+    eval_sequences = [(row["prompt_ids"], row["response_ids"]) for row in held_out]
+    eval_rows = one_row_per_prompt(held_out)[: args.eval_prompts]
+    eval_prompts = [row["prompt_ids"] for row in eval_rows]
+    lengths = [len(prompt) + len(response) for prompt, response in sequences]
     steps = args.steps or args.epochs * max(1, len(rows) // args.batch_size)
-    note(
-        f"{len(rows)} responses to {len(set(groups.tolist()))} prompts to learn from, {len(held_out)} held out, {steps} steps"
-    )
+    learned_from = f"{len(rows)} responses to {int(groups.max()) + 1} prompts to learn from"
+    note(f"{learned_from}, {len(held_out)} held out, {steps} steps")
 
     def scale(sequences):
-        """What a summed log-probability is divided by, [N]."""
-        ones = [len(r) if args.length_normalise else 1 for _, r in sequences]
-        return torch.tensor(ones, dtype=torch.float64, device=device)
+        """What a summed log-probability is divided by, [N]: the response's length in tokens, or 1."""
+        if args.length_normalise:
+            divisors = [len(response) for _, response in sequences]
+        else:
+            divisors = [1] * len(sequences)
+        return torch.tensor(divisors, dtype=torch.float64, device=device)
 
     # --- models
-    eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
-    sums = reference_logprobs(ref_name, tokenizer, args, train=sequences, held_out=eval_sequences)
-    ref_logprobs, eval_ref_logprobs = sums[0] / scale(sequences), sums[1] / scale(eval_sequences)
+    judges = [Reward(reward_name, tokenizer, args) for reward_name in args.eval_reward]
+    ref_sums, eval_ref_sums = reference_logprobs(
+        ref_name, tokenizer, args, train=sequences, held_out=eval_sequences
+    )
+    ref_logprobs = ref_sums / scale(sequences)  # [N]
+    eval_ref_logprobs = eval_ref_sums / scale(eval_sequences)  # [M]
     policy = load_model("policy", name, tokenizer, args, trained=True)
     optimizer = adamw(policy, args.lr)
     if args.shared_encoder:
-        value = torch.nn.Linear(
-            policy.config.hidden_size, 1, device=device, dtype=distributed.dtypes(args.precision)[1]
-        )
-        (
-            value.weight.data.zero_(),
-            value.bias.data.zero_(),
-            fully_shard(value, mesh=distributed.mesh(args.shard_size)),
-        )
+        dtype = distributed.dtypes(args.precision)[1]  # of the master weights
+        value = torch.nn.Linear(policy.config.hidden_size, 1, device=device, dtype=dtype)
+        value.weight.data.zero_()
+        value.bias.data.zero_()
+        fully_shard(value, mesh=distributed.mesh(args.shard_size))
     else:
         value = load_model("prompt value", name, tokenizer, args, trained=True)
     value_optimizer = adamw(value, args.value_lr)
     reference = None if args.precompute_ref else load_reference(policy, ref_name, tokenizer, args)
-    models = [policy, value] + [reference] * (reference is not None)
-    trained, optimizers = (
-        {"policy": (policy, optimizer), "value": (value, value_optimizer)},
-        [optimizer, value_optimizer],
-    )
+    trained = {"policy": (policy, optimizer), "value": (value, value_optimizer)}
+    models = [policy, value]
+    optimizers = [optimizer, value_optimizer]
+    if reference is not None:
+        models.append(reference)
+    peak_lr = args.lr / args.tau if args.rescale_lr else args.lr
     state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
-    check_sampler(
-        policy,
-        tokenizer,
-        [row["prompt_ids"] for row in eval_rows],
-        args.max_response_length,
-        args.temperature,
-    )
+    check_sampler(policy, tokenizer, eval_prompts, args.max_response_length, args.temperature)
     run.start(start, steps)
 
-    def score(model, sequences, temperature=1.0):
+    def summed_logprobs_of(model, sequences, temperature=1.0):
+        """log pi(y | x) [N], summed over the response's tokens, on every rank; no gradient."""
         return sequence_logprobs(model, sequences, args.micro_batch_size, pad, temperature)
 
-    def evaluate(step):
-        log_ratios = score(policy, eval_sequences) / scale(eval_sequences) - eval_ref_logprobs
-        out = {"eval/pair_accuracy": implied_accuracy(log_ratios, eval_rewards_given, eval_groups)}
-        prompts = [row["prompt_ids"] for row in eval_rows]
-        responses, _ = rollout(policy, tokenizer, prompts, args.max_response_length, args.temperature, (0, 0))
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        sampled = list(zip(prompts, responses, strict=True))
-        scores = {r.label: r(eval_rows, sampled, texts) for r in eval_rewards}
-        out |= {f"eval/{key}": value.mean() for key, value in scores.items()}
-        out |= {
-            "eval/length": sum(map(len, responses)) / max(1, len(responses)),
-            "eval/distinct_2": distinct_2(texts),
-        }
-        if reference is not None:
-            scores["kl"] = score(policy, sampled, args.temperature) - score(
-                reference, sampled, args.temperature
-            )
-            out["eval/kl"] = scores["kl"].mean()
-        run.metrics(step, out, show=tuple(out))
-        run.samples(
-            step,
-            [
-                {"prompt": row["prompt"], "response": text, "length": len(responses[i])}
-                | {k: v[i].item() for k, v in scores.items()}
-                for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
-            ],
+    def judge_samples():
+        """Samples a response to each evaluation prompt; returns (metrics, rows for samples.jsonl)."""
+        # The seed is the same in every evaluation, so that what differs comes from the policy.
+        responses, _ = rollout(
+            policy, tokenizer, eval_prompts, args.max_response_length, args.temperature, (0, 0)
         )
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        sampled = list(zip(eval_prompts, responses, strict=True))
+        judged = {}  # by name, a number for each response
+        for judge in judges:
+            judged[judge.label] = judge(eval_rows, sampled, texts)
+        metrics = {f"eval/{label}": rewards.mean() for label, rewards in judged.items()}
+        metrics["eval/length"] = sum(len(response) for response in responses) / max(1, len(responses))
+        metrics["eval/distinct_2"] = distinct_2(texts)
+        if reference is not None:
+            policy_logprobs = summed_logprobs_of(policy, sampled, args.temperature)
+            judged["kl"] = policy_logprobs - summed_logprobs_of(reference, sampled, args.temperature)
+            metrics["eval/kl"] = judged["kl"].mean()
+        samples = []
+        for i, row in enumerate(eval_rows[:8]):
+            sample = {"prompt": row["prompt"], "response": texts[i], "length": len(responses[i])}
+            for label, numbers in judged.items():
+                sample[label] = numbers[i].item()
+            samples.append(sample)
+        return metrics, samples
+
+    def evaluate_scored(step):
+        """Held-out pair accuracy of the log-ratios, and what sampled responses show; into the logs."""
+        eval_logprobs = summed_logprobs_of(policy, eval_sequences) / scale(eval_sequences)  # [M]
+        log_ratios = eval_logprobs - eval_ref_logprobs  # [M]
+        metrics = {"eval/pair_accuracy": implied_accuracy(log_ratios, held_out_rewards, eval_groups)}
+        sampled_metrics, samples = judge_samples()
+        metrics |= sampled_metrics
+        run.metrics(step, metrics, show=tuple(metrics))
+        run.samples(step, samples)
 
     if start == 0 and args.eval_every:
-        evaluate(0)
+        evaluate_scored(0)
     for step in range(start, steps):
         # --- update
         clock = time.perf_counter()
         batch = batch_indices(len(rows), args.batch_size, step, args.seed)
-        stats = torch.zeros(3, device=device, dtype=torch.float64)
+        sums = {  # over this rank's responses, each divided by the size of the batch
+            "loss": torch.zeros((), device=device, dtype=torch.float64),
+            "log_ratio": torch.zeros((), device=device, dtype=torch.float64),
+            "value": torch.zeros((), device=device, dtype=torch.float64),
+        }
         picks = micro_batches(batch, lengths, args.micro_batch_size, rank, world)
         for pick in accumulated(picks, policy, value):
-            mb, at = (
-                collate([sequences[i] for i in pick], pad, device),
-                torch.tensor(pick or [0], device=device),
-            )
+            mb_sequences = [sequences[i] for i in pick]
+            mb = collate(mb_sequences, pad, device)  # input_ids [B, L], response_mask [B, T]
             if args.shared_encoder:
-                mb_logprobs, _, mb_values = policy.response_logprobs(**mb, prompt_head=value)
+                # [B, T], entropy, [B]
+                mb_token_logprobs, _, mb_values = policy.response_logprobs(**mb, prompt_head=value)
             else:
-                mb_logprobs, mb_values = policy.response_logprobs(**mb)[0], prompt_values(value, **mb)
-            mb_logprobs = mb_logprobs.sum(1) / scale([sequences[i] for i in at])
-            mb_losses = dro_losses(mb_logprobs, ref_logprobs[at], rewards[at], mb_values, args.tau)
-            backward(sum(mb_losses) * bool(pick) / len(batch))
-            found = torch.stack(
-                [mb_losses[0], (mb_logprobs - ref_logprobs[at]).sum(), mb_values.double().sum()]
+                mb_token_logprobs, _ = policy.response_logprobs(**mb)  # [B, T]
+                mb_values = prompt_values(value, **mb)  # [B]
+            if not pick:
+                # A rank with nothing left still joins the collectives: its dummy sequence counts nothing.
+                backward((mb_token_logprobs.sum() + mb_values.sum()) * 0)
+                continue
+            mb_logprobs = mb_token_logprobs.sum(1) / scale(mb_sequences)  # [B]
+            mb_ref_logprobs = ref_logprobs[pick]  # [B]
+            mb_policy_loss, mb_value_loss = dro_losses(
+                mb_logprobs, mb_ref_logprobs, rewards[pick], mb_values, args.tau
             )
-            stats += found.detach() * bool(pick) / len(batch)
-        lr = learning_rate(
-            step, steps, args.lr / (args.tau if args.rescale_lr else 1), args.warmup_steps, args.lr_schedule
-        )
+            mb_loss = mb_policy_loss + mb_value_loss  # []
+            backward(mb_loss / len(batch))
+            sums["loss"] += mb_policy_loss.detach() / len(batch)
+            sums["log_ratio"] += (mb_logprobs - mb_ref_logprobs).sum().detach() / len(batch)
+            sums["value"] += mb_values.double().sum().detach() / len(batch)
+        lr = learning_rate(step, steps, peak_lr, args.warmup_steps, args.lr_schedule)
         value_lr = learning_rate(step, steps, args.value_lr, args.warmup_steps, args.lr_schedule)
         where = f"step {step}, data rows {[rows[i]['row'] for i in batch]}"
-        total, norm = optimizer_step(policy, optimizer, lr, stats[0], args.max_grad_norm, where)
-        _, value_norm = optimizer_step(value, value_optimizer, value_lr, stats[0], args.max_grad_norm, where)
+        total, norm = optimizer_step(policy, optimizer, lr, sums["loss"], args.max_grad_norm, where)
+        _, value_norm = optimizer_step(
+            value, value_optimizer, value_lr, sums["loss"], args.max_grad_norm, where
+        )
 
         # --- log
-        distributed.all_reduce(stats)
-        done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
-        run.metrics(
-            done,
-            {
-                "dro/loss": total,
-                "dro/log_ratio": stats[1],
-                "dro/value": stats[2],
-                "dro/grad_norm": norm,
-                "dro/value_grad_norm": value_norm,
-                "dro/lr": lr,
-                "time/step_s": seconds,
-                "perf/update_tokens_per_s": tokens / seconds,
-                "memory/state_gb": state_bytes(models, optimizers) / 2**30,
-                "memory/peak_gb": peak_memory_gb(),
-                **mfu(policy, tokens, seconds),
-            },
-            show=("dro/loss", "dro/log_ratio"),
-        )
+        means = distributed.all_reduce_dict(sums)  # over the batch
+        done = step + 1
+        seconds = time.perf_counter() - clock
+        tokens = sum(lengths[i] for i in batch)
+        metrics = {
+            "dro/loss": total,
+            "dro/log_ratio": means["log_ratio"],
+            "dro/value": means["value"],
+            "dro/grad_norm": norm,
+            "dro/value_grad_norm": value_norm,
+            "dro/lr": lr,
+            "time/step_s": seconds,
+            "perf/update_tokens_per_s": tokens / seconds,
+            "memory/state_gb": state_bytes(models, optimizers) / 2**30,
+            "memory/peak_gb": peak_memory_gb(),
+            **mfu(policy, tokens, seconds),
+        }
+        run.metrics(done, metrics, show=("dro/loss", "dro/log_ratio"))
         if args.eval_every and done % args.eval_every == 0 and done < steps:
-            evaluate(done)
+            evaluate_scored(done)
 
         # --- save
         if args.save_every and (done % args.save_every == 0 or done == steps):
             save_checkpoint(args.run_dir, done, trained, {}, args.keep)
-    evaluate(steps)
+    evaluate_scored(steps)
     export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
     if not args.shared_encoder:
         export(value, tokenizer, f"{args.run_dir}/value", args.precision)

@@ -1,28 +1,35 @@
-"""GVM-TD: pretrains a token-level Global Value Model by temporal differences, offline. dvpo.py then uses it, frozen.
+"""GVM-TD: pretrains a token-level Global Value Model by temporal differences, offline, for dvpo.py.
 
-Paper: 2502.16944 (DVPO), equation 1 and appendix E; v1 for `--normalise-values` (equation 2) and `--context-pairs` (section 3.2).
-The model's output at the last prompt token is V(s_1), at response token y_t it is Q(s_t, a_t). The response's score S
-arrives with the last token, intermediate rewards are 0. Targets, without gradient:
+Paper: 2502.16944 (DVPO), equation 1 and appendix E; v1 for `--normalise-values` (equation 2) and
+`--context-pairs` (section 3.2). The model's output at the last prompt token is V(s_1), at response token y_t
+it is Q(s_t, a_t). The response's score S arrives with the last token; intermediate rewards are 0. Targets,
+without gradient:
 
-    G_T = S,   G_t = gamma * ((1 - lam) * Q_{t+1} + lam * G_{t+1}) for t < T,   and (1 - lam) * Q_1 + lam * G_1 for V(s_1)
+    G_T = S
+    G_t = gamma * ((1 - lam) * Q_{t+1} + lam * G_{t+1})     for t < T
+    G_0 = (1 - lam) * Q_1 + lam * G_1                       for V(s_1), which is Q_0 below
     loss = mean over response tokens and the last prompt token of (Q_t - G_t)^2
 
-lam 0 is the paper's equation 1, lam 1 is Monte Carlo. S is +1 / -1 for chosen / rejected (`--source preference`), a given
-score standardised over the training set (`--source scores`), or a reward model's (`--reward`, standardised too).
+lam 0 is the paper's equation 1, lam 1 is Monte Carlo. S is +1 / -1 for chosen / rejected
+(`--source preference`), a given score standardised over the training set (`--source scores`), or a reward
+model's (`--reward`, standardised too).
 
     python gvm_td.py                                                   # the embedded world, one CPU
     python gvm_td.py --model runs/sft/model --dataset pairs.jsonl --source preference
-    torchrun --nproc_per_node=8 gvm_td.py --model meta-llama/Llama-3.2-3B-Instruct --dataset openbmb/UltraFeedback \
-        --source scores --part value --micro-batch-size 4 --gradient-checkpointing
+    torchrun --nproc_per_node=8 gvm_td.py --model meta-llama/Llama-3.2-3B-Instruct \
+        --dataset openbmb/UltraFeedback --source scores --part value --micro-batch-size 4 \
+        --gradient-checkpointing
 
-Watch `eval/accuracy_mean` and `eval/accuracy_last` against the length and policy baselines printed beside them: a value
-model that does not beat "the longer one wins" has learned length. docs/gvm_td.md explains the rest.
+Watch `eval/accuracy_mean` and `eval/accuracy_last`, and compare them with the length and policy baselines
+that are printed at the end: a value model that does not beat "the longer one wins" has learned length.
+docs/gvm_td.md explains the rest.
 """
 
 import gc
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -167,158 +174,356 @@ REVIEWS = dict(
     save_every=100,
 )
 
+# Held-out pairs that are evaluated; evaluation/values.py takes as many.
+MAX_PAIRS = 2000
 
-def td_targets(values, scores, mask, gamma, lam):
+
+def td_targets(
+    values: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+) -> torch.Tensor:
     """lambda-return targets [B, T + 1] of V(s_1), Q_1 .. Q_T (2502.16944 equation 1 at lam 0).
 
-    values [B, T + 1] as the model gives them, without gradient; scores [B] arrive with the last token of mask [B, T].
-    Masked positions get 0. There is no discount from V(s_1) to Q_1: no action is taken in between.
+    values [B, T + 1] as the model gives them, without gradient; scores [B] arrive with the last token of mask
+    [B, T]. Masked positions get 0. There is no discount from V(s_1) to Q_1: no action is taken in between.
     """
     targets = torch.zeros_like(values)
-    following = mask.shape[1] - 1
-    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    final = mask.shape[1] - 1
+    tokens_left = mask.flip(1).cumsum(1).flip(1)  # [B, T] of the response, from each token on
+    last = mask & (tokens_left == 1)  # [B, T]
     for t in reversed(range(mask.shape[1])):
-        if t < following:
-            bootstrap = gamma * ((1 - lam) * values[:, t + 2] + lam * targets[:, t + 2])
+        if t < final:
+            bootstrap = gamma * ((1 - lam) * values[:, t + 2] + lam * targets[:, t + 2])  # [B]
         else:
             bootstrap = torch.zeros_like(scores)
-        targets[:, t + 1] = torch.where(last[:, t], scores, torch.where(mask[:, t], bootstrap, 0.0))
+        inner = torch.where(mask[:, t], bootstrap, 0.0)
+        targets[:, t + 1] = torch.where(last[:, t], scores, inner)
     targets[:, 0] = torch.where(mask[:, 0], (1 - lam) * values[:, 1] + lam * targets[:, 1], 0.0)
     return targets
 
 
-def td_loss(values, scores, mask, gamma, lam):
-    """Sum of squared TD errors over response tokens and the last prompt token; values [B, T + 1], scores [B], mask [B, T]."""
+def td_loss(
+    values: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+) -> torch.Tensor:
+    """Sum of squared TD errors over response tokens and the last prompt token (2502.16944 equation 1).
+
+    values [B, T + 1], scores [B], mask [B, T].
+    """
     targets = td_targets(values.detach(), scores, mask, gamma, lam)
-    return ((values - targets) ** 2 * torch.cat([mask[:, :1], mask], 1)).sum()
+    valid = torch.cat([mask[:, :1], mask], 1)  # [B, T + 1]
+    return ((values - targets) ** 2 * valid).sum()
 
 
-def normalise(values, mask, eps=1e-5):
-    """(values [B, T + 1] with mean 0 and variance 1 over the valid entries, mean, std), as batch normalisation does
-    (2502.16944 v1, equation 2); the gradient flows through mean and std."""
+def normalise(
+    values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-5
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(values [B, T + 1] with mean 0 and variance 1 over the valid entries, mean, std), as batch
+    normalisation does.
+
+    Source: 2502.16944 v1, equation 2. mask [B, T]. The gradient flows through mean and std.
+    """
     valid = torch.cat([mask[:, :1], mask], 1)
     mean = values[valid].mean()
     std = (((values - mean)[valid] ** 2).mean() + eps).sqrt()
-    return torch.where(valid, (values - mean) / std, 0.0), mean.detach(), std.detach()
+    normal = torch.where(valid, (values - mean) / std, 0.0)
+    return normal, mean.detach(), std.detach()
+
+
+def normalised_slopes(
+    values: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """`--normalise-values`: (d loss / d value [B, T + 1], loss, mean, std) of a whole batch.
+
+    Its statistics are those of the whole batch, which no micro-batch knows. So the loss is differentiated by
+    the values first, and each micro-batch then sends its slopes backward. values [B, T + 1], scores [B], mask
+    [B, T].
+    """
+    values = values.requires_grad_()
+    normal, mean, std = normalise(values, mask)
+    (slopes,) = torch.autograd.grad(td_loss(normal, scores, mask, gamma, lam), values)
+    loss = td_loss(normal.detach(), scores, mask, gamma, lam)
+    return slopes, loss, mean.item(), std.item()
+
+
+# --- the steps of the data section, in their order
+
+
+def read_source(dataset: str, split: str, source: str, part: str, args: Args) -> list[dict]:
+    """Rows of a data set that holds `source`: preference pairs, or responses with scores.
+
+    Drops and counts rows with a response over `--max-characters`; ends the run where none is left.
+    """
+    if source == "preference":
+        kind = "preference"
+        texts = ("chosen", "rejected")
+    elif args.reward:
+        kind = "responses"  # the reward model's scores replace the data set's, which need none
+        texts = ("response",)
+    else:
+        kind = "scored"
+        texts = ("response",)
+    rows = read_rows(
+        dataset,
+        kind,
+        split=split,
+        columns=args.columns,
+        part=part,
+        split_seed=args.split_seed,
+        skip_bad_rows=args.skip_bad_rows,
+    )
+    if not args.max_characters:
+        return rows
+    kept = [row for row in rows if all(len(row[text]) <= args.max_characters for text in texts)]
+    dropped = f"{len(rows) - len(kept)} of {len(rows)} rows"
+    note(f"{dataset}: dropped {dropped}: response over --max-characters {args.max_characters}")
+    if not kept:
+        why = f"every response is over --max-characters {args.max_characters}"
+        fail(f"{dataset}: no usable row: {why}")
+    return kept
+
+
+def read_training_and_held_out(args: Args) -> tuple[list[dict], list[dict]]:
+    """(training rows of `--source`, held-out rows of `--eval-source`), as the data sets give them.
+
+    Without `--eval-dataset` they are disjoint by prompt. Where the two sources differ then, the data set is
+    read as both, and the same prompts are held out of each.
+    """
+    eval_source = args.eval_source or args.source
+    rows = read_source(args.dataset, args.split, args.source, args.part, args)
+    if args.eval_dataset:
+        held_out = read_source(args.eval_dataset, args.eval_split, eval_source, "all", args)
+        return rows, held_out
+    training, held_out = hold_out(rows, args.eval_fraction, args.split_seed)
+    if eval_source != args.source:
+        rows_to_judge = read_source(args.dataset, args.split, eval_source, args.part, args)
+        _, held_out = hold_out(rows_to_judge, args.eval_fraction, args.split_seed)
+    return training, held_out
+
+
+def two_responses(pairs: list[dict]) -> list[dict]:
+    """Two rows for each preference pair, chosen before rejected: each with its `response`, its `policy`, and
+    as `reward` the return +1 or -1."""
+    rows = []
+    for pair in pairs:
+        chosen = {"response": pair["chosen"], "reward": 1.0, "policy": pair.get("chosen_policy")}
+        rejected = {"response": pair["rejected"], "reward": -1.0, "policy": pair.get("rejected_policy")}
+        rows.append({**pair, **chosen})
+        rows.append({**pair, **rejected})
+    return rows
+
+
+def load_training_rows(training: list[dict], tokenizer, args: Args) -> list[dict]:
+    """A row for each training response, with `reward`, `prompt_ids` and `response_ids`.
+
+    Ends the run where `training`, the rows that were read, is empty, or where every prompt is too long.
+    """
+    if not training:
+        fail(f"{args.dataset}: every prompt is held out; lower --eval-fraction")
+    rows = two_responses(training) if args.source == "preference" else training
+    max_lengths = (args.max_prompt_length, args.max_response_length)
+    return tokenize(rows, tokenizer, ("response",), *max_lengths, args.dataset)
+
+
+def no_pair_message(args: Args) -> str:
+    """What a run that has nothing to evaluate on ends with."""
+    remedy = "raise --eval-fraction, lower --eval-gap or give --eval-dataset"
+    return f"{args.eval_dataset or args.dataset}: no held-out pair to evaluate on; {remedy}"
+
+
+def load_held_out_rows(held_out: list[dict], tokenizer, args: Args) -> list[dict]:
+    """A row for each held-out response, with `prompt_ids` and `response_ids`; of pairs, chosen before
+    rejected.
+
+    Ends the run where `held_out`, the rows that were read, is empty, or where every prompt is too long.
+    """
+    if not held_out:
+        fail(no_pair_message(args))
+    eval_source = args.eval_source or args.source
+    rows = two_responses(held_out) if eval_source == "preference" else held_out
+    max_lengths = (args.max_prompt_length, args.max_response_length)
+    return tokenize(rows, tokenizer, ("response",), *max_lengths, args.eval_dataset or args.dataset)
+
+
+def judge_rows(rows: list[dict], judge: Callable) -> None:
+    """Replaces the `reward` of each row by the judge's, in place."""
+    sequences = [(row["prompt_ids"], row["response_ids"]) for row in rows]
+    texts = [row["response"] for row in rows]
+    rewards = judge(rows, sequences, texts).tolist()
+    for row, reward in zip(rows, rewards, strict=True):
+        row["reward"] = reward
+
+
+def load_pairs(held_out: list[dict], args: Args) -> list[tuple[dict, dict]]:
+    """At most MAX_PAIRS (better, worse) pairs of the held-out responses, drawn at random, in random order.
+
+    Preference data are pairs already, whatever `--eval-gap` says. From scores, any two responses to one
+    prompt make a pair whose rewards differ, by at least `--eval-gap`. Ends the run where there is no pair.
+    """
+    eval_source = args.eval_source or args.source
+    if eval_source == "preference":
+        # A prompt that is too long has left with both of its rows: they still alternate.
+        pairs = list(zip(held_out[::2], held_out[1::2], strict=True))
+    else:
+        pairs = make_pairs(held_out, args.eval_gap)
+    if not pairs:
+        fail(no_pair_message(args))
+    # The seed is fixed, so that runs with other seeds are compared on the same pairs.
+    return random.Random(0).sample(pairs, min(len(pairs), MAX_PAIRS))
+
+
+def standardised_scores(rows: list[dict], args: Args) -> tuple[torch.Tensor, float, float]:
+    """(standardised scores [N] in float64, mean, std) of the training responses.
+
+    The returns +1 and -1 of preference pairs stay as they are: mean 0, std 1. Ends the run where all are
+    equal.
+    """
+    scores = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
+    if args.source == "preference" and not args.reward:
+        mean = 0.0
+        std = 1.0
+    else:
+        mean = scores.mean().item()
+        std = scores.std().item()
+    if not std > 0:
+        fail(f"{args.dataset}: all rewards are {scores[0].item()}; there is nothing to learn")
+    return (scores - mean) / std, mean, std
+
+
+def policy_averages(rows: list[dict]) -> dict[str | None, float]:
+    """The mean reward of each policy's training responses; None is the policy of rows that name none."""
+    rewards = {}
+    for row in rows:
+        rewards.setdefault(row.get("policy"), []).append(row["reward"])
+    return {policy: float(np.mean(of_policy)) for policy, of_policy in rewards.items()}
+
+
+# --- what is written at the end
+
+
+def baseline_accuracies(
+    pairs: list[tuple[dict, dict]], averages: dict[str | None, float]
+) -> dict[str, float]:
+    """Share of the pairs that two rules order rightly: the longer response wins; the better policy's wins."""
+    longer_wins = []
+    better_policy_wins = []
+    for chosen, rejected in pairs:
+        longer_wins.append(len(chosen["response"]) > len(rejected["response"]))
+        chosen_average = averages.get(chosen.get("policy"), 0)
+        rejected_average = averages.get(rejected.get("policy"), 0)
+        better_policy_wins.append(chosen_average > rejected_average)
+    return {
+        "baseline_length": float(np.mean(longer_wins)),
+        "baseline_policy": float(np.mean(better_policy_wins)),
+    }
+
+
+def write_table(path: Path, shares: dict[str, float], pairs: int, averages: dict[str | None, float]) -> None:
+    """Writes accuracy.json: `shares` (accuracies and baselines), the number of pairs, each policy's average
+    reward; and prints the shares."""
+    named = {policy: average for policy, average in averages.items() if policy is not None}
+    table = {**shares, "pairs": pairs, "policy_averages": named}
+    path.write_text(json.dumps(table, indent=1))
+    said = ", ".join(f"{key} {value:.3f}" for key, value in shares.items())
+    note(f"accuracy on held-out pairs: {said}")
+
+
+def write_pictures(path: str, rows: list[dict], values: list[list[float]], tokenizer) -> None:
+    """Colours the tokens of the first two pairs by their values: into files, and for the terminal.
+
+    rows and values: chosen, rejected, chosen, ..., with one value per response token.
+    """
+    texts = []
+    for i, row in enumerate(rows[:4]):  # two pairs
+        side = "chosen" if i % 2 == 0 else "rejected"
+        title = f"{side}: {json.dumps(row['prompt'], ensure_ascii=False)[:80]}"
+        texts.append((title, token_texts(tokenizer, row["response_ids"]), values[i]))
+    note(draw_values(texts, path))
+
+
+def fold_normalisation(model, mean: float, std: float) -> None:
+    """`--normalise-values`: changes the model's head, in place, so that it gives (value - mean) / std
+    itself."""
+    sharding.reshard(model)  # after a forward without gradient the root holds gathered copies
+    head = value_heads.head(model)
+    head.weight.data.div_(std)
+    head.bias.data.sub_(mean).div_(std)
 
 
 def main(args: Args) -> None:
+    # Shapes: N training responses, M held-out ones, B in a micro-batch; L tokens of prompt and response,
+    # T tokens of the response. Values are [B, T + 1]: V(s_1), then Q of each token.
     # --- setup
     run = Run(args)
-    device, rank, world = distributed.device(), distributed.rank(), distributed.world()
+    device = distributed.device()
+    rank = distributed.rank()
+    world = distributed.world()
     name = resolve(args.model)
     tokenizer = load_tokenizer(name)
     pad = tokenizer.pad_token_id
 
     # --- data
-    def read(dataset, split, source, part):
-        kind = {"preference": "preference", "scores": "responses" if args.reward else "scored"}[source]
-        reader = dict(columns=args.columns, split_seed=args.split_seed, skip_bad_rows=args.skip_bad_rows)
-        rows = read_rows(dataset, kind, split=split, part=part, **reader)
-        if args.max_characters:
-            texts = ("chosen", "rejected") if source == "preference" else ("response",)
-            kept = [row for row in rows if all(len(row[text]) <= args.max_characters for text in texts)]
-            dropped = f"{len(rows) - len(kept)} of {len(rows)} rows: response over --max-characters {args.max_characters}"
-            note(f"{dataset}: dropped {dropped}")
-            rows = kept or fail(
-                f"{dataset}: no usable row: every response is over --max-characters {args.max_characters}"
-            )
-        return rows
-
-    def with_tokens(rows, dataset):
-        return tokenize(
-            rows, tokenizer, ("response",), args.max_prompt_length, args.max_response_length, dataset
-        )
-
-    eval_source = args.eval_source or args.source
-    rows = read(args.dataset, args.split, args.source, args.part)
-    if args.eval_dataset:
-        held_out = read(args.eval_dataset, args.eval_split, eval_source, "all")
-    else:
-        rows, held_out = hold_out(rows, args.eval_fraction, args.split_seed)
-        if eval_source != args.source:
-            held_out = hold_out(
-                read(args.dataset, args.split, eval_source, args.part), args.eval_fraction, args.split_seed
-            )[1]
-    if args.source == "preference":
-        signs = (("chosen", 1.0), ("rejected", -1.0))
-        rows = [
-            {**row, "response": row[s], "reward": v, "policy": row.get(f"{s}_policy")}
-            for row in rows
-            for s, v in signs
-        ]
-    rows = with_tokens(
-        rows or fail(f"{args.dataset}: every prompt is held out; lower --eval-fraction"), args.dataset
-    )
-    eval_name = args.eval_dataset or args.dataset
-    no_pairs = f"{eval_name}: no held-out pair to evaluate on; raise --eval-fraction, lower --eval-gap or give --eval-dataset"
-    if not held_out:
-        fail(no_pairs)
-    if eval_source == "preference":
-        held_out = [
-            {**row, "response": row[s], "policy": row.get(f"{s}_policy"), "pair": i, "reward": sign}
-            for i, row in enumerate(held_out)
-            for s, sign in (("chosen", 1e9), ("rejected", -1e9))
-        ]
-    held_out = with_tokens(held_out, eval_name)
+    training, held_out = read_training_and_held_out(args)
+    rows = load_training_rows(training, tokenizer, args)
+    held_out_rows = load_held_out_rows(held_out, tokenizer, args)
     if args.reward:
         judge = Reward(args.reward, tokenizer, args)
-        for part in (rows, held_out) if eval_source == "scores" else (rows,):
-            found = judge(
-                part,
-                [(row["prompt_ids"], row["response_ids"]) for row in part],
-                [row["response"] for row in part],
-            )
-            for row, score in zip(part, found.tolist(), strict=True):
-                row["reward"] = score
+        judge_rows(rows, judge)
+        if (args.eval_source or args.source) == "scores":  # pairs have their order already
+            judge_rows(held_out_rows, judge)
         del judge
         gc.collect()  # sharded modules are in reference cycles
-    pairs = make_pairs(held_out, args.eval_gap)
-    eval_rows = [
-        row for pair in random.Random(0).sample(pairs, min(len(pairs), 2000)) for row in pair
-    ] or fail(no_pairs)
-    pairs = list(zip(eval_rows[::2], eval_rows[1::2], strict=True))
-    scores = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
-    given = args.source == "preference" and not args.reward  # +1 / -1 are returns as they are
-    score_mean, score_std = (0.0, 1.0) if given else (scores.mean().item(), scores.std().item())
-    if not score_std > 0:
-        fail(f"{args.dataset}: all rewards are {scores[0].item()}; there is nothing to learn")
-    scores = ((scores - score_mean) / score_std).to(
-        device, torch.float64 if args.precision == "fp64" else torch.float32
+    pairs = load_pairs(held_out_rows, args)
+    scores, score_mean, score_std = standardised_scores(rows, args)  # [N]
+    scores = scores.to(device, torch.float64 if args.precision == "fp64" else torch.float32)
+    averages = policy_averages(rows)
+    eval_rows = []  # chosen, rejected, chosen, rejected, ...
+    for chosen, rejected in pairs:
+        eval_rows.append(chosen)
+        eval_rows.append(rejected)
+    # Each response's context comes from the other responses of its policy among the same rows.
+    rows = add_context(rows, args.context_pairs, rows, tokenizer, args.context_length, args.seed)
+    eval_rows = add_context(
+        eval_rows, args.context_pairs, eval_rows, tokenizer, args.context_length, args.seed
     )
-    averages = {row.get("policy"): [] for row in rows}
-    for row in rows:
-        averages[row.get("policy")].append(row["reward"])
-    averages = {policy: float(np.mean(values)) for policy, values in averages.items()}
-    pool, k = rows, args.context_pairs
-    rows = add_context(rows, k, pool, tokenizer, args.context_length, args.seed)
-    eval_rows = add_context(eval_rows, k, eval_rows, tokenizer, args.context_length, args.seed)
     sequences = [(row["prompt_ids"], row["response_ids"]) for row in rows]
     eval_sequences = [(row["prompt_ids"], row["response_ids"]) for row in eval_rows]
-    lengths = [len(p) + len(r) for p, r in sequences]
+    lengths = [len(prompt) + len(response) for prompt, response in sequences]
     steps = args.steps or args.epochs * max(1, len(rows) // args.batch_size)
     note(f"{len(rows)} responses to learn from, {len(pairs)} held-out pairs, {steps} steps")
 
     # --- models
     model = load_model("value", name, tokenizer, args, trained=True, layers=args.layers)
     optimizer = adamw(model, args.lr)
-    state = load_checkpoint(args.run_dir, {"model": (model, optimizer)}) if args.resume else {}
+    trained = {"model": (model, optimizer)}
+    state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
-    value_mean, value_std = state.get("value_mean", 0.0), state.get("value_std", 1.0)
+    value_mean = state.get("value_mean", 0.0)  # of the last batch, with --normalise-values
+    value_std = state.get("value_std", 1.0)
     run.start(start, steps)
 
-    def predict(sequences):
-        """Values [N, T + 1] of all sequences, on every rank."""
-        width, forward = max(len(r) for _, r in sequences) + 1, lambda mb: response_values(model, **mb)
-        return run_micro_batches(forward, sequences, args.micro_batch_size, pad, width, scores.dtype)
+    def micro_batch_values(mb):
+        """Values [B, T + 1] of a micro-batch."""
+        return response_values(model, **mb)
 
-    def evaluate(step):
-        """The accuracy table of appendix E on the held-out pairs; returns it with the token values."""
-        values = (predict(eval_sequences) - value_mean) / value_std
-        values = [v[1 : len(r) + 1].tolist() for v, (_, r) in zip(values.cpu(), eval_sequences, strict=True)]
-        accuracy = pair_accuracy(values[::2], values[1::2])
-        gap = np.mean([np.mean(c) - np.mean(r) for c, r in zip(values[::2], values[1::2], strict=True)])
-        metrics = {f"eval/accuracy_{key}": value for key, value in accuracy.items()} | {"eval/gap": gap}
+    def predict_values(sequences):
+        """Values [number of sequences, T + 1] of all sequences, on every rank; no gradient."""
+        width = max(len(response) for _, response in sequences) + 1
+        return run_micro_batches(
+            micro_batch_values, sequences, args.micro_batch_size, pad, width, scores.dtype
+        )
+
+    def evaluate_values(step):
+        """Appendix E's accuracy table on the held-out pairs, into the logs; returns it and the token
+        values."""
+        predicted = (predict_values(eval_sequences) - value_mean) / value_std  # [M, T + 1]
+        values = []  # of each response, one per token
+        for row, (_, response) in zip(predicted.cpu(), eval_sequences, strict=True):
+            values.append(row[1 : len(response) + 1].tolist())
+        chosen = values[::2]
+        rejected = values[1::2]
+        accuracy = pair_accuracy(chosen, rejected)
+        gaps = [np.mean(c) - np.mean(r) for c, r in zip(chosen, rejected, strict=True)]
+        metrics = {f"eval/accuracy_{key}": share for key, share in accuracy.items()}
+        metrics["eval/gap"] = np.mean(gaps)
         run.metrics(step, metrics, show=("eval/accuracy_mean", "eval/accuracy_last"))
         return accuracy, values
 
@@ -326,93 +531,68 @@ def main(args: Args) -> None:
         # --- update
         clock = time.perf_counter()
         batch = batch_indices(len(rows), args.batch_size, step, args.seed)
+        batch_sequences = [sequences[i] for i in batch]
+        batch_lengths = [lengths[i] for i in batch]
+        batch_scores = scores[batch]  # [batch_size]
         count = sum(len(sequences[i][1]) + 1 for i in batch)  # over all ranks and micro-batches
-        loss, where = (
-            torch.zeros((), device=device),
-            f"step {step}, data rows {[rows[i]['row'] for i in batch]}",
-        )
-        if (
-            args.normalise_values
-        ):  # statistics of the whole batch first, then dloss/dvalue, then each micro-batch backward
-            whole = collate([sequences[i] for i in batch], pad, device)["response_mask"]
-            values = predict([sequences[i] for i in batch]).requires_grad_()
-            normal, mean, std = normalise(values, whole)
-            value_mean, value_std = mean.item(), std.item()
-            (slope,) = torch.autograd.grad(
-                td_loss(normal, scores[batch], whole, args.gamma, args.lam), values
+        loss = torch.zeros((), device=device)  # []
+        if args.normalise_values:  # an ablation
+            batch_mask = collate(batch_sequences, pad, device)["response_mask"]  # [batch_size, T]
+            batch_values = predict_values(batch_sequences)  # [batch_size, T + 1]
+            slopes, batch_loss, value_mean, value_std = normalised_slopes(
+                batch_values, batch_scores, batch_mask, args.gamma, args.lam
             )
-            normal_loss = td_loss(normal.detach(), scores[batch], whole, args.gamma, args.lam) / count / world
-        picks = micro_batches(
-            range(len(batch)), [lengths[i] for i in batch], args.micro_batch_size, rank, world
-        )
+            # Every rank has the loss of the whole batch; the sum over ranks is to count it once.
+            loss = batch_loss / count / world
+        # Micro-batches hold positions in the batch, not rows.
+        picks = micro_batches(range(len(batch)), batch_lengths, args.micro_batch_size, rank, world)
         for pick in accumulated(picks, model):
-            mb = collate([sequences[batch[i]] for i in pick], pad, device)
-            values, mask = response_values(model, **mb), mb["response_mask"]
-            if args.normalise_values:
-                mb_loss = (values * slope[pick or [0], : values.shape[1]]).sum()
+            mb = collate([batch_sequences[i] for i in pick], pad, device)  # input_ids [B, L]
+            mb_mask = mb["response_mask"]  # [B, T]
+            mb_values = response_values(model, **mb)  # [B, T + 1]
+            if not pick:
+                # A rank with nothing left still joins the collectives: its dummy sequence counts nothing.
+                backward(mb_values.sum() * 0)
+            elif args.normalise_values:
+                mb_slopes = slopes[pick, : mb_values.shape[1]]  # [B, T + 1]
+                backward((mb_values * mb_slopes).sum() / count)
             else:
-                mb_loss = td_loss(values, scores[[batch[i] for i in pick or [0]]], mask, args.gamma, args.lam)
-            backward(mb_loss / count)
-            loss += mb_loss.detach() / count
-        if args.normalise_values:
-            loss = normal_loss
+                mb_loss = td_loss(mb_values, batch_scores[pick], mb_mask, args.gamma, args.lam)  # []
+                backward(mb_loss / count)
+                loss += mb_loss.detach() / count
         lr = learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
+        where = f"step {step}, data rows {[rows[i]['row'] for i in batch]}"
         total, norm = optimizer_step(model, optimizer, lr, loss, args.max_grad_norm, where)
 
         # --- log
-        done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
-        run.metrics(
-            done,
-            {
-                "value/loss": total,
-                "value/grad_norm": norm,
-                "value/lr": lr,
-                "time/step_s": seconds,
-                "perf/update_tokens_per_s": tokens / seconds,
-                "memory/state_gb": state_bytes([model], [optimizer]) / 2**30,
-                "memory/peak_gb": peak_memory_gb(),
-                **mfu(model, tokens, seconds),
-            },
-            show=("value/loss",),
-        )
+        done = step + 1
+        seconds = time.perf_counter() - clock
+        tokens = sum(batch_lengths)
+        metrics = {
+            "value/loss": total,
+            "value/grad_norm": norm,
+            "value/lr": lr,
+            "time/step_s": seconds,
+            "perf/update_tokens_per_s": tokens / seconds,
+            "memory/state_gb": state_bytes([model], [optimizer]) / 2**30,
+            "memory/peak_gb": peak_memory_gb(),
+            **mfu(model, tokens, seconds),
+        }
+        run.metrics(done, metrics, show=("value/loss",))
         if args.eval_every and done % args.eval_every == 0 and done < steps:
-            evaluate(done)
+            evaluate_values(done)
 
         # --- save
         if args.save_every and (done % args.save_every == 0 or done == steps):
             extra = {"value_mean": value_mean, "value_std": value_std}
-            save_checkpoint(args.run_dir, done, {"model": (model, optimizer)}, extra, args.keep)
-    accuracy, values = evaluate(steps)
-    baselines = {
-        "length": np.mean([len(c["response"]) > len(r["response"]) for c, r in pairs]),
-        "policy": np.mean(
-            [averages.get(c.get("policy"), 0) > averages.get(r.get("policy"), 0) for c, r in pairs]
-        ),
-    }
+            save_checkpoint(args.run_dir, done, trained, extra, args.keep)
+    accuracy, values = evaluate_values(steps)
     if rank == 0:
-        table = {
-            **accuracy,
-            **{f"baseline_{key}": float(value) for key, value in baselines.items()},
-            "pairs": len(pairs),
-        }
-        policies = {policy: value for policy, value in averages.items() if policy is not None}
-        Path(args.run_dir, "accuracy.json").write_text(
-            json.dumps({**table, "policy_averages": policies}, indent=1)
-        )
-        note(
-            "accuracy on held-out pairs: "
-            + ", ".join(f"{key} {value:.3f}" for key, value in table.items() if key != "pairs")
-        )
-        shown = []
-        for i, row in enumerate(eval_rows[:4]):  # two pairs
-            title = f"{('chosen', 'rejected')[i % 2]}: {json.dumps(row['prompt'], ensure_ascii=False)[:80]}"
-            shown.append((title, token_texts(tokenizer, eval_sequences[i][1]), values[i]))
-        note(draw_values(shown, f"{args.run_dir}/values"))
-    if args.normalise_values:  # the exported head gives the normalised value
-        sharding.reshard(model)  # after a forward without gradient the root holds gathered copies
-        head = value_heads.head(model)
-        head.weight.data.div_(value_std)
-        head.bias.data.sub_(value_mean).div_(value_std)
+        shares = accuracy | baseline_accuracies(pairs, averages)
+        write_table(Path(args.run_dir, "accuracy.json"), shares, len(pairs), averages)
+        write_pictures(f"{args.run_dir}/values", eval_rows, values, tokenizer)
+    if args.normalise_values:
+        fold_normalisation(model, value_mean, value_std)
     export(
         model,
         tokenizer,
@@ -421,7 +601,7 @@ def main(args: Args) -> None:
         gamma=args.gamma,
         return_mean=score_mean,
         return_std=score_std,
-        context_pairs=k,
+        context_pairs=args.context_pairs,
         context_length=args.context_length,
     )
     run.close()

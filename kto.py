@@ -1,23 +1,26 @@
 """KTO: Kahneman-Tversky Optimisation, offline, from (prompt, response, thumbs up or down). No pairs.
 
-Paper: 2402.01306. With the implied reward h = log pi(y|x) - log pi_ref(y|x) and a reference point z, the human utility is
+Paper: 2402.01306. With the implied reward h = log pi(y|x) - log pi_ref(y|x) and a reference point z, the
+human utility is
 
     v = lambda_D * sigmoid(beta * (h - z))  for a desirable response      (eq. 8)
     v = lambda_U * sigmoid(beta * (z - h))  for an undesirable one
     loss = mean over responses of (lambda_y - v)
 
-z estimates KL(pi || pi_ref) without sampling: the mean of log pi(y'|x) - log pi_ref(y'|x) over *mismatched* pairs (a prompt with
-the response to another), over the whole batch and all ranks, clamped at 0; no gradient passes through it. Each row keeps one
-mismatched response for the whole run, so the reference's log-probabilities of those too are computed once.
+z estimates KL(pi || pi_ref) without sampling: the mean of log pi(y'|x) - log pi_ref(y'|x) over *mismatched*
+pairs (a prompt with the response to another), over the whole batch and all ranks, clamped at 0; no gradient
+passes through it. Each row keeps one mismatched response for the whole run, so the reference's
+log-probabilities of those too are computed once.
 
     python kto.py                                                      # the embedded world, one CPU
-    python kto.py --model runs/sft/model --dataset thumbs.jsonl        # prompt, response, label (true or false)
+    python kto.py --model runs/sft/model --dataset thumbs.jsonl        # prompt, response, label (a bool)
     python kto.py --model runs/sft/model --dataset scored.jsonl --threshold 0      # label = reward above 0
     torchrun --nproc_per_node=8 kto.py --model runs/sft/model --dataset thumbs.jsonl --desirable-weight 4 \
         --gradient-checkpointing
 
-Watch `eval/label_auc` (does the log-ratio part good from bad?), `eval/kl`, and `kto/log_ratio_desirable`: where it falls far
-below 0 with the other, the policy runs away from all of the data. Read samples.jsonl. docs/kto.md explains the rest.
+Watch `eval/label_auc` (does the log-ratio part good from bad?), `eval/kl`, and `kto/log_ratio_desirable`:
+where it falls far below 0 with the other, the policy runs away from all of the data. Read samples.jsonl.
+docs/kto.md explains the rest.
 """
 
 import json
@@ -166,36 +169,76 @@ REVIEWS = dict(
 )
 
 
-def mismatched(prompts, seed):
-    """For each row the index of another: a shuffled cycle, moved on where the two have the same prompt (2402.01306 section 4.1).
+def mismatched(prompts: list, seed: int) -> list[int]:
+    """For each row the index of another: a shuffled cycle, moved on where the two have the same prompt.
 
-    The same for the whole run. A row that has the only prompt there is keeps itself.
+    Source: 2402.01306 section 4.1. The same for the whole run. Where there is only one prompt, each row keeps
+    itself.
     """
-    order, other = list(range(len(prompts))), list(range(len(prompts)))
-    random.Random(seed).shuffle(order)
+    other = list(range(len(prompts)))
     if all(prompt == prompts[0] for prompt in prompts):
         return other
-    cycle = order * 2  # from its end back: the next row, or the one that the next row of the same prompt has
+    order = list(range(len(prompts)))
+    random.Random(seed).shuffle(order)
+    # Twice round the cycle, from its end back: a row gets the next row, or, where both have the same prompt,
+    # what the next row got. The second time round, what the first could not know yet is known.
+    cycle = order * 2
     for i, j in zip(cycle[-2::-1], cycle[:0:-1], strict=True):
-        other[i] = other[j] if prompts[j] == prompts[i] else j
+        if prompts[j] == prompts[i]:
+            other[i] = other[j]
+        else:
+            other[i] = j
     return other
 
 
-def kto_loss(log_ratios, labels, reference_point, beta, desirable_weight, undesirable_weight):
-    """Sum over responses of lambda_y - v (2402.01306 eq. 8); log_ratios [B], labels [B] bool, reference_point a number."""
+def kto_loss(
+    log_ratios: torch.Tensor,
+    labels: torch.Tensor,
+    reference_point: torch.Tensor | float,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> torch.Tensor:
+    """Sum over responses of lambda_y - v (2402.01306 eq. 8); log_ratios [B], labels [B] bool, reference_point
+    a number."""
     up = labels.to(log_ratios.dtype)
-    sign, weight = 2 * up - 1, desirable_weight * up + undesirable_weight * (1 - up)
+    sign = 2 * up - 1
+    weight = desirable_weight * up + undesirable_weight * (1 - up)
     return (weight * (1 - torch.sigmoid(sign * beta * (log_ratios - reference_point)))).sum()
 
 
+def prompt_groups(rows: list[dict]) -> torch.Tensor:
+    """The number of each row's prompt, [N]: prompts count from 0 in the order in which they first appear."""
+    numbers = {}
+    groups = []
+    for row in rows:
+        prompt = json.dumps(row["prompt"])
+        if prompt not in numbers:
+            numbers[prompt] = len(numbers)
+        groups.append(numbers[prompt])
+    return torch.tensor(groups)
+
+
+def one_row_per_prompt(rows: list[dict]) -> list[dict]:
+    """The last row of each prompt, in the order in which the prompts first appear."""
+    last = {}
+    for row in rows:
+        last[str(row["prompt"])] = row
+    return list(last.values())
+
+
 def main(args: Args) -> None:
+    # Shapes: N training responses, M held-out ones, B in a micro-batch; L tokens of prompt and response,
+    # T tokens of the response.
     # --- setup
-    weights = args.desirable_weight, args.undesirable_weight
+    weights = (args.desirable_weight, args.undesirable_weight)
     if not (args.beta > 0 and min(weights) >= 0 and max(weights) > 0):
-        given = f"--beta {args.beta}, --desirable-weight {args.desirable_weight}, --undesirable-weight {args.undesirable_weight}"
+        given = f"--beta {args.beta}, --desirable-weight {weights[0]}, --undesirable-weight {weights[1]}"
         fail(f"{given}: beta must be above 0, the weights not negative nor both 0")
     run = Run(args)
-    device, rank, world = distributed.device(), distributed.rank(), distributed.world()
+    device = distributed.device()
+    rank = distributed.rank()
+    world = distributed.world()
     name = resolve(args.model)
     tokenizer = load_tokenizer(name)
     ref_name = resolve(args.ref_model or args.model)
@@ -203,177 +246,201 @@ def main(args: Args) -> None:
     pad = tokenizer.pad_token_id
 
     # --- data
-    def read(dataset, split, part):
-        reader = dict(columns=args.columns, split_seed=args.split_seed, skip_bad_rows=args.skip_bad_rows)
+    def read_labelled(dataset, split, part):
+        """Rows of prompt, response and label; with --threshold the label comes from their reward."""
         rows = read_rows(
-            dataset, "labelled" if args.threshold is None else "scored", split=split, part=part, **reader
+            dataset,
+            "labelled" if args.threshold is None else "scored",
+            split=split,
+            columns=args.columns,
+            part=part,
+            split_seed=args.split_seed,
+            skip_bad_rows=args.skip_bad_rows,
         )
-        return [
-            row | {"label": row["label"] if args.threshold is None else row["reward"] > args.threshold}
-            for row in rows
-        ]
+        if args.threshold is not None:
+            for row in rows:
+                row["label"] = row["reward"] > args.threshold
+        return rows
 
-    rows = read(args.dataset, args.split, args.part)
+    rows = read_labelled(args.dataset, args.split, args.part)
     if args.eval_dataset:
-        held_out = read(args.eval_dataset, args.eval_split, "all")
+        held_out = read_labelled(args.eval_dataset, args.eval_split, "all")
     else:
         rows, held_out = hold_out(rows, args.eval_fraction, args.split_seed)
     if not rows or not held_out:
         counts = f"{len(rows)} rows to learn from, {len(held_out)} held out"
         fail(f"{args.dataset}: {counts}; change --eval-fraction or give --eval-dataset")
-    rows, held_out = (
-        tokenize(part, tokenizer, ("response",), args.max_prompt_length, args.max_response_length, dataset)
-        for part, dataset in ((rows, args.dataset), (held_out, args.eval_dataset or args.dataset))
-    )
-    labels = torch.tensor([row["label"] for row in rows], device=device)
-    good, bad = int(labels.sum()), int((~labels).sum())
+    eval_name = args.eval_dataset or args.dataset
+    max_lengths = (args.max_prompt_length, args.max_response_length)
+    rows = tokenize(rows, tokenizer, ("response",), *max_lengths, args.dataset)
+    held_out = tokenize(held_out, tokenizer, ("response",), *max_lengths, eval_name)
+    labels = torch.tensor([row["label"] for row in rows], device=device)  # [N]
+    good = int(labels.sum())
+    bad = int((~labels).sum())
     if not good or not bad:
-        fail(
-            f"{args.dataset}: {good} desirable and {bad} undesirable responses; KTO needs both (see --threshold)"
-        )
-    balance = args.desirable_weight * good / (args.undesirable_weight * bad or 1)
+        counts = f"{good} desirable and {bad} undesirable responses"
+        fail(f"{args.dataset}: {counts}; KTO needs both (see --threshold)")
+    undesirable = args.undesirable_weight * bad
+    balance = args.desirable_weight * good / (undesirable or 1)  # a weight may be 0
     if not 1 <= balance <= 1.5:
-        note(
-            f"weights: (lambda_D * {good}) / (lambda_U * {bad}) is {balance:.2f}; 2402.01306 advises 1 to 1.5"
-        )
-    eval_labels = torch.tensor([row["label"] for row in held_out], device=device)
-    better = (
-        "label" if args.threshold is None else "reward"
-    )  # what orders the pairs of responses to one held-out prompt
-    eval_rewards_given = torch.tensor([row[better] for row in held_out], dtype=torch.float64, device=device)
-    order = {}
-    eval_groups = torch.tensor(
-        [order.setdefault(json.dumps(row["prompt"]), len(order)) for row in held_out], device=device
-    )
-    sequences, eval_sequences = (
-        [(row["prompt_ids"], row["response_ids"]) for row in part] for part in (rows, held_out)
-    )
+        ratio = f"(lambda_D * {good}) / (lambda_U * {bad})"
+        note(f"weights: {ratio} is {balance:.2f}; 2402.01306 advises 1 to 1.5")
+    eval_labels = torch.tensor([row["label"] for row in held_out], device=device)  # [M]
+    # What orders the pairs of responses to one held-out prompt.
+    better = "label" if args.threshold is None else "reward"
+    held_out_rewards = [row[better] for row in held_out]
+    held_out_rewards = torch.tensor(held_out_rewards, dtype=torch.float64, device=device)  # [M]
+    eval_groups = prompt_groups(held_out).to(device)  # [M]
+    sequences = [(row["prompt_ids"], row["response_ids"]) for row in rows]
+    eval_sequences = [(row["prompt_ids"], row["response_ids"]) for row in held_out]
     others = mismatched([row["prompt_ids"] for row in rows], args.seed)
-    mismatches = [(p, rows[j]["response_ids"]) for (p, _), j in zip(sequences, others, strict=True)]
-    eval_rows = list({str(row["prompt"]): row for row in held_out}.values())[: args.eval_prompts]
-    lengths = [len(p) + len(r) for p, r in sequences]
+    mismatches = [(rows[i]["prompt_ids"], rows[j]["response_ids"]) for i, j in enumerate(others)]
+    eval_rows = one_row_per_prompt(held_out)[: args.eval_prompts]
+    eval_prompts = [row["prompt_ids"] for row in eval_rows]
+    lengths = [len(prompt) + len(response) for prompt, response in sequences]
     steps = args.steps or args.epochs * max(1, len(rows) // args.batch_size)
-    note(
-        f"{good} desirable and {bad} undesirable responses to learn from, {len(held_out)} held out, {steps} steps"
-    )
+    learned_from = f"{good} desirable and {bad} undesirable responses to learn from"
+    note(f"{learned_from}, {len(held_out)} held out, {steps} steps")
 
     def scale(sequences):
-        """What a summed log-probability is divided by, [N]."""
-        ones = [len(r) if args.length_normalise else 1 for _, r in sequences]
-        return torch.tensor(ones, dtype=torch.float64, device=device)
+        """What a summed log-probability is divided by, [N]: the response's length in tokens, or 1."""
+        if args.length_normalise:
+            divisors = [len(response) for _, response in sequences]
+        else:
+            divisors = [1] * len(sequences)
+        return torch.tensor(divisors, dtype=torch.float64, device=device)
 
     # --- models
-    eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
-    parts = dict(train=sequences, held_out=eval_sequences, mismatched=mismatches)
-    sums = reference_logprobs(ref_name, tokenizer, args, **parts)
-    ref_logprobs, eval_ref_logprobs, mismatched_ref_logprobs = (
-        total / scale(part) for part, total in zip(parts.values(), sums, strict=True)
+    judges = [Reward(reward_name, tokenizer, args) for reward_name in args.eval_reward]
+    ref_sums, eval_ref_sums, mismatched_ref_sums = reference_logprobs(
+        ref_name, tokenizer, args, train=sequences, held_out=eval_sequences, mismatched=mismatches
     )
+    ref_logprobs = ref_sums / scale(sequences)  # [N]
+    eval_ref_logprobs = eval_ref_sums / scale(eval_sequences)  # [M]
+    mismatched_ref_logprobs = mismatched_ref_sums / scale(mismatches)  # [N]
     policy = load_model("policy", name, tokenizer, args, trained=True)
     optimizer = adamw(policy, args.lr)
     reference = None if args.precompute_ref else load_reference(policy, ref_name, tokenizer, args)
-    models = [policy] + [reference] * (reference is not None)
-    trained, optimizers = {"policy": (policy, optimizer)}, [optimizer]
+    trained = {"policy": (policy, optimizer)}
+    models = [policy]
+    optimizers = [optimizer]
+    if reference is not None:
+        models.append(reference)
     state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
-    check_sampler(
-        policy,
-        tokenizer,
-        [row["prompt_ids"] for row in eval_rows],
-        args.max_response_length,
-        args.temperature,
-    )
+    check_sampler(policy, tokenizer, eval_prompts, args.max_response_length, args.temperature)
     run.start(start, steps)
 
-    def score(model, sequences, temperature=1.0):
+    def summed_logprobs_of(model, sequences, temperature=1.0):
+        """log pi(y | x) [N], summed over the response's tokens, on every rank; no gradient."""
         return sequence_logprobs(model, sequences, args.micro_batch_size, pad, temperature)
 
-    def evaluate(step):
-        log_ratios = score(policy, eval_sequences) / scale(eval_sequences) - eval_ref_logprobs
-        out = {"eval/pair_accuracy": implied_accuracy(log_ratios, eval_rewards_given, eval_groups)}
-        out["eval/label_auc"] = auc(log_ratios, eval_labels)
-        prompts = [row["prompt_ids"] for row in eval_rows]
-        responses, _ = rollout(policy, tokenizer, prompts, args.max_response_length, args.temperature, (0, 0))
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        sampled = list(zip(prompts, responses, strict=True))
-        scores = {r.label: r(eval_rows, sampled, texts) for r in eval_rewards}
-        out |= {f"eval/{key}": value.mean() for key, value in scores.items()}
-        out |= {
-            "eval/length": sum(map(len, responses)) / max(1, len(responses)),
-            "eval/distinct_2": distinct_2(texts),
-        }
-        if reference is not None:
-            scores["kl"] = score(policy, sampled, args.temperature) - score(
-                reference, sampled, args.temperature
-            )
-            out["eval/kl"] = scores["kl"].mean()
-        run.metrics(step, out, show=tuple(out))
-        run.samples(
-            step,
-            [
-                {"prompt": row["prompt"], "response": text, "length": len(responses[i])}
-                | {k: v[i].item() for k, v in scores.items()}
-                for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
-            ],
+    def judge_samples():
+        """Samples a response to each evaluation prompt; returns (metrics, rows for samples.jsonl)."""
+        # The seed is the same in every evaluation, so that what differs comes from the policy.
+        responses, _ = rollout(
+            policy, tokenizer, eval_prompts, args.max_response_length, args.temperature, (0, 0)
         )
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        sampled = list(zip(eval_prompts, responses, strict=True))
+        judged = {}  # by name, a number for each response
+        for judge in judges:
+            judged[judge.label] = judge(eval_rows, sampled, texts)
+        metrics = {f"eval/{label}": rewards.mean() for label, rewards in judged.items()}
+        metrics["eval/length"] = sum(len(response) for response in responses) / max(1, len(responses))
+        metrics["eval/distinct_2"] = distinct_2(texts)
+        if reference is not None:
+            policy_logprobs = summed_logprobs_of(policy, sampled, args.temperature)
+            judged["kl"] = policy_logprobs - summed_logprobs_of(reference, sampled, args.temperature)
+            metrics["eval/kl"] = judged["kl"].mean()
+        samples = []
+        for i, row in enumerate(eval_rows[:8]):
+            sample = {"prompt": row["prompt"], "response": texts[i], "length": len(responses[i])}
+            for label, numbers in judged.items():
+                sample[label] = numbers[i].item()
+            samples.append(sample)
+        return metrics, samples
+
+    def evaluate_labelled(step):
+        """Held-out pair accuracy and label AUC, and what sampled responses show; into the logs."""
+        eval_logprobs = summed_logprobs_of(policy, eval_sequences) / scale(eval_sequences)  # [M]
+        log_ratios = eval_logprobs - eval_ref_logprobs  # [M]
+        metrics = {
+            "eval/pair_accuracy": implied_accuracy(log_ratios, held_out_rewards, eval_groups),
+            "eval/label_auc": auc(log_ratios, eval_labels),
+        }
+        sampled_metrics, samples = judge_samples()
+        metrics |= sampled_metrics
+        run.metrics(step, metrics, show=tuple(metrics))
+        run.samples(step, samples)
 
     if start == 0 and args.eval_every:
-        evaluate(0)
+        evaluate_labelled(0)
     for step in range(start, steps):
         # --- update
         clock = time.perf_counter()
         batch = batch_indices(len(rows), args.batch_size, step, args.seed)
-        pairs = [mismatches[i] for i in batch]
-        drift = score(policy, pairs) / scale(pairs) - mismatched_ref_logprobs[batch]
-        reference_point = drift.mean().clamp(min=0)  # over the batch on all ranks
-        stats = torch.zeros(3, device=device, dtype=torch.float64)
+        batch_mismatches = [mismatches[i] for i in batch]
+        mismatched_logprobs = summed_logprobs_of(policy, batch_mismatches) / scale(batch_mismatches)
+        drift = mismatched_logprobs - mismatched_ref_logprobs[batch]  # [batch_size], on every rank
+        reference_point = drift.mean().clamp(min=0)  # [], the same on all ranks
+        sums = {  # over this rank's responses
+            "loss": torch.zeros((), device=device, dtype=torch.float64),
+            "desirable": torch.zeros((), device=device, dtype=torch.float64),
+            "undesirable": torch.zeros((), device=device, dtype=torch.float64),
+        }
         picks = micro_batches(batch, lengths, args.micro_batch_size, rank, world)
         for pick in accumulated(picks, policy):
-            mb, at = (
-                collate([sequences[i] for i in pick], pad, device),
-                torch.tensor(pick or [0], device=device),
-            )
-            mb_log_ratios = (
-                policy.response_logprobs(**mb)[0].sum(1) / scale([sequences[i] for i in at])
-                - ref_logprobs[at]
-            )
-            mb_loss = kto_loss(mb_log_ratios, labels[at], reference_point, args.beta, *weights) * bool(pick)
+            mb_sequences = [sequences[i] for i in pick]
+            mb = collate(mb_sequences, pad, device)  # input_ids [B, L], response_mask [B, T]
+            mb_token_logprobs, _ = policy.response_logprobs(**mb)  # [B, T]
+            if not pick:
+                # A rank with nothing left still joins the collectives: its dummy sequence counts nothing.
+                backward(mb_token_logprobs.sum() * 0)
+                continue
+            mb_logprobs = mb_token_logprobs.sum(1) / scale(mb_sequences)  # [B]
+            mb_log_ratios = mb_logprobs - ref_logprobs[pick]  # [B]
+            mb_labels = labels[pick]  # [B]
+            mb_loss = kto_loss(mb_log_ratios, mb_labels, reference_point, args.beta, *weights)  # []
             backward(mb_loss / len(batch))
-            both = [(mb_log_ratios * (labels[at] == label)).sum() * bool(pick) for label in (True, False)]
-            stats += torch.stack([mb_loss, *both]).detach()
+            sums["loss"] += mb_loss.detach()
+            sums["desirable"] += (mb_log_ratios * mb_labels).sum().detach()
+            sums["undesirable"] += (mb_log_ratios * ~mb_labels).sum().detach()
         lr = learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
         where = f"step {step}, data rows {[rows[i]['row'] for i in batch]}"
-        total, norm = optimizer_step(policy, optimizer, lr, stats[0] / len(batch), args.max_grad_norm, where)
+        loss = sums["loss"] / len(batch)
+        total, norm = optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where)
 
         # --- log
-        done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
-        (_, desirable, undesirable), count = distributed.all_reduce(stats).tolist(), int(labels[batch].sum())
-        run.metrics(
-            done,
-            {
-                "kto/loss": total,
-                "kto/reference_point": reference_point,
-                "kto/grad_norm": norm,
-                "kto/lr": lr,
-                "kto/log_ratio_desirable": desirable / count if count else math.nan,
-                "kto/log_ratio_undesirable": undesirable / (len(batch) - count)
-                if count < len(batch)
-                else math.nan,
-                "time/step_s": seconds,
-                "perf/update_tokens_per_s": tokens / seconds,
-                "memory/state_gb": state_bytes(models, optimizers) / 2**30,
-                "memory/peak_gb": peak_memory_gb(),
-                **mfu(policy, tokens, seconds),
-            },
-            show=("kto/loss", "kto/log_ratio_desirable", "kto/log_ratio_undesirable"),
-        )
+        done = step + 1
+        seconds = time.perf_counter() - clock
+        tokens = sum(lengths[i] for i in batch)
+        totals = distributed.all_reduce_dict(sums)
+        desirable_count = int(labels[batch].sum())
+        undesirable_count = len(batch) - desirable_count
+        desirable_mean = totals["desirable"] / desirable_count if desirable_count else math.nan
+        undesirable_mean = totals["undesirable"] / undesirable_count if undesirable_count else math.nan
+        metrics = {
+            "kto/loss": total,
+            "kto/reference_point": reference_point,
+            "kto/grad_norm": norm,
+            "kto/lr": lr,
+            "kto/log_ratio_desirable": desirable_mean,
+            "kto/log_ratio_undesirable": undesirable_mean,
+            "time/step_s": seconds,
+            "perf/update_tokens_per_s": tokens / seconds,
+            "memory/state_gb": state_bytes(models, optimizers) / 2**30,
+            "memory/peak_gb": peak_memory_gb(),
+            **mfu(policy, tokens, seconds),
+        }
+        run.metrics(done, metrics, show=("kto/loss", "kto/log_ratio_desirable", "kto/log_ratio_undesirable"))
         if args.eval_every and done % args.eval_every == 0 and done < steps:
-            evaluate(done)
+            evaluate_labelled(done)
 
         # --- save
         if args.save_every and (done % args.save_every == 0 or done == steps):
             save_checkpoint(args.run_dir, done, trained, {}, args.keep)
-    evaluate(steps)
+    evaluate_labelled(steps)
     export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
     run.close()
 

@@ -2,18 +2,19 @@
 
 Trains `AutoModelForSequenceClassification` with one label, the form most reward models on the hub have, to
 
-    loss = -mean over pairs of log sigmoid(r(x, chosen) - r(x, rejected))                                (2203.02155 eq. 1)
+    loss = -mean over pairs of log sigmoid(r(x, chosen) - r(x, rejected))              (2203.02155 eq. 1)
 
-The exported config carries `score_mean` and `score_std` over the training responses (of at most 500 pairs); ppo.py and
-gvm_td.py then use standardised scores, so that KL coefficients mean the same beside any of them.
+The exported config carries `score_mean` and `score_std` over the training responses (of at most 500 pairs).
+ppo.py and gvm_td.py then use standardised scores, so that a KL coefficient means the same with any reward
+model.
 
     python reward.py                                                   # the embedded world, one CPU
     python reward.py --model runs/sft/model --dataset pairs.jsonl
-    torchrun --nproc_per_node=8 reward.py --model meta-llama/Llama-3.2-3B-Instruct --dataset openbmb/UltraFeedback \
-        --part value --micro-batch-size 2 --gradient-checkpointing
+    torchrun --nproc_per_node=8 reward.py --model meta-llama/Llama-3.2-3B-Instruct \
+        --dataset openbmb/UltraFeedback --part value --micro-batch-size 2 --gradient-checkpointing
 
-Watch `eval/accuracy` against `baseline/length`; a training loss far below the held-out one is over-fitting (two epochs are
-already many). docs/reward.md explains the rest.
+Watch `eval/accuracy` against `baseline/length`. A training loss far below the held-out one is over-fitting
+(two epochs are already many). docs/reward.md explains the rest.
 """
 
 import json
@@ -133,64 +134,89 @@ REVIEWS = dict(
 )
 
 
-def bradley_terry_loss(chosen, rejected):
+def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     """Sum over pairs of -log sigmoid(chosen - rejected), scores [B] each (2203.02155 eq. 1)."""
     return -F.logsigmoid(chosen - rejected).sum()
 
 
+def two_sides(rows: list[dict]) -> list[tuple[list[int], list[int]]]:
+    """The sequences (prompt tokens, response tokens) of the pairs: chosen, rejected, chosen, rejected, ..."""
+    sequences = []
+    for row in rows:
+        sequences.append((row["prompt_ids"], row["chosen_ids"]))
+        sequences.append((row["prompt_ids"], row["rejected_ids"]))
+    return sequences
+
+
 def main(args: Args) -> None:
+    # Shapes: N training pairs, M held-out ones, B in a micro-batch; L tokens of prompt and response,
+    # T tokens of the response.
     # --- setup
     run = Run(args)
-    device, rank, world = distributed.device(), distributed.rank(), distributed.world()
+    device = distributed.device()
+    rank = distributed.rank()
+    world = distributed.world()
     name = resolve(args.model)
     tokenizer = load_tokenizer(name)
     pad = tokenizer.pad_token_id
 
     # --- data
-    def read(dataset, split, part):
-        reader = dict(columns=args.columns, split_seed=args.split_seed, skip_bad_rows=args.skip_bad_rows)
-        return read_rows(dataset, "preference", split=split, part=part, **reader)
+    def read_pairs(dataset, split, part):
+        """Rows of prompt, chosen and rejected."""
+        return read_rows(
+            dataset,
+            "preference",
+            split=split,
+            columns=args.columns,
+            part=part,
+            split_seed=args.split_seed,
+            skip_bad_rows=args.skip_bad_rows,
+        )
 
-    rows = read(args.dataset, args.split, args.part)
+    rows = read_pairs(args.dataset, args.split, args.part)
     if args.eval_dataset:
-        held_out = read(args.eval_dataset, args.eval_split, "all")
+        held_out = read_pairs(args.eval_dataset, args.eval_split, "all")
     else:
         rows, held_out = hold_out(rows, args.eval_fraction, args.split_seed)
     if not rows or not held_out:
         counts = f"{len(rows)} pairs to learn from, {len(held_out)} held out"
         fail(f"{args.dataset}: {counts}; change --eval-fraction or give --eval-dataset")
-    rows, held_out = (
-        tokenize(
-            part, tokenizer, ("chosen", "rejected"), args.max_prompt_length, args.max_response_length, dataset
-        )
-        for part, dataset in ((rows, args.dataset), (held_out, args.eval_dataset or args.dataset))
-    )
-
-    def sides(rows):
-        """The sequences of the pairs: chosen, rejected, chosen, ..."""
-        return [(row["prompt_ids"], row[f"{side}_ids"]) for row in rows for side in ("chosen", "rejected")]
-
-    sequences, eval_sequences = sides(rows), sides(held_out)
-    lengths = [max(sum(map(len, pair)) for pair in sequences[2 * i : 2 * i + 2]) for i in range(len(rows))]
+    eval_name = args.eval_dataset or args.dataset
+    max_lengths = (args.max_prompt_length, args.max_response_length)
+    rows = tokenize(rows, tokenizer, ("chosen", "rejected"), *max_lengths, args.dataset)
+    held_out = tokenize(held_out, tokenizer, ("chosen", "rejected"), *max_lengths, eval_name)
+    sequences = two_sides(rows)  # 2N: those of pair i are 2i and 2i + 1
+    eval_sequences = two_sides(held_out)  # 2M
+    lengths = []  # of the longer sequence of each pair
+    for row in rows:
+        longer_response = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        lengths.append(len(row["prompt_ids"]) + longer_response)
     steps = args.steps or args.epochs * max(1, len(rows) // args.batch_size)
     note(f"{len(rows)} pairs to learn from, {len(held_out)} held out, {steps} steps")
 
     # --- models
     model = load_model("reward", name, tokenizer, args, trained=True, layers=args.layers)
     optimizer = adamw(model, args.lr)
-    state = load_checkpoint(args.run_dir, {"model": (model, optimizer)}) if args.resume else {}
+    trained = {"model": (model, optimizer)}
+    state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
     run.start(start, steps)
 
-    def predict(sequences):
-        """Scores [N] of all sequences, on every rank."""
-        return run_micro_batches(
-            lambda mb: sequence_scores(model, **mb), sequences, 2 * args.micro_batch_size, pad, 1
-        )[:, 0]
+    def micro_batch_scores(mb):
+        """Scores [B, 1] of a micro-batch."""
+        return sequence_scores(model, **mb)
 
-    def evaluate(step):
-        scores = predict(eval_sequences)
-        chosen, rejected = scores[::2], scores[1::2]
+    def predict_scores(sequences):
+        """Scores [number of sequences] of all sequences, on every rank."""
+        # --micro-batch-size counts pairs.
+        found = run_micro_batches(micro_batch_scores, sequences, 2 * args.micro_batch_size, pad, 1)
+        return found[:, 0]
+
+    def evaluate_reward_model(step):
+        """Held-out accuracy, loss, margin and what length alone would reach, into the logs; returns them."""
+        scores = predict_scores(eval_sequences)  # [2M]
+        chosen = scores[::2]  # [M]
+        rejected = scores[1::2]  # [M]
         metrics = {
             "eval/accuracy": (chosen > rejected).float().mean(),
             "eval/loss": bradley_terry_loss(chosen, rejected) / len(chosen),
@@ -198,75 +224,90 @@ def main(args: Args) -> None:
             "baseline/length": np.mean([len(row["chosen"]) > len(row["rejected"]) for row in held_out]),
         }
         run.metrics(step, metrics, show=("eval/accuracy", "eval/loss"))
-        run.samples(
-            step,
-            [
-                {key: row[key] for key in ("prompt", "chosen", "rejected")}
-                | {"chosen_score": c, "rejected_score": r}
-                for row, c, r in zip(held_out[:4], chosen.tolist(), rejected.tolist(), strict=False)
-            ],
-        )
+        samples = []
+        for i, row in enumerate(held_out[:4]):
+            sample = {
+                "prompt": row["prompt"],
+                "chosen": row["chosen"],
+                "rejected": row["rejected"],
+                "chosen_score": chosen[i].item(),
+                "rejected_score": rejected[i].item(),
+            }
+            samples.append(sample)
+        run.samples(step, samples)
         return metrics
 
     for step in range(start, steps):
         # --- update
         clock = time.perf_counter()
         batch = batch_indices(len(rows), args.batch_size, step, args.seed)
-        loss, right = torch.zeros(2, device=device)
-        picks = micro_batches(
-            range(len(batch)), [lengths[i] for i in batch], args.micro_batch_size, rank, world
-        )
+        sums = {  # over this rank's pairs; the loss is divided by the size of the batch
+            "loss": torch.zeros((), device=device),
+            "right": torch.zeros((), device=device),
+        }
+        # Micro-batches hold positions in the batch, not rows.
+        batch_lengths = [lengths[i] for i in batch]
+        picks = micro_batches(range(len(batch)), batch_lengths, args.micro_batch_size, rank, world)
         for pick in accumulated(picks, model):
-            mb = collate([sequences[2 * batch[i] + side] for i in pick for side in (0, 1)], pad, device)
-            scores = sequence_scores(model, **mb)[:, 0]
-            # a rank with nothing left still takes part in the collectives
-            mb_loss = bradley_terry_loss(scores[::2], scores[1::2]) if pick else scores.sum() * 0
+            mb_sequences = two_sides([rows[batch[i]] for i in pick])
+            mb = collate(mb_sequences, pad, device)  # input_ids [2B, L], response_mask [2B, T]
+            mb_scores = sequence_scores(model, **mb)[:, 0]  # [2B]
+            if not pick:
+                # A rank with nothing left still joins the collectives: its dummy sequence counts nothing.
+                backward(mb_scores.sum() * 0)
+                continue
+            mb_chosen = mb_scores[::2]  # [B]
+            mb_rejected = mb_scores[1::2]  # [B]
+            mb_loss = bradley_terry_loss(mb_chosen, mb_rejected)  # []
             backward(mb_loss / len(batch))
-            loss += mb_loss.detach() / len(batch)
-            right += (scores[::2] > scores[1::2]).sum() if pick else 0
+            sums["loss"] += mb_loss.detach() / len(batch)
+            sums["right"] += (mb_chosen > mb_rejected).sum()
         lr = learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
         where = f"step {step}, data rows {[rows[i]['row'] for i in batch]}"
-        total, norm = optimizer_step(model, optimizer, lr, loss, args.max_grad_norm, where)
+        total, norm = optimizer_step(model, optimizer, lr, sums["loss"], args.max_grad_norm, where)
 
         # --- log
-        done, seconds = step + 1, time.perf_counter() - clock
-        tokens = sum(sum(map(len, sequences[2 * i + side])) for i in batch for side in (0, 1))
-        run.metrics(
-            done,
-            {
-                "reward/loss": total,
-                "reward/accuracy": distributed.all_reduce(right).item() / len(batch),
-                "reward/grad_norm": norm,
-                "reward/lr": lr,
-                "time/step_s": seconds,
-                "perf/update_tokens_per_s": tokens / seconds,
-                "memory/state_gb": state_bytes([model], [optimizer]) / 2**30,
-                "memory/peak_gb": peak_memory_gb(),
-                **mfu(model, tokens, seconds),
-            },
-            show=("reward/loss", "reward/accuracy"),
-        )
+        done = step + 1
+        seconds = time.perf_counter() - clock
+        tokens = 0
+        for i in batch:
+            tokens += (
+                2 * len(rows[i]["prompt_ids"]) + len(rows[i]["chosen_ids"]) + len(rows[i]["rejected_ids"])
+            )
+        metrics = {
+            "reward/loss": total,
+            "reward/accuracy": distributed.all_reduce(sums["right"]).item() / len(batch),
+            "reward/grad_norm": norm,
+            "reward/lr": lr,
+            "time/step_s": seconds,
+            "perf/update_tokens_per_s": tokens / seconds,
+            "memory/state_gb": state_bytes([model], [optimizer]) / 2**30,
+            "memory/peak_gb": peak_memory_gb(),
+            **mfu(model, tokens, seconds),
+        }
+        run.metrics(done, metrics, show=("reward/loss", "reward/accuracy"))
         if args.eval_every and done % args.eval_every == 0 and done < steps:
-            evaluate(done)
+            evaluate_reward_model(done)
 
         # --- save
         if args.save_every and (done % args.save_every == 0 or done == steps):
-            save_checkpoint(args.run_dir, done, {"model": (model, optimizer)}, {}, args.keep)
-    result = evaluate(steps)
-    scores = predict(sequences[: 2 * 500])  # a sample: the spread is known to 2 % then
+            save_checkpoint(args.run_dir, done, trained, {}, args.keep)
+    final = evaluate_reward_model(steps)
     if rank == 0:
         table = {
-            key.split("/")[1] if "eval" in key else key.replace("/", "_"): float(value)
-            for key, value in result.items()
+            "accuracy": float(final["eval/accuracy"]),
+            "loss": float(final["eval/loss"]),
+            "margin": float(final["eval/margin"]),
+            "baseline_length": float(final["baseline/length"]),
+            "pairs": len(held_out),
         }
-        Path(args.run_dir, "accuracy.json").write_text(
-            json.dumps({**table, "pairs": len(held_out)}, indent=1)
-        )
+        Path(args.run_dir, "accuracy.json").write_text(json.dumps(table, indent=1))
         note(
-            f"held-out accuracy {result['eval/accuracy']:.3f}; the longer one wins: {result['baseline/length']:.3f}"
+            f"held-out accuracy {table['accuracy']:.3f}; the longer one wins: {table['baseline_length']:.3f}"
         )
-    stats = {"score_mean": scores.mean().item(), "score_std": scores.std().item()}
-    export(model, tokenizer, f"{args.run_dir}/model", args.precision, **stats)
+    scores = predict_scores(sequences[: 2 * 500])  # a sample: the spread is known to 2 % then
+    statistics = {"score_mean": scores.mean().item(), "score_std": scores.std().item()}
+    export(model, tokenizer, f"{args.run_dir}/model", args.precision, **statistics)
     run.close()
 
 

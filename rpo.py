@@ -1,22 +1,26 @@
-"""RPO: Reward Partitioning Optimization, offline, from (prompt, response, scalar reward). No pairs, no value model.
+"""RPO: Reward Partitioning Optimization, offline, from (prompt, response, scalar reward), without pairs and
+without a value model.
 
-Paper: 2506.13702 (not Robust Policy Optimization, nor Reward-aware Preference Optimization). All KL-regularised objectives share
-the optimum pi*(y|x) = pi_ref(y|x) exp(r(x, y) / tau) / Z(x). Its log-ratio is known up to Z, and Z is estimated from the
-responses at hand: over all training responses y_1 .. y_n to x, once, in log space,
+Paper: 2506.13702 (not Robust Policy Optimization, nor Reward-aware Preference Optimization). All
+KL-regularised objectives share the optimum pi*(y|x) = pi_ref(y|x) exp(r(x, y) / tau) / Z(x). Its log-ratio is
+known up to Z, and Z is estimated from the responses at hand: over all training responses y_1 .. y_n
+to x, once, in log space,
 
     V(x) = tau * logsumexp_j(log pi_ref(y_j|x) + r_j / tau)
     loss = 0.5 * (log pi(y|x) - log pi_ref(y|x) - (r - V(x)) / tau)^2,  mean over responses
 
-So the targets of one prompt are those of a distribution over its responses: sum_j exp(log pi_ref(y_j|x) + (r_j - V) / tau) = 1. A
-prompt with a single response has the target log pi = 0 whatever its reward: such prompts are dropped and counted.
+So the targets of one prompt are those of a distribution over its responses:
+sum_j exp(log pi_ref(y_j|x) + (r_j - V) / tau) = 1. A prompt with a single response has the target log pi = 0
+whatever its reward: such prompts are dropped and counted.
 
     python rpo.py                                                      # the embedded world, one CPU
     python rpo.py --model runs/sft/model --dataset scored.jsonl --lr 1e-5
-    torchrun --nproc_per_node=8 rpo.py --model runs/sft/model --dataset openbmb/UltraFeedback --part value --lr 5e-7 \
-        --gradient-checkpointing
+    torchrun --nproc_per_node=8 rpo.py --model runs/sft/model --dataset openbmb/UltraFeedback --part value \
+        --lr 5e-7 --gradient-checkpointing
 
-Watch `eval/pair_accuracy` (does the policy's own log-ratio order held-out answers?) and `eval/kl`; read samples.jsonl.
-`rpo/target` far from 0 on average asks the impossible of a policy: tens of nats for long answers. docs/rpo.md explains the rest.
+Watch `eval/pair_accuracy` (does the policy's own log-ratio order held-out answers?) and `eval/kl`; read
+samples.jsonl. Where `rpo/target` is far from 0 on average, it asks the impossible of a policy: tens of nats
+for long answers. docs/rpo.md explains the rest.
 """
 
 import json
@@ -165,36 +169,64 @@ REVIEWS = dict(
 )
 
 
-def partition_values(ref_logprobs, rewards, groups, tau):
-    """V(x) [N] for each response: tau * logsumexp over all responses to its prompt of ref_logprob + reward / tau (2506.13702).
+def partition_values(
+    ref_logprobs: torch.Tensor, rewards: torch.Tensor, groups: torch.Tensor, tau: float
+) -> torch.Tensor:
+    """V(x) [N] of each response's prompt: tau * logsumexp over its responses of ref_logprob + reward / tau.
 
-    ref_logprobs and rewards [N], groups [N] integers, one for each prompt. In float64 and log space: exp of a summed
-    log-probability is 0 in float32 below -104.
+    Source: 2506.13702. ref_logprobs and rewards [N], groups [N] integers, one for each prompt. In float64 and
+    log space: exp of a summed log-probability is 0 in float32 below -104.
     """
-    terms, n = ref_logprobs.double() + rewards.double() / tau, int(groups.max()) + 1
-    top = torch.full((n,), -torch.inf, dtype=terms.dtype, device=terms.device).scatter_reduce(
-        0, groups, terms, "amax"
-    )
+    terms = ref_logprobs.double() + rewards.double() / tau
+    prompts = int(groups.max()) + 1
+    top = torch.full((prompts,), -torch.inf, dtype=terms.dtype, device=terms.device)
+    # The largest term of each prompt is taken out before exp, which would underflow.
+    top = top.scatter_reduce(0, groups, terms, "amax")
     total = torch.zeros_like(top).scatter_add(0, groups, (terms - top[groups]).exp())
     return (tau * (top + total.log()))[groups]
 
 
-def rpo_loss(logprobs, ref_logprobs, targets):
-    """Sum over responses of half the squared distance of the log-ratio from its target, all [B]."""
+def rpo_loss(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum over responses of half the squared distance of log-ratio and target (2506.13702); all [B]."""
     return 0.5 * ((logprobs - ref_logprobs - targets) ** 2).sum()
 
 
-def thin(rows, share, seed):
+def thin(rows: list[dict], share: float, seed: int) -> list[dict]:
     """`share` of the responses of each prompt, at random, at least one; in the order they had."""
-    groups = {}
+    groups = {}  # the positions of each prompt's rows
     for i, row in enumerate(rows):
         groups.setdefault(json.dumps(row["prompt"]), []).append(i)
     rng = random.Random(seed)
-    kept = {i for group in groups.values() for i in rng.sample(group, max(1, round(share * len(group))))}
+    kept = set()
+    for group in groups.values():
+        count = max(1, round(share * len(group)))
+        kept.update(rng.sample(group, count))
     return [row for i, row in enumerate(rows) if i in kept]
 
 
+def prompt_groups(rows: list[dict]) -> torch.Tensor:
+    """The number of each row's prompt, [N]: prompts count from 0 in the order in which they first appear."""
+    numbers = {}
+    groups = []
+    for row in rows:
+        prompt = json.dumps(row["prompt"])
+        if prompt not in numbers:
+            numbers[prompt] = len(numbers)
+        groups.append(numbers[prompt])
+    return torch.tensor(groups)
+
+
+def one_row_per_prompt(rows: list[dict]) -> list[dict]:
+    """The last row of each prompt, in the order in which the prompts first appear."""
+    last = {}
+    for row in rows:
+        last[str(row["prompt"])] = row
+    return list(last.values())
+
+
 def main(args: Args) -> None:
+    # Shapes: N training responses, M held-out ones, B in a micro-batch; L tokens of prompt and response,
+    # T tokens of the response.
     # --- setup
     if not (args.tau > 0 and 0 < args.keep_responses <= 1 and args.reward_noise >= 0):
         given = (
@@ -202,7 +234,9 @@ def main(args: Args) -> None:
         )
         fail(f"{given}: tau must be above 0, the share in (0, 1], the noise not negative")
     run = Run(args)
-    device, rank, world = distributed.device(), distributed.rank(), distributed.world()
+    device = distributed.device()
+    rank = distributed.rank()
+    world = distributed.world()
     name = resolve(args.model)
     tokenizer = load_tokenizer(name)
     ref_name = resolve(args.ref_model or args.model)
@@ -210,166 +244,189 @@ def main(args: Args) -> None:
     pad = tokenizer.pad_token_id
 
     # --- data
-    def read(dataset, split, part):
-        reader = dict(columns=args.columns, split_seed=args.split_seed, skip_bad_rows=args.skip_bad_rows)
-        return read_rows(dataset, "scored", split=split, part=part, **reader)
+    def read_scored(dataset, split, part):
+        """Rows of prompt, response and reward."""
+        return read_rows(
+            dataset,
+            "scored",
+            split=split,
+            columns=args.columns,
+            part=part,
+            split_seed=args.split_seed,
+            skip_bad_rows=args.skip_bad_rows,
+        )
 
-    rows = read(args.dataset, args.split, args.part)
+    rows = read_scored(args.dataset, args.split, args.part)
     if args.eval_dataset:
-        held_out = read(args.eval_dataset, args.eval_split, "all")
+        held_out = read_scored(args.eval_dataset, args.eval_split, "all")
     else:
         rows, held_out = hold_out(rows, args.eval_fraction, args.split_seed)
     if not rows or not held_out:
         counts = f"{len(rows)} rows to learn from, {len(held_out)} held out"
         fail(f"{args.dataset}: {counts}; change --eval-fraction or give --eval-dataset")
-    rows, held_out = (
-        tokenize(part, tokenizer, ("response",), args.max_prompt_length, args.max_response_length, dataset)
-        for part, dataset in ((rows, args.dataset), (held_out, args.eval_dataset or args.dataset))
-    )
+    eval_name = args.eval_dataset or args.dataset
+    max_lengths = (args.max_prompt_length, args.max_response_length)
+    rows = tokenize(rows, tokenizer, ("response",), *max_lengths, args.dataset)
+    held_out = tokenize(held_out, tokenizer, ("response",), *max_lengths, eval_name)
     rows = thin(rows, args.keep_responses, args.seed)
     count = Counter(json.dumps(row["prompt"]) for row in rows)
     single = sum(n == 1 for n in count.values())
-    if (
-        single and args.partition
-    ):  # V would be the response's own reward, the target log pi = 0 whatever that is
+    if single and args.partition:
+        # V would be the response's own reward, and the target log pi = 0 whatever that reward is.
         note(f"{args.dataset}: dropped {single} of {len(count)} prompts with a single response")
         rows = [row for row in rows if count[json.dumps(row["prompt"])] > 1]
-        rows = rows or fail(
-            f"{args.dataset}: every prompt has a single response; RPO needs several, --no-partition does not"
-        )
-    rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
-    mean, std = rewards.mean(), rewards.std()
+        if not rows:
+            why = "every prompt has a single response; RPO needs several, --no-partition does not"
+            fail(f"{args.dataset}: {why}")
+    rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)  # [N]
+    mean = rewards.mean()
+    std = rewards.std()
     if not std > 0:
         fail(f"{args.dataset}: all rewards are {rewards[0].item()}; there is nothing to learn")
-    noise = torch.randn(len(rows), generator=torch.Generator().manual_seed(args.seed), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(args.seed)
+    noise = torch.randn(len(rows), generator=generator, dtype=torch.float64)  # [N]
     rewards = ((rewards - mean) / std + args.reward_noise * noise).to(device)
-    eval_rewards_given = torch.tensor([row["reward"] for row in held_out], dtype=torch.float64, device=device)
-    groups, eval_groups = (
-        torch.tensor([order.setdefault(json.dumps(row["prompt"]), len(order)) for row in part], device=device)
-        for part, order in ((rows, {}), (held_out, {}))
-    )
-    sequences, eval_sequences = (
-        [(row["prompt_ids"], row["response_ids"]) for row in part] for part in (rows, held_out)
-    )
-    eval_rows = list({str(row["prompt"]): row for row in held_out}.values())[: args.eval_prompts]
-    lengths = [len(p) + len(r) for p, r in sequences]
+    held_out_rewards = [row["reward"] for row in held_out]
+    held_out_rewards = torch.tensor(held_out_rewards, dtype=torch.float64, device=device)  # [M]
+    groups = prompt_groups(rows).to(device)  # [N]
+    eval_groups = prompt_groups(held_out).to(device)  # [M]
+    sequences = [(row["prompt_ids"], row["response_ids"]) for row in rows]
+    eval_sequences = [(row["prompt_ids"], row["response_ids"]) for row in held_out]
+    eval_rows = one_row_per_prompt(held_out)[: args.eval_prompts]
+    eval_prompts = [row["prompt_ids"] for row in eval_rows]
+    lengths = [len(prompt) + len(response) for prompt, response in sequences]
     steps = args.steps or args.epochs * max(1, len(rows) // args.batch_size)
-    note(
-        f"{len(rows)} responses to {len(set(groups.tolist()))} prompts to learn from, {len(held_out)} held out, {steps} steps"
-    )
+    learned_from = f"{len(rows)} responses to {int(groups.max()) + 1} prompts to learn from"
+    note(f"{learned_from}, {len(held_out)} held out, {steps} steps")
 
     def scale(sequences):
-        """What a summed log-probability is divided by, [N]."""
-        ones = [len(r) if args.length_normalise else 1 for _, r in sequences]
-        return torch.tensor(ones, dtype=torch.float64, device=device)
+        """What a summed log-probability is divided by, [N]: the response's length in tokens, or 1."""
+        if args.length_normalise:
+            divisors = [len(response) for _, response in sequences]
+        else:
+            divisors = [1] * len(sequences)
+        return torch.tensor(divisors, dtype=torch.float64, device=device)
 
     # --- models
-    eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
-    sums = reference_logprobs(ref_name, tokenizer, args, train=sequences, held_out=eval_sequences)
-    ref_logprobs, eval_ref_logprobs = sums[0] / scale(sequences), sums[1] / scale(eval_sequences)
+    judges = [Reward(reward_name, tokenizer, args) for reward_name in args.eval_reward]
+    ref_sums, eval_ref_sums = reference_logprobs(
+        ref_name, tokenizer, args, train=sequences, held_out=eval_sequences
+    )
+    ref_logprobs = ref_sums / scale(sequences)  # [N]
+    eval_ref_logprobs = eval_ref_sums / scale(eval_sequences)  # [M]
     policy = load_model("policy", name, tokenizer, args, trained=True)
     optimizer = adamw(policy, args.lr)
     reference = None if args.precompute_ref else load_reference(policy, ref_name, tokenizer, args)
-    models = [policy] + [reference] * (reference is not None)
-    values = (
-        partition_values(ref_logprobs, rewards, groups, args.tau)
-        if args.partition
-        else torch.zeros_like(rewards)
-    )
-    targets = (rewards - values) / args.tau
-    trained, optimizers = {"policy": (policy, optimizer)}, [optimizer]
+    trained = {"policy": (policy, optimizer)}
+    models = [policy]
+    optimizers = [optimizer]
+    if reference is not None:
+        models.append(reference)
+    if args.partition:
+        values = partition_values(ref_logprobs, rewards, groups, args.tau)  # [N]
+    else:
+        values = torch.zeros_like(rewards)  # [N]
+    targets = (rewards - values) / args.tau  # [N]
     state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
-    check_sampler(
-        policy,
-        tokenizer,
-        [row["prompt_ids"] for row in eval_rows],
-        args.max_response_length,
-        args.temperature,
-    )
+    check_sampler(policy, tokenizer, eval_prompts, args.max_response_length, args.temperature)
     run.start(start, steps)
 
-    def score(model, sequences, temperature=1.0):
+    def summed_logprobs_of(model, sequences, temperature=1.0):
+        """log pi(y | x) [N], summed over the response's tokens, on every rank; no gradient."""
         return sequence_logprobs(model, sequences, args.micro_batch_size, pad, temperature)
 
-    def evaluate(step):
-        log_ratios = score(policy, eval_sequences) / scale(eval_sequences) - eval_ref_logprobs
-        out = {"eval/pair_accuracy": implied_accuracy(log_ratios, eval_rewards_given, eval_groups)}
-        prompts = [row["prompt_ids"] for row in eval_rows]
-        responses, _ = rollout(policy, tokenizer, prompts, args.max_response_length, args.temperature, (0, 0))
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        sampled = list(zip(prompts, responses, strict=True))
-        scores = {r.label: r(eval_rows, sampled, texts) for r in eval_rewards}
-        out |= {f"eval/{key}": value.mean() for key, value in scores.items()}
-        out |= {
-            "eval/length": sum(map(len, responses)) / max(1, len(responses)),
-            "eval/distinct_2": distinct_2(texts),
-        }
-        if reference is not None:
-            scores["kl"] = score(policy, sampled, args.temperature) - score(
-                reference, sampled, args.temperature
-            )
-            out["eval/kl"] = scores["kl"].mean()
-        run.metrics(step, out, show=tuple(out))
-        run.samples(
-            step,
-            [
-                {"prompt": row["prompt"], "response": text, "length": len(responses[i])}
-                | {k: v[i].item() for k, v in scores.items()}
-                for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
-            ],
+    def judge_samples():
+        """Samples a response to each evaluation prompt; returns (metrics, rows for samples.jsonl)."""
+        # The seed is the same in every evaluation, so that what differs comes from the policy.
+        responses, _ = rollout(
+            policy, tokenizer, eval_prompts, args.max_response_length, args.temperature, (0, 0)
         )
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        sampled = list(zip(eval_prompts, responses, strict=True))
+        judged = {}  # by name, a number for each response
+        for judge in judges:
+            judged[judge.label] = judge(eval_rows, sampled, texts)
+        metrics = {f"eval/{label}": rewards.mean() for label, rewards in judged.items()}
+        metrics["eval/length"] = sum(len(response) for response in responses) / max(1, len(responses))
+        metrics["eval/distinct_2"] = distinct_2(texts)
+        if reference is not None:
+            policy_logprobs = summed_logprobs_of(policy, sampled, args.temperature)
+            judged["kl"] = policy_logprobs - summed_logprobs_of(reference, sampled, args.temperature)
+            metrics["eval/kl"] = judged["kl"].mean()
+        samples = []
+        for i, row in enumerate(eval_rows[:8]):
+            sample = {"prompt": row["prompt"], "response": texts[i], "length": len(responses[i])}
+            for label, numbers in judged.items():
+                sample[label] = numbers[i].item()
+            samples.append(sample)
+        return metrics, samples
+
+    def evaluate_scored(step):
+        """Held-out pair accuracy of the log-ratios, and what sampled responses show; into the logs."""
+        eval_logprobs = summed_logprobs_of(policy, eval_sequences) / scale(eval_sequences)  # [M]
+        log_ratios = eval_logprobs - eval_ref_logprobs  # [M]
+        metrics = {"eval/pair_accuracy": implied_accuracy(log_ratios, held_out_rewards, eval_groups)}
+        sampled_metrics, samples = judge_samples()
+        metrics |= sampled_metrics
+        run.metrics(step, metrics, show=tuple(metrics))
+        run.samples(step, samples)
 
     if start == 0 and args.eval_every:
-        evaluate(0)
+        evaluate_scored(0)
     for step in range(start, steps):
         # --- update
         clock = time.perf_counter()
         batch = batch_indices(len(rows), args.batch_size, step, args.seed)
-        stats = torch.zeros(2, device=device, dtype=torch.float64)
+        sums = {  # over this rank's responses, each divided by the size of the batch
+            "loss": torch.zeros((), device=device, dtype=torch.float64),
+            "log_ratio": torch.zeros((), device=device, dtype=torch.float64),
+        }
         picks = micro_batches(batch, lengths, args.micro_batch_size, rank, world)
         for pick in accumulated(picks, policy):
-            mb, at = (
-                collate([sequences[i] for i in pick], pad, device),
-                torch.tensor(pick or [0], device=device),
-            )
-            mb_logprobs = policy.response_logprobs(**mb)[0].sum(1) / scale([sequences[i] for i in at])
-            mb_loss = rpo_loss(mb_logprobs, ref_logprobs[at], targets[at]) * bool(pick)
+            mb_sequences = [sequences[i] for i in pick]
+            mb = collate(mb_sequences, pad, device)  # input_ids [B, L], response_mask [B, T]
+            mb_token_logprobs, _ = policy.response_logprobs(**mb)  # [B, T]
+            if not pick:
+                # A rank with nothing left still joins the collectives: its dummy sequence counts nothing.
+                backward(mb_token_logprobs.sum() * 0)
+                continue
+            mb_logprobs = mb_token_logprobs.sum(1) / scale(mb_sequences)  # [B]
+            mb_ref_logprobs = ref_logprobs[pick]  # [B]
+            mb_loss = rpo_loss(mb_logprobs, mb_ref_logprobs, targets[pick])  # []
             backward(mb_loss / len(batch))
-            stats += torch.stack(
-                [mb_loss, (mb_logprobs - ref_logprobs[at]).sum() * bool(pick)]
-            ).detach() / len(batch)
+            sums["loss"] += mb_loss.detach() / len(batch)
+            sums["log_ratio"] += (mb_logprobs - mb_ref_logprobs).sum().detach() / len(batch)
         lr = learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
         where = f"step {step}, data rows {[rows[i]['row'] for i in batch]}"
-        total, norm = optimizer_step(policy, optimizer, lr, stats[0], args.max_grad_norm, where)
+        total, norm = optimizer_step(policy, optimizer, lr, sums["loss"], args.max_grad_norm, where)
 
         # --- log
-        distributed.all_reduce(stats)
-        done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
-        run.metrics(
-            done,
-            {
-                "rpo/loss": total,
-                "rpo/log_ratio": stats[1],
-                "rpo/target": targets[batch].mean(),
-                "rpo/value": values[batch].mean(),
-                "rpo/grad_norm": norm,
-                "rpo/lr": lr,
-                "time/step_s": seconds,
-                "perf/update_tokens_per_s": tokens / seconds,
-                "memory/state_gb": state_bytes(models, optimizers) / 2**30,
-                "memory/peak_gb": peak_memory_gb(),
-                **mfu(policy, tokens, seconds),
-            },
-            show=("rpo/loss", "rpo/log_ratio"),
-        )
+        means = distributed.all_reduce_dict(sums)  # over the batch
+        done = step + 1
+        seconds = time.perf_counter() - clock
+        tokens = sum(lengths[i] for i in batch)
+        metrics = {
+            "rpo/loss": total,
+            "rpo/log_ratio": means["log_ratio"],
+            "rpo/target": targets[batch].mean(),
+            "rpo/value": values[batch].mean(),
+            "rpo/grad_norm": norm,
+            "rpo/lr": lr,
+            "time/step_s": seconds,
+            "perf/update_tokens_per_s": tokens / seconds,
+            "memory/state_gb": state_bytes(models, optimizers) / 2**30,
+            "memory/peak_gb": peak_memory_gb(),
+            **mfu(policy, tokens, seconds),
+        }
+        run.metrics(done, metrics, show=("rpo/loss", "rpo/log_ratio"))
         if args.eval_every and done % args.eval_every == 0 and done < steps:
-            evaluate(done)
+            evaluate_scored(done)
 
         # --- save
         if args.save_every and (done % args.save_every == 0 or done == steps):
             save_checkpoint(args.run_dir, done, trained, {}, args.keep)
-    evaluate(steps)
+    evaluate_scored(steps)
     export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
     run.close()
 

@@ -1,16 +1,16 @@
 """Supervised fine-tuning: the policy every other script starts from.
 
-Maximises the likelihood of the responses; the loss is on response tokens only, the end-of-answer token included:
+Maximises the likelihood of the responses. The loss is on response tokens only, with the end-of-answer token:
 
     loss = -mean over response tokens of log pi(y_t | x, y_<t)
 
     python sft.py                                                      # the embedded world, one CPU
     python sft.py --model HuggingFaceTB/SmolLM2-135M --dataset answers.jsonl
-    torchrun --nproc_per_node=8 sft.py --model meta-llama/Llama-3.2-3B --dataset openbmb/UltraFeedback --part sft \
-        --micro-batch-size 2 --gradient-checkpointing
+    torchrun --nproc_per_node=8 sft.py --model meta-llama/Llama-3.2-3B --dataset openbmb/UltraFeedback \
+        --part sft --micro-batch-size 2 --gradient-checkpointing
 
-Watch `eval/loss`: where it rises while `sft/loss` falls, there are too many epochs. Read samples.jsonl. docs/sft.md explains
-the rest.
+Watch `eval/loss`: where it rises while `sft/loss` falls, there are too many epochs. Read samples.jsonl.
+docs/sft.md explains the rest.
 """
 
 import time
@@ -133,93 +133,118 @@ REVIEWS = dict(
 )
 
 
-def nll_loss(logprobs, mask):
+def nll_loss(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Sum over response tokens of the negative log-likelihood; logprobs and mask [B, T]."""
     return -(logprobs * mask).sum()
 
 
+def one_row_per_prompt(rows: list[dict]) -> list[dict]:
+    """The last row of each prompt, in the order in which the prompts first appear."""
+    last = {}
+    for row in rows:
+        last[str(row["prompt"])] = row
+    return list(last.values())
+
+
 def main(args: Args) -> None:
+    # Shapes: N sequences, B of them in a micro-batch, L tokens of prompt and response, T of the response.
     # --- setup
     run = Run(args)
-    device, rank, world = distributed.device(), distributed.rank(), distributed.world()
+    device = distributed.device()
+    rank = distributed.rank()
+    world = distributed.world()
     name = resolve(args.model, "untrained")
     tokenizer = load_tokenizer(name)
     pad = tokenizer.pad_token_id
 
     # --- data
-    def read(dataset, split, part):
-        reader = dict(columns=args.columns, split_seed=args.split_seed, skip_bad_rows=args.skip_bad_rows)
-        return read_rows(dataset, "sft", split=split, part=part, **reader)
+    def read_responses(dataset, split, part):
+        """Rows of prompt and response."""
+        return read_rows(
+            dataset,
+            "sft",
+            split=split,
+            columns=args.columns,
+            part=part,
+            split_seed=args.split_seed,
+            skip_bad_rows=args.skip_bad_rows,
+        )
 
-    rows = read(args.dataset, args.split, args.part)
+    rows = read_responses(args.dataset, args.split, args.part)
     if args.eval_dataset:
-        held_out = read(args.eval_dataset, args.eval_split, "all")
+        held_out = read_responses(args.eval_dataset, args.eval_split, "all")
     else:
         rows, held_out = hold_out(rows, args.eval_fraction, args.split_seed)
     if not rows or not held_out:
         counts = f"{len(rows)} rows to learn from, {len(held_out)} held out"
         fail(f"{args.dataset}: {counts}; change --eval-fraction or give --eval-dataset")
-    rows, held_out = (
-        tokenize(part, tokenizer, ("response",), args.max_prompt_length, args.max_response_length, dataset)
-        for part, dataset in ((rows, args.dataset), (held_out, args.eval_dataset or args.dataset))
-    )
-    sequences, eval_sequences = (
-        [(row["prompt_ids"], row["response_ids"]) for row in part] for part in (rows, held_out)
-    )
-    eval_rows = list({str(row["prompt"]): row for row in held_out}.values())[: args.eval_prompts]
-    lengths = [len(p) + len(r) for p, r in sequences]
+    eval_name = args.eval_dataset or args.dataset
+    max_lengths = (args.max_prompt_length, args.max_response_length)
+    rows = tokenize(rows, tokenizer, ("response",), *max_lengths, args.dataset)
+    held_out = tokenize(held_out, tokenizer, ("response",), *max_lengths, eval_name)
+    sequences = [(row["prompt_ids"], row["response_ids"]) for row in rows]
+    eval_sequences = [(row["prompt_ids"], row["response_ids"]) for row in held_out]
+    eval_rows = one_row_per_prompt(held_out)[: args.eval_prompts]
+    eval_prompts = [row["prompt_ids"] for row in eval_rows]
+    lengths = [len(prompt) + len(response) for prompt, response in sequences]
     steps = args.steps or args.epochs * max(1, len(rows) // args.batch_size)
     note(f"{len(rows)} responses to learn from, {len(held_out)} held out, {steps} steps")
 
     # --- models
-    eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
+    judges = [Reward(reward_name, tokenizer, args) for reward_name in args.eval_reward]
     policy = load_model("policy", name, tokenizer, args, trained=True)
     optimizer = adamw(policy, args.lr)
-    state = load_checkpoint(args.run_dir, {"policy": (policy, optimizer)}) if args.resume else {}
+    trained = {"policy": (policy, optimizer)}
+    state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
-    check_sampler(
-        policy,
-        tokenizer,
-        [row["prompt_ids"] for row in eval_rows],
-        args.max_response_length,
-        args.temperature,
-    )
+    check_sampler(policy, tokenizer, eval_prompts, args.max_response_length, args.temperature)
     run.start(start, steps)
 
-    def evaluate(step):
-        width = max(len(r) for _, r in eval_sequences)
-        forward = lambda mb: policy.response_logprobs(**mb)[0]
-        logprobs = run_micro_batches(forward, eval_sequences, args.micro_batch_size, pad, width)
-        out = {"eval/loss": -logprobs.sum() / sum(len(r) for _, r in eval_sequences)}
-        prompts = [row["prompt_ids"] for row in eval_rows]
-        responses, _ = rollout(policy, tokenizer, prompts, args.max_response_length, args.temperature, (0, 0))
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        scores = {
-            r.label: r(eval_rows, list(zip(prompts, responses, strict=True)), texts) for r in eval_rewards
-        }
-        out |= {f"eval/{key}": value.mean() for key, value in scores.items()}
-        out["eval/length"] = sum(map(len, responses)) / max(1, len(responses))
-        run.metrics(step, out, show=tuple(out))
-        run.samples(
-            step,
-            [
-                {"prompt": row["prompt"], "response": text, "length": len(responses[i])}
-                | {k: v[i].item() for k, v in scores.items()}
-                for i, (row, text) in enumerate(zip(eval_rows[:8], texts, strict=False))
-            ],
+    def held_out_logprobs(mb):
+        """Log-probabilities [B, T] of a micro-batch of held-out responses."""
+        return policy.response_logprobs(**mb)[0]
+
+    def evaluate_responses(step):
+        """Held-out loss, and rewards and lengths of sampled responses; into the logs."""
+        eval_lengths = [len(response) for _, response in eval_sequences]
+        width = max(eval_lengths)  # T of the longest
+        logprobs = run_micro_batches(
+            held_out_logprobs, eval_sequences, args.micro_batch_size, pad, width
+        )  # [N, T]
+        metrics = {"eval/loss": -logprobs.sum() / sum(eval_lengths)}
+        # The seed is the same in every evaluation, so that what differs comes from the policy.
+        responses, _ = rollout(
+            policy, tokenizer, eval_prompts, args.max_response_length, args.temperature, (0, 0)
         )
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        sampled = list(zip(eval_prompts, responses, strict=True))
+        judged = {}  # by name, a number for each response
+        for judge in judges:
+            judged[judge.label] = judge(eval_rows, sampled, texts)
+        for label, rewards in judged.items():
+            metrics[f"eval/{label}"] = rewards.mean()
+        metrics["eval/length"] = sum(len(response) for response in responses) / max(1, len(responses))
+        run.metrics(step, metrics, show=tuple(metrics))
+        samples = []
+        for i, row in enumerate(eval_rows[:8]):
+            sample = {"prompt": row["prompt"], "response": texts[i], "length": len(responses[i])}
+            for label, rewards in judged.items():
+                sample[label] = rewards[i].item()
+            samples.append(sample)
+        run.samples(step, samples)
 
     for step in range(start, steps):
         # --- update
         clock = time.perf_counter()
         batch = batch_indices(len(rows), args.batch_size, step, args.seed)
         count = sum(len(sequences[i][1]) for i in batch)  # over all ranks and micro-batches
-        loss = torch.zeros((), device=device)
+        loss = torch.zeros((), device=device)  # []
         picks = micro_batches(batch, lengths, args.micro_batch_size, rank, world)
         for pick in accumulated(picks, policy):
-            mb = collate([sequences[i] for i in pick], pad, device)
-            logprobs, _ = policy.response_logprobs(**mb)
-            mb_loss = nll_loss(logprobs, mb["response_mask"])
+            # A rank with nothing left gets a masked dummy sequence: it joins the collectives, its loss is 0.
+            mb = collate([sequences[i] for i in pick], pad, device)  # input_ids [B, L], response_mask [B, T]
+            mb_logprobs, _ = policy.response_logprobs(**mb)  # [B, T]
+            mb_loss = nll_loss(mb_logprobs, mb["response_mask"])  # []
             backward(mb_loss / count)
             loss += mb_loss.detach() / count
         lr = learning_rate(step, steps, args.lr, args.warmup_steps, args.lr_schedule)
@@ -227,28 +252,27 @@ def main(args: Args) -> None:
         total, norm = optimizer_step(policy, optimizer, lr, loss, args.max_grad_norm, where)
 
         # --- log
-        done, seconds, tokens = step + 1, time.perf_counter() - clock, sum(lengths[i] for i in batch)
-        run.metrics(
-            done,
-            {
-                "sft/loss": total,
-                "sft/grad_norm": norm,
-                "sft/lr": lr,
-                "time/step_s": seconds,
-                "perf/update_tokens_per_s": tokens / seconds,
-                "memory/state_gb": state_bytes([policy], [optimizer]) / 2**30,
-                "memory/peak_gb": peak_memory_gb(),
-                **mfu(policy, tokens, seconds),
-            },
-            show=("sft/loss",),
-        )
+        done = step + 1
+        seconds = time.perf_counter() - clock
+        tokens = sum(lengths[i] for i in batch)
+        metrics = {
+            "sft/loss": total,
+            "sft/grad_norm": norm,
+            "sft/lr": lr,
+            "time/step_s": seconds,
+            "perf/update_tokens_per_s": tokens / seconds,
+            "memory/state_gb": state_bytes([policy], [optimizer]) / 2**30,
+            "memory/peak_gb": peak_memory_gb(),
+            **mfu(policy, tokens, seconds),
+        }
+        run.metrics(done, metrics, show=("sft/loss",))
         if args.eval_every and done % args.eval_every == 0 and done < steps:
-            evaluate(done)
+            evaluate_responses(done)
 
         # --- save
         if args.save_every and (done % args.save_every == 0 or done == steps):
-            save_checkpoint(args.run_dir, done, {"policy": (policy, optimizer)}, {}, args.keep)
-    evaluate(steps)
+            save_checkpoint(args.run_dir, done, trained, {}, args.keep)
+    evaluate_responses(steps)
     export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
     run.close()
 
