@@ -431,8 +431,8 @@ def check_sampler(
         if not off <= moved / 4:  # rounding grows with the disturbance too, so this is no matter of tolerance
             fail(
                 f"the trained weights were moved so that log-probabilities change by {moved:.3g} nats a "
-                f"token, and the sampler's are {off:.3g} off: it leaves out LoRA adapters or keeps older weights; "
-                f"{tested_versions()}"
+                f"token, and the sampler's are {off:.3g} off: "
+                f"it leaves out LoRA adapters or keeps older weights; {tested_versions()}"
             )
         return
     note(
