@@ -3,7 +3,6 @@
 import html
 from pathlib import Path
 
-
 RED = (230, 90, 80)
 WHITE = (250, 250, 245)
 GREEN = (80, 175, 95)
