@@ -26,7 +26,8 @@ KINDS = {
 
 
 def make_folders(root) -> dict[str, str]:
-    """A folder of each kind under `root`, with weights so large that no distribution is uniform, and dropout in the config."""
+    """A folder of each kind under `root`, with weights so large that no distribution is uniform, and dropout
+    in the config."""
     folders = {}
     for seed, (kind, auto) in enumerate(KINDS.items()):
         config = LlamaConfig(
@@ -79,7 +80,8 @@ def sample_sequences(seed=0, sizes=((3, 1), (7, 9), (1, 4), (5, 6), (7, 2))):
 
 
 def expected_logprobs(model, prompt, response, temperature=1.0):
-    """One sequence through plain transformers: log-probability of each response token and entropy before it, pad excluded."""
+    """One sequence through plain transformers: log-probability of each response token and entropy before it,
+    pad excluded."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + response])).logits[0].double() / temperature
     logits[:, PAD] = -math.inf

@@ -38,23 +38,32 @@ def tokenizer(folders):
 
 
 OPEN = """
-import sys, torch
+import sys
+import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+
 root = sys.argv[1]
 assert not any(name == "common" or name.startswith("common.") for name in sys.modules)
 ids = torch.load(f"{root}/ids.pt")
-policy, value = AutoModelForCausalLM.from_pretrained(f"{root}/p"), AutoModelForTokenClassification.from_pretrained(f"{root}/v")
+policy = AutoModelForCausalLM.from_pretrained(f"{root}/p")
+value = AutoModelForTokenClassification.from_pretrained(f"{root}/v")
 tokenizer = AutoTokenizer.from_pretrained(f"{root}/p")
-chat = tokenizer.apply_chat_template([{"role": "user", "content": "lunch"}], add_generation_prompt=True, return_dict=False)
+messages = [{"role": "user", "content": "lunch"}]
 with torch.no_grad():
-    torch.save({"policy": policy(ids).logits, "value": value(ids).logits, "chat": chat, "score_std": value.config.score_std,
-                "stop": policy.generation_config.eos_token_id}, f"{root}/out.pt")
+    found = {
+        "policy": policy(ids).logits,
+        "value": value(ids).logits,
+        "chat": tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False),
+        "score_std": value.config.score_std,
+        "stop": policy.generation_config.eos_token_id,
+    }
+torch.save(found, f"{root}/out.pt")
 """
 
 
 def test_exports_open_in_a_fresh_process_with_plain_transformers(folders, tokenizer, tmp_path):
-    """After an optimizer step, a folder gives the trained model's values and logits without this repository, tokenizer and chat
-    template included; a value model carries its statistics in its config."""
+    """After an optimizer step, a folder gives the trained model's values and logits without this repository,
+    tokenizer and chat template included; a value model carries its statistics in its config."""
     sequences = sample_sequences(seed=8)
     batch = collate(sequences, PAD, "cpu")
     models = {
@@ -89,25 +98,20 @@ def test_exports_open_in_a_fresh_process_with_plain_transformers(folders, tokeni
 
 
 def test_tied_embeddings_stay_tied(tokenizer, tmp_path):
-    """Through load, step and export, input and output embeddings are one tensor; the step is that of the unwrapped model."""
-    name, shape = (
-        str(tmp_path / "tied"),
-        dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2),
-    )
+    """Through load, step and export, input and output embeddings are one tensor; the step is that of the
+    unwrapped model."""
+    name = str(tmp_path / "tied")
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     torch.manual_seed(0)
     shape |= dict(vocab_size=len(reviews.WORDS), pad_token_id=PAD, initializer_range=0.2)
     config = LlamaConfig(tie_word_embeddings=True, **shape)
     AutoModelForCausalLM.from_config(config).save_pretrained(name)
-    model, reference = (
-        load_model("policy", name, tokenizer, ARGS, trained=True),
-        AutoModelForCausalLM.from_pretrained(name),
-    )
+    model = load_model("policy", name, tokenizer, ARGS, trained=True)
+    reference = AutoModelForCausalLM.from_pretrained(name)
     assert reference.config.tie_word_embeddings
     sequences = sample_sequences(seed=9)
-    optimizer, theirs = (
-        adamw(model, 0.0),
-        torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.0),
-    )
+    optimizer = adamw(model, 0.0)
+    theirs = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.0)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in reference.parameters())
     for _ in range(2):
         loss = -model.response_logprobs(**collate(sequences, PAD, "cpu"))[0].sum()
@@ -155,7 +159,8 @@ def test_layers_of_a_model_that_lists_their_types_are_exported(tokenizer, tmp_pa
 
 
 def test_an_exported_policy_stops_where_the_rollout_did(folders, tokenizer, tmp_path):
-    """generation_config.json names the chat template's end of turn, where that is not the eos, beside the eos."""
+    """generation_config.json names the chat template's end of turn, where that is not the eos, beside the
+    eos."""
     other = copy.deepcopy(tokenizer)
     other.chat_template = other.chat_template.replace("<eos>", "<user>")  # any special token
     model = load_model("policy", folders["policy"], other, ARGS, trained=False)
@@ -165,7 +170,8 @@ def test_an_exported_policy_stops_where_the_rollout_did(folders, tokenizer, tmp_
 
 
 def test_generation_settings_reach_the_export_but_not_the_rollout(folders, tokenizer, tmp_path):
-    """A repetition penalty of the folder's generation config would make the rollout sample what no log-probability is of."""
+    """A repetition penalty of the folder's generation config would make the rollout sample what no
+    log-probability is of."""
     source = plain(folders, "policy")
     source.generation_config.repetition_penalty = 5.0
     source.save_pretrained(tmp_path / "in")

@@ -37,11 +37,13 @@ def policy(folders, tokenizer):
     "temperature, forbidden, bias", [(1.0, None, False), (0.7, None, True), (1.3, 4, False)]
 )
 def test_token_logprobs_is_a_full_log_softmax(chunk, temperature, forbidden, bias):
-    """Chunked values, entropies and gradients (hidden, weight, bias) equal those of one log_softmax over [N, vocab]."""
+    """Chunked values, entropies and gradients (hidden, weight, bias) equal those of one log_softmax over [N,
+    vocab]."""
     generator = torch.Generator().manual_seed(0)
     make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     leaves = [make(12, 8), make(9, 8), make(9) if bias else None]
-    tokens, slope = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8, 0, 1, 2, 3]), make(12)
+    tokens = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8, 0, 1, 2, 3])
+    slope = make(12)
     results = []
     for full in (True, False):
         h, w, b = (x.clone().requires_grad_() if x is not None else None for x in leaves)
@@ -50,7 +52,8 @@ def test_token_logprobs_is_a_full_log_softmax(chunk, temperature, forbidden, bia
             if forbidden is not None:
                 logits = logits.index_fill(1, torch.tensor([forbidden]), -math.inf)
             table = logits.log_softmax(-1)
-            logprobs, entropy = table[range(12), tokens], -(table.exp() * table).nan_to_num(0.0).sum(-1)
+            logprobs = table[range(12), tokens]
+            entropy = -(table.exp() * table).nan_to_num(0.0).sum(-1)
         else:
             logprobs, entropy = token_logprobs(h, w, b, tokens, temperature, forbidden, chunk)
         (logprobs * slope).sum().backward()
@@ -60,8 +63,10 @@ def test_token_logprobs_is_a_full_log_softmax(chunk, temperature, forbidden, bia
 
 
 def test_the_last_chunks_logits_are_made_once_and_a_second_backward_is_as_the_first(monkeypatch):
-    """Backward overwrites what forward left of the last chunk; where it is gone, the logits are made again."""
-    calls, logits = [], TokenLogprobs.logits
+    """Backward overwrites what forward left of the last chunk; where it is gone, the logits are made
+    again."""
+    calls = []
+    logits = TokenLogprobs.logits
     monkeypatch.setattr(
         TokenLogprobs, "logits", lambda hidden, *rest: calls.append(len(hidden)) or logits(hidden, *rest)
     )
@@ -76,7 +81,8 @@ def test_the_last_chunks_logits_are_made_once_and_a_second_backward_is_as_the_fi
 
 
 def test_a_forbidden_token_has_probability_zero():
-    """Its log-probability is below any sum's reach and it takes nothing from the others; no NaN in the gradient."""
+    """Its log-probability is below any sum's reach and it takes nothing from the others; no NaN in the
+    gradient."""
     hidden = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     weight = torch.zeros(5, 4)
     logprobs, entropy = token_logprobs(hidden, weight, None, torch.tensor([0, 1, 2]), 1.0, 2)
@@ -88,8 +94,10 @@ def test_a_forbidden_token_has_probability_zero():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_response_logprobs_of_a_ragged_batch_is_one_sequence_at_a_time(folders, policy, temperature):
-    """Padded batch = plain logits of each sequence alone; more padding on the right changes nothing; zero where masked."""
-    reference, sequences = plain(folders, "policy"), sample_sequences()
+    """Padded batch = plain logits of each sequence alone; more padding on the right changes nothing; zero
+    where masked."""
+    reference = plain(folders, "policy")
+    sequences = sample_sequences()
     batch = collate(sequences, PAD, "cpu")
     with torch.no_grad():
         logprobs, entropy = policy.response_logprobs(**batch, temperature=temperature)
@@ -105,8 +113,8 @@ def test_response_logprobs_of_a_ragged_batch_is_one_sequence_at_a_time(folders, 
 
 
 def test_ratio_is_one_and_kl_zero_before_the_first_update(folders, tokenizer, policy):
-    """Sampled responses have the same log-probability, to 1e-5, under policy and reference, however they are batched, and in
-    the update's forward (train mode, with dropout in the folder's config)."""
+    """Sampled responses have the same log-probability, to 1e-5, under policy and reference, however they are
+    batched, and in the update's forward (train mode, with dropout in the folder's config)."""
     reference = load_model("policy", folders["policy"], tokenizer, ARGS, trained=False)
     prompts = [p for p, _ in sample_sequences(seed=2)] * 3
     responses = rollout(policy, tokenizer, prompts, 25, 0.8, (0, 1))[0]
@@ -129,7 +137,8 @@ def test_ratio_is_one_and_kl_zero_before_the_first_update(folders, tokenizer, po
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_plain_transformers(folders, tokenizer, checkpointing):
-    """Backward through the sharded model, with and without gradient checkpointing, gives the unwrapped model's gradients."""
+    """Backward through the sharded model, with and without gradient checkpointing, gives the unwrapped
+    model's gradients."""
     sequences = sample_sequences(seed=3)
     args = SimpleNamespace(**{**vars(ARGS), "gradient_checkpointing": checkpointing})
     model = load_model("policy", folders["policy"], tokenizer, args, trained=True)

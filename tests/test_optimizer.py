@@ -27,7 +27,8 @@ def tokenizer(folders):
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(folders, tokenizer):
     """NaN in the loss or in a gradient: SystemExit of one line that says where, weights as they were."""
     model = load_model("policy", folders["policy"], tokenizer, ARGS, trained=True)
-    optimizer, before = adamw(model, 0.0), [p.clone() for p in model.parameters()]
+    optimizer = adamw(model, 0.0)
+    before = [p.clone() for p in model.parameters()]
     loss = model.response_logprobs(**collate(sample_sequences(), PAD, "cpu"))[0].sum()
     backward(loss)
     with pytest.raises(SystemExit, match="step 7, data rows .3."):

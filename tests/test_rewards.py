@@ -23,7 +23,8 @@ def tokenizer(folders):
 
 
 def test_a_frozen_reward_model_is_read_where_its_own_config_says(folders, tokenizer, tmp_path):
-    """Its config's padding token decides where transformers reads the score, also where our tokenizer pads with another."""
+    """Its config's padding token decides where transformers reads the score, also where our tokenizer pads
+    with another."""
     model = plain(folders, "reward")
     model.config.pad_token_id = 9
     model.save_pretrained(tmp_path)
@@ -40,9 +41,11 @@ def test_a_frozen_reward_model_is_read_where_its_own_config_says(folders, tokeni
 
 
 def test_reward_folder_is_standardised_and_reads_text_where_tokenizers_differ(folders, tokenizer, tmp_path):
-    """(score - score_mean) / score_std of the config; another tokenizer means its own chat template and its own tokens."""
+    """(score - score_mean) / score_std of the config; another tokenizer means its own chat template and its
+    own tokens."""
     model = plain(folders, "reward")
-    model.config.score_mean, model.config.score_std = 0.5, 2.0
+    model.config.score_mean = 0.5
+    model.config.score_std = 2.0
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     rows = [{"prompt": "lunch : the soup ?"}, {"prompt": "dinner : the view and the wine ?"}]
@@ -67,7 +70,8 @@ def test_reward_folder_is_standardised_and_reads_text_where_tokenizers_differ(fo
 
 
 def test_reward_function_gets_columns_and_must_be_finite(tokenizer, tmp_path, monkeypatch):
-    """(prompts, responses, **columns) in order; NaN stops with a line that names function and response; so does a bad name."""
+    """(prompts, responses, **columns) in order; NaN stops with a line that names function and response; so
+    does a bad name."""
     (tmp_path / "judge_of_tests.py").write_text(
         "def f(prompts, responses, gold, **others):\n"
         "    assert set(others) == {'row'}\n"
@@ -76,7 +80,8 @@ def test_reward_function_gets_columns_and_must_be_finite(tokenizer, tmp_path, mo
     )
     monkeypatch.syspath_prepend(tmp_path)
     rows = [{"prompt": "p" * i, "gold": i / 8, "row": i, "prompt_ids": [1]} for i in (1, 2, 3)]
-    texts, sequences = ["a", "bb", "cccc"], [([1], [2])] * 3
+    texts = ["a", "bb", "cccc"]
+    sequences = [([1], [2])] * 3
     score = Reward("judge_of_tests:f", tokenizer, ARGS)
     assert score(rows, sequences, texts).tolist() == [11.125, 22.25, 34.375] and score.label == "f"
     with pytest.raises(SystemExit) as stop:

@@ -66,8 +66,11 @@ def policy(folders, tokenizer):
 
 
 def test_inverse_cdf_over_a_grid_of_uniforms_has_the_softmax_frequencies():
-    """Exact: over N evenly spaced numbers each token is drawn N p times, to one; a forbidden token never, u = 0 included."""
-    n, scores, forbidden = 100_000, torch.tensor([3.0, 1.0, 0.5, -0.7, 1.7, 9.0]), (0, 5)
+    """Exact: over N evenly spaced numbers each token is drawn N p times, to one; a forbidden token never, u =
+    0 included."""
+    n = 100_000
+    scores = torch.tensor([3.0, 1.0, 0.5, -0.7, 1.7, 9.0])
+    forbidden = (0, 5)
     for token in forbidden:
         keep = [i for i in range(6) if i != token]
         for temperature in (0.7, 1.0):
@@ -85,7 +88,8 @@ def test_inverse_cdf_over_a_grid_of_uniforms_has_the_softmax_frequencies():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_what_a_caller_says_of_the_temperatures_changes_nothing(dtype):
-    """`any_greedy` and `any_scaled` save work where they are False, and the logits of the caller stay as they are."""
+    """`any_greedy` and `any_scaled` save work where they are False, and the logits of the caller stay as they
+    are."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(200, 30, generator=generator).to(dtype)
     uniforms = torch.rand(200, generator=generator).double()
@@ -102,16 +106,15 @@ def test_what_a_caller_says_of_the_temperatures_changes_nothing(dtype):
 
 
 def test_rollout_draws_from_the_policys_own_distribution(folders, tokenizer, policy):
-    """First tokens of 4,000 samples at temperature 0.7 against the plain softmax: chi-square within four deviations; the pad
-    token, which has a tenth or more of the raw probability, never."""
-    n, prompts = (
-        4000,
-        torch.randint(3, len(reviews.WORDS), (50, 4), generator=torch.Generator().manual_seed(0)),
-    )
+    """First tokens of 4,000 samples at temperature 0.7 against the plain softmax: chi-square within four
+    deviations; the pad token, which has a tenth or more of the raw probability, never."""
+    n = 4000
+    prompts = torch.randint(3, len(reviews.WORDS), (50, 4), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = plain(folders, "policy")(input_ids=prompts).logits[:, -1].double() / 0.7
     popular = (logits.softmax(-1)[:, PAD] - 0.3).abs().argmin().item()
-    prompt, logits = prompts[popular].tolist(), logits[popular]
+    prompt = prompts[popular].tolist()
+    logits = logits[popular]
     assert 0.1 < logits.softmax(-1)[PAD] < 0.6
     logits[PAD] = -math.inf
     p = logits.softmax(-1)
@@ -122,13 +125,14 @@ def test_rollout_draws_from_the_policys_own_distribution(folders, tokenizer, pol
     common = p * n >= 5
     observed = torch.cat([counts[common], counts[~common].sum()[None]]).double()
     expected = torch.cat([p[common], p[~common].sum()[None]]) * n
-    chi2, freedom = ((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum().item(), len(observed) - 1
+    chi2 = ((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum().item()
+    freedom = len(observed) - 1
     assert freedom >= 5 and chi2 < freedom + 4 * math.sqrt(2 * freedom)
 
 
 def test_rollout_is_independent_of_batching_and_neighbours(tokenizer, policy):
-    """Greedy and sampled: a response is the same for every --rollout-batch-size and whatever the other prompts are; the random
-    numbers depend on seed and step."""
+    """Greedy and sampled: a response is the same for every --rollout-batch-size and whatever the other
+    prompts are; the random numbers depend on seed and step."""
     prompts = [p for p, _ in sample_sequences(seed=5)]
     for temperature in (0.0, 0.8):
         whole = rollout(policy, tokenizer, prompts, 10, temperature, (0, 1))[0]
@@ -144,8 +148,10 @@ def test_rollout_is_independent_of_batching_and_neighbours(tokenizer, policy):
 
 
 def test_greedy_rollout_is_the_argmax_of_plain_logits(folders, tokenizer, policy):
-    """In a left-padded ragged batch, each token is the best but pad after the tokens before it, by the unpadded plain model."""
-    reference, prompts = plain(folders, "policy"), [p for p, _ in sample_sequences(seed=6)]
+    """In a left-padded ragged batch, each token is the best but pad after the tokens before it, by the
+    unpadded plain model."""
+    reference = plain(folders, "policy")
+    prompts = [p for p, _ in sample_sequences(seed=6)]
     for prompt, response in zip(prompts, rollout(policy, tokenizer, prompts, 8, 0.0, (0, 0))[0], strict=True):
         with torch.no_grad():
             logits = reference(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
@@ -157,7 +163,8 @@ def test_a_cache_with_room_holds_what_transformers_own_holds(monkeypatch):
     """Token by token, past its room several times, rows repeated and dropped in between."""
     monkeypatch.setattr(sampler, "ROOM", 4)
     config = LlamaConfig(num_hidden_layers=1)
-    (roomy,), (plain,) = sampler.roomy(config).layers, DynamicCache(config=config).layers
+    (roomy,) = sampler.roomy(config).layers
+    (plain,) = DynamicCache(config=config).layers
     assert type(roomy) is sampler.RoomyLayer
     for tokens, rows in (
         (3, [0, 0, 1, 1]),
@@ -180,8 +187,10 @@ def test_a_cache_with_room_holds_what_transformers_own_holds(monkeypatch):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_log_probabilities_of_the_sampler_are_those_of_the_policy(tokenizer, policy, temperature):
-    """What a token was drawn with is what one forward pass over the whole answer gives it; 0 after the end. Padding, ragged."""
-    prompts, pad = [p for p, _ in sample_sequences(seed=7)] * 3, tokenizer.pad_token_id
+    """What a token was drawn with is what one forward pass over the whole answer gives it; 0 after the end.
+    Padding, ragged."""
+    prompts = [p for p, _ in sample_sequences(seed=7)] * 3
+    pad = tokenizer.pad_token_id
     responses, sampled = rollout(policy, tokenizer, prompts, 25, temperature, (0, 1), 5)
     lengths = [len(r) for r in responses]
     assert (
@@ -208,7 +217,9 @@ def test_rollout_past_the_room_of_its_cache(monkeypatch, window):
     model = AutoModelForCausalLM.from_config(
         MistralConfig(**sizes, num_key_value_heads=1, sliding_window=window)
     ).eval()
-    model.forbidden_token, prompts, n = None, [[5, 6, 7], [8] * 9, [5, 6, 7]], 20
+    model.forbidden_token = None
+    prompts = [[5, 6, 7], [8] * 9, [5, 6, 7]]
+    n = 20
     ones = torch.ones(3, dtype=torch.float64)
     with torch.no_grad():
         found = decode(model, prompts, torch.rand(3, n, dtype=torch.float64), 0 * ones, [-1], 0)
@@ -222,12 +233,14 @@ def test_rollout_past_the_room_of_its_cache(monkeypatch, window):
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 def test_the_first_eos_is_kept_and_nothing_after_it(folders, tokenizer, pad_is_eos):
-    """A response ends with its first eos, or has max_new_tokens and none; also where pad is eos, which then can be sampled."""
+    """A response ends with its first eos, or has max_new_tokens and none; also where pad is eos, which then
+    can be sampled."""
     tokenizer = copy.deepcopy(tokenizer)
     if pad_is_eos:
         tokenizer.pad_token = tokenizer.eos_token
     model = load_model("policy", folders["policy"], tokenizer, ARGS, trained=False)
-    prompts, limit = [p for p, _ in sample_sequences(seed=7)] * 8, 25
+    prompts = [p for p, _ in sample_sequences(seed=7)] * 8
+    limit = 25
     responses = rollout(model, tokenizer, prompts, limit, 1.0, (0, 1))[0]
     ended = [r for r in responses if r[-1] == EOS]
     cut = [r for r in responses if r[-1] != EOS]
@@ -243,7 +256,7 @@ def test_the_first_eos_is_kept_and_nothing_after_it(folders, tokenizer, pad_is_e
     assert ((logprobs < 0) == valid).all()  # the final eos is trained even where it equals the padding
 
 
-# --- every argument reaches every model class -------------------------------------------------------------------------
+# --- every argument reaches every model class ---------------------------------------------------------------
 
 VOCABULARY = 61
 IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -282,7 +295,8 @@ FAMILIES = {  # rotary, learned and ALiBi positions; sliding windows; experts; p
 
 
 def tiny(family, **more):
-    """A random model whose weights are so large that no distribution is uniform and every argument matters."""
+    """A random model whose weights are so large that no distribution is uniform and every argument
+    matters."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(
         family, vocab_size=VOCABULARY, **IDS, **FAMILIES[family], **more
@@ -314,8 +328,9 @@ def plain_logprobs(model, prompt, response):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decode_gives_every_model_class_its_cache_mask_and_positions(family):
-    """By what arrives in forward, whatever it is called there, and by the numbers: each token's log-probability is that of the
-    sequence alone. One prompt twice, others of other lengths; one ends early."""
+    """By what arrives in forward, whatever it is called there, and by the numbers: each token's
+    log-probability is that of the sequence alone. One prompt twice, others of other lengths; one ends
+    early."""
     model = tiny(family)
     encoder_decoder = model.config.is_encoder_decoder
     seen = []
@@ -392,7 +407,7 @@ def test_a_cache_that_cannot_leave_out_what_has_ended_is_one_line(family):
         decode(model, [[5, 6, 7], [8, 9]], torch.rand(2, 3).double(), torch.ones(2).double(), [], 0)
 
 
-# --- a faulty sampler ends the run in its first step --------------------------------------------------------------------
+# --- a faulty sampler ends the run in its first step --------------------------------------------------------
 
 
 def drop(module, argument):
@@ -429,7 +444,8 @@ def gpt2(tmp_path_factory):
 @pytest.mark.parametrize("script", [*ONLINE, *OFFLINE])
 def test_without_its_cache_no_script_trains(world, script):
     """One line that names the cause, in every script that samples; the folder is free for the next try."""
-    patch, name = functools.partial(drop, argument="cache"), f"runs/no-cache-{script}"
+    patch = functools.partial(drop, argument="cache")
+    name = f"runs/no-cache-{script}"
     line = world.run(script, patch=patch, **helpers.ARGS[script], run_dir=name).error()
     assert "nats a token off the policy's" in line and "the key-value cache does not reach the model" in line
     assert transformers.__version__ in line and not world.path(name).joinpath("metrics.jsonl").exists()
@@ -446,7 +462,8 @@ def test_without_positions_or_mask_no_run_trains(world, gpt2, argument, processe
 
 @pytest.mark.parametrize("script", ["grpo", "sft"])
 def test_a_resumed_run_is_checked_again(world, script):
-    name, args = f"runs/resumed-{script}", helpers.ARGS[script] | dict(save_every=1)
+    name = f"runs/resumed-{script}"
+    args = helpers.ARGS[script] | dict(save_every=1)
     world.run(script, **args | dict(steps=2), run_dir=name).ok()
     before = world.path(name).joinpath("metrics.jsonl").read_text()
     line = world.run(
@@ -508,7 +525,8 @@ class Stale:
     """A sampling engine with weights of its own, as vLLM has; `load` copies the policy's."""
 
     def __init__(self, policy, fresh):
-        self.fresh, self.loads = fresh, 0
+        self.fresh = fresh
+        self.loads = 0
         self.copy = {name: p.detach().clone() for name, p in policy.named_parameters()}
 
     def generate(self, policy, prompts, seeds, temperatures, limit, stops):
@@ -551,7 +569,8 @@ def test_an_engine_that_keeps_older_weights_ends_the_run(world, script):
         assert "nats a token" in line, how
         log = world.path(f"runs/{how}-{script}/metrics.jsonl")
         assert not log.exists() or not log.read_text(), how
-    own, engine = f"runs/own-{script}", f"runs/engine-{script}"
+    own = f"runs/own-{script}"
+    engine = f"runs/engine-{script}"
     world.run(script, **args, run_dir=own).ok()
     world.run(script, patch=functools.partial(stale_engine, how="always"), **args, run_dir=engine).ok()
     assert helpers.metrics(world.path(own)) == helpers.metrics(world.path(engine))
@@ -597,12 +616,13 @@ def test_tolerance_is_between_rounding_and_the_faults():
             sampler.require_agreement(policy, prompts, [x * math.nan for x in off])
 
 
-# --- drift is named -----------------------------------------------------------------------------------------------------
+# --- drift is named -----------------------------------------------------------------------------------------
 
 
 def drift_later(module):
     """From the fourth rollout on the sampler says that it drew each token with half its probability."""
-    real, count = sampler.sample_all, []
+    real = sampler.sample_all
+    count = []
 
     def sample_all(*args):
         responses, sampled = real(*args)
@@ -624,7 +644,7 @@ def test_later_rollouts_that_drift_are_named(world, script):
     assert "nats a token off" not in sound
 
 
-# --- weights that are not read ------------------------------------------------------------------------------------------
+# --- weights that are not read ------------------------------------------------------------------------------
 
 
 def test_weights_without_a_place_are_named_and_a_judge_is_no_policy(tmp_path, capsys):

@@ -29,8 +29,10 @@ def tokenizer(folders):
 
 
 def test_response_values_alignment(folders, tokenizer):
-    """Column 0 is the output at the last prompt token, column t that at y_t; zero where masked; padding changes nothing."""
-    reference, sequences = plain(folders, "value"), sample_sequences()
+    """Column 0 is the output at the last prompt token, column t that at y_t; zero where masked; padding
+    changes nothing."""
+    reference = plain(folders, "value")
+    sequences = sample_sequences()
     model = load_model("value", folders["value"], tokenizer, ARGS, trained=False)
     width = max(len(r) for _, r in sequences) + 1
     values = run_micro_batches(lambda mb: response_values(model, **mb), sequences, 2, PAD, width)
@@ -48,7 +50,8 @@ def test_response_values_alignment(folders, tokenizer):
 
 
 def test_a_value_model_from_a_policy_starts_at_zero(folders, tokenizer):
-    """A head that the folder has not is zero, so that the first values are 0 everywhere, and it is trained."""
+    """A head that the folder has not is zero, so that the first values are 0 everywhere, and it is
+    trained."""
     model = load_model("value", folders["policy"], tokenizer, ARGS, trained=True)
     values = response_values(model, **collate(sample_sequences(), PAD, "cpu"))
     assert (values == 0).all()
@@ -58,10 +61,11 @@ def test_a_value_model_from_a_policy_starts_at_zero(folders, tokenizer):
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 def test_reward_model_scores_do_not_depend_on_padding(folders, tokenizer, pad_is_eos):
-    """A ragged batch of answers that end with eos scores as plain transformers does one by one, at the last token that is not
-    padding."""
+    """A ragged batch of answers that end with eos scores as plain transformers does one by one, at the last
+    token that is not padding."""
     pad = EOS if pad_is_eos else PAD
-    tokenizer, reference = copy.deepcopy(tokenizer), plain(folders, "reward")
+    tokenizer = copy.deepcopy(tokenizer)
+    reference = plain(folders, "reward")
     tokenizer.pad_token = reviews.SPECIAL[pad]
     model = load_model("reward", folders["reward"], tokenizer, ARGS, trained=True)
     sequences = [(p, r + [EOS]) for p, r in sample_sequences(seed=10)]
@@ -77,9 +81,11 @@ def test_reward_model_scores_do_not_depend_on_padding(folders, tokenizer, pad_is
 
 
 def test_a_critic_from_a_reward_model_starts_at_its_standardised_score(folders, tokenizer, tmp_path):
-    """PPO's critic from reward.py's folder: at the last token it gives the score that Reward gives, once standardised."""
+    """PPO's critic from reward.py's folder: at the last token it gives the score that Reward gives, once
+    standardised."""
     model = plain(folders, "reward")
-    model.config.score_mean, model.config.score_std = 0.5, 2.0
+    model.config.score_mean = 0.5
+    model.config.score_std = 2.0
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     sequences = sample_sequences(seed=11)
