@@ -13,29 +13,44 @@ from common import distributed, lora, sharding
 
 
 def _states(trained: dict) -> dict:
-    states, own = {}, sd.StateDictOptions(ignore_frozen_params=True)  # of LoRA the adapters alone
+    """{name: {"model": weights, "optimizer": moments}}, sharded as they are: of LoRA the adapters and a head
+    alone."""
+    options = sd.StateDictOptions(ignore_frozen_params=True)
+    states = {}
     for name, (model, optimizer) in trained.items():
         sharding.reshard(model)
-        weights, moments = sd.get_state_dict(model, optimizer, options=own)
-        frozen = (
-            model.all_tied_weights_keys if hasattr(model, "lora") else ()
-        )  # a tied name is one more of a frozen weight
-        states[name] = {"model": {k: v for k, v in weights.items() if k not in frozen}, "optimizer": moments}
+        weights, moments = sd.get_state_dict(model, optimizer, options=options)
+        if hasattr(model, "lora"):
+            # a tied name is one more of a frozen weight, which the option above does not know
+            tied = model.all_tied_weights_keys
+            weights = {key: value for key, value in weights.items() if key not in tied}
+        states[name] = {"model": weights, "optimizer": moments}
     return states
 
 
+def _rng_file(folder: Path) -> Path:
+    """Of this rank among so many: another number of ranks would draw other numbers."""
+    return folder / f"rng-{distributed.rank()}-of-{distributed.world()}.pt"
+
+
 def save_checkpoint(run_dir: str, step: int, trained: dict, extra: dict, keep: int) -> None:
-    """checkpoints/step-N with models, optimizers, RNG of each rank and `extra` (JSON). Written aside, then renamed.
-    `trained` maps a name to (model, optimizer); the newest `keep` checkpoints stay."""
+    """checkpoints/step-N with models, optimizers, the random state of each rank and `extra` (JSON).
+
+    `trained` maps a name to (model, optimizer). It is written under another name, then renamed: what is
+    called step-N is whole. The newest `keep` checkpoints stay.
+    """
     folder = Path(run_dir, "checkpoints")
-    final, part = folder / f"step-{step:06d}", folder / f"part-{step:06d}"
+    final = folder / f"step-{step:06d}"
+    part = folder / f"part-{step:06d}"
     if distributed.rank() == 0:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     dist.barrier()
     dcp.save(_states(trained), checkpoint_id=part / "dcp")
-    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
-    torch.save([torch.get_rng_state(), *cuda], part / f"rng-{distributed.rank()}-of-{distributed.world()}.pt")
+    rng = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        rng.append(torch.cuda.get_rng_state())
+    torch.save(rng, _rng_file(part))
     dist.barrier()
     if distributed.rank() == 0:
         (part / "state.json").write_text(json.dumps({"step": step, **extra}))
@@ -47,36 +62,46 @@ def save_checkpoint(run_dir: str, step: int, trained: dict, extra: dict, keep: i
 
 
 def load_checkpoint(run_dir: str, trained: dict) -> dict:
-    """Restores the newest whole checkpoint in place and returns its `extra` with `step`; {} where there is none."""
+    """Restores the newest whole checkpoint in place; returns its `extra` with `step`, or {} where there is
+    none."""
     found = sorted(Path(run_dir, "checkpoints").glob("step-*/state.json"))
     if not found:
         return {}
-    folder, states = found[-1].parent, _states(trained)
-    dcp.load(states, checkpoint_id=folder / "dcp")
-    for name, pair in trained.items():
-        parts = dict(model_state_dict=states[name]["model"], optim_state_dict=states[name]["optimizer"])
-        sd.set_state_dict(*pair, **parts, options=sd.StateDictOptions(strict=not hasattr(pair[0], "lora")))
-    rng = folder / f"rng-{distributed.rank()}-of-{distributed.world()}.pt"
-    if rng.exists():  # on another number of ranks there is none; only dropout (LoRA's) would draw from it
-        for put, state in zip(
-            (torch.set_rng_state, torch.cuda.set_rng_state), torch.load(rng, weights_only=True), strict=False
-        ):
-            put(state)
-    return json.loads(found[-1].read_text())
+    newest = found[-1]
+    states = _states(trained)
+    dcp.load(states, checkpoint_id=newest.parent / "dcp")
+    for name, (model, optimizer) in trained.items():
+        sd.set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=states[name]["model"],
+            optim_state_dict=states[name]["optimizer"],
+            options=sd.StateDictOptions(strict=not hasattr(model, "lora")),  # of LoRA the rest is not there
+        )
+    file = _rng_file(newest.parent)
+    if file.exists():  # on another number of ranks there is none; only dropout (LoRA's) would draw from it
+        rng = torch.load(file, weights_only=True)
+        torch.set_rng_state(rng[0])
+        if len(rng) > 1:
+            torch.cuda.set_rng_state(rng[1])
+    return json.loads(newest.read_text())
 
 
 def export(model, tokenizer, folder: str, precision: str, **config) -> None:
-    """A Hugging Face folder: weights (compute type), config with the `config` entries, tokenizer, chat template."""
+    """A Hugging Face folder: weights (compute type), config with the `config` entries, tokenizer, chat
+    template."""
     sharding.reshard(model)
-    full = sd.get_model_state_dict(model, options=sd.StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = sd.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    full = sd.get_model_state_dict(model, options=options)  # on rank 0
     if distributed.rank() == 0:
-        final, part = Path(folder), Path(folder + ".part")
+        final = Path(folder)
+        part = Path(folder + ".part")
         shutil.rmtree(part, ignore_errors=True)
+        compute, _ = distributed.dtypes(precision)
         vars(model.config).update(config)
-        model.config.dtype = compute = distributed.dtypes(precision)[0]
-        tied = (
-            model.all_tied_weights_keys
-        )  # on several ranks the gathered copies share no memory, so both would be written
+        model.config.dtype = compute
+        # on several ranks the gathered copies of tied weights share no memory, so both would be written
+        tied = model.all_tied_weights_keys
         full = {key: value for key, value in full.items() if key not in tied}
         if hasattr(model, "lora"):
             lora.save(model, full, part, compute)

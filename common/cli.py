@@ -2,33 +2,59 @@
 
 import os
 import time
+from typing import NoReturn
 
 import tyro
 
+# Flags that must be above 0, in the scripts that have them. One whose default is 0 may be 0: it is off then.
+POSITIVE = (
+    "steps",
+    "epochs",
+    "lr",
+    "critic_lr",
+    "value_lr",
+    "temperature",
+    "gamma",
+    "lora_alpha",
+    "vllm_cache_gb",
+    "batch_size",
+    "mini_batch_size",
+    "micro_batch_size",
+    "rollout_batch_size",
+    "max_prompt_length",
+    "max_response_length",
+    "keep",
+    "lora_rank",
+)
 
-def fail(message: str):
-    """Stop with one line, no traceback. Of several ranks rank 0 speaks first; torchrun then ends the others."""
+
+def fail(message: str) -> NoReturn:
+    """Stops with one line, without a traceback. Of several ranks rank 0 speaks first; torchrun then ends the
+    others."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # no tidy end: others may wait in a collective
-        time.sleep(10 * (os.environ["RANK"] != "0"))
+        if os.environ["RANK"] != "0":
+            time.sleep(10)
         os.write(2, f"error: {message}\n".encode())
         os._exit(1)
     raise SystemExit(f"error: {message}")
 
 
 def note(message: str) -> None:
+    """One line for the user, printed by rank 0."""
     if os.environ.get("RANK", "0") == "0":
         print(message, flush=True)
 
 
-def parse(cls, reviews: dict, argv=None):
-    """The command line as `cls`. On the embedded world the defaults are `cls`'s with `reviews` on top; a flag wins over both."""
+def parse(cls, reviews: dict, argv: list[str] | None = None):
+    """The command line as `cls`, a dataclass. On the embedded world the defaults are `cls`'s with `reviews`
+    on top.
+
+    A flag wins over both. Ends with one line where a number is out of its range.
+    """
     args = tyro.cli(cls, args=argv)
     if args.dataset == "reviews":
         args = tyro.cli(cls, args=argv, default=cls(**reviews))
-    sizes = "batch_size mini_batch_size micro_batch_size rollout_batch_size max_prompt_length max_response_length keep lora_rank"
-    for (
-        name
-    ) in f"steps epochs lr critic_lr value_lr temperature gamma lora_alpha vllm_cache_gb {sizes}".split():
+    for name in POSITIVE:
         value = getattr(args, name, 1)
         if value < 0 or (value == 0 and getattr(cls, name) != 0):
             fail(f"--{name.replace('_', '-')} is {value}; it must be above 0")

@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from common.cli import fail
 
@@ -25,26 +25,29 @@ def world() -> int:
 
 
 def device() -> torch.device:
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    """This process's GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def launch(main, args) -> None:
-    """Runs `main(args)` among the processes torchrun started, or alone."""
-    if torch.cuda.is_available():
+    """Runs `main(args)` among the processes torchrun started, or alone. Ends with one line where the ranks do
+    not fit."""
+    gpu = torch.cuda.is_available()
+    if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", **alone)
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    if "RANK" in os.environ:  # set by torchrun
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     torch.manual_seed(args.seed)
     try:
         mesh(args.shard_size)  # a size that does not divide stops here
         main(args)
-    except (
-        Exception
-    ):  # the other ranks may wait in a collective: no tidy end, or this one would wait with them
+    except Exception:
+        # the other ranks may wait in a collective: no tidy end, or this one would wait with them
         if world() == 1:
             raise
         sys.excepthook(*sys.exc_info())
@@ -68,27 +71,36 @@ def all_reduce_dict(sums: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def all_gather_object(value) -> list:
+    """Each rank's value (it is pickled), by rank, on every rank."""
     out = [None] * world()
     dist.all_gather_object(out, value)
     return out
 
 
 def dtypes(precision: str) -> tuple[torch.dtype, torch.dtype]:
-    """(compute type, type of the master weights). `auto`: bf16 compute on a GPU, float32 on a CPU."""
-    precision = ("bf16" if torch.cuda.is_available() else "fp32") if precision == "auto" else precision
-    compute = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[
-        precision
-    ]  # fp64: for tests of equality
-    return compute, max(compute, torch.float32, key=lambda t: t.itemsize)
+    """(compute type, type of the master weights), which are never narrower than float32.
+
+    `auto`: bf16 compute on a GPU, float32 on a CPU. `fp64` is for tests of equality.
+    """
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() else "fp32"
+    if precision == "bf16":
+        return torch.bfloat16, torch.float32
+    if precision == "fp64":
+        return torch.float64, torch.float64
+    return torch.float32, torch.float32
 
 
 @cache
-def mesh(shard_size: int):
-    """One dimension (shard over all ranks), or replicate x shard for `shard_size` ranks a replica (HSDP)."""
+def mesh(shard_size: int) -> DeviceMesh:
+    """One dimension (shard over all ranks), or replicate x shard for `shard_size` ranks per replica (HSDP).
+
+    Ends with one line where the size does not divide the ranks.
+    """
     size = shard_size or world()
     if world() % size:
         fail(f"--shard-size {size} does not divide the {world()} processes")
-    one = int(size == world())
-    return init_device_mesh(
-        device().type, (world() // size, size)[one:], mesh_dim_names=("replicate", "shard")[one:]
-    )
+    if size == world():
+        return init_device_mesh(device().type, (size,), mesh_dim_names=("shard",))
+    replicas = world() // size
+    return init_device_mesh(device().type, (replicas, size), mesh_dim_names=("replicate", "shard"))

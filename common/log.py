@@ -15,95 +15,141 @@ from common.cli import fail, note
 
 
 class Run:
-    """The run folder. Rank 0 alone writes; each line of metrics.jsonl is flushed, so a crash loses nothing."""
+    """The run folder. Rank 0 alone writes; each line of metrics.jsonl is flushed, so a crash loses nothing.
+
+    Made before anything is loaded: what cannot go on, or would overwrite an earlier run, ends here with one
+    line.
+    """
 
     def __init__(self, args):
-        self.args, self.dir, self.wandb = args, Path(args.run_dir), None
+        self.args = args
+        self.dir = Path(args.run_dir)
+        self.wandb = None
         lora.find_package(args)
         vllm.check(args)
-        metrics = self.dir / "metrics.jsonl"  # empty where a check ended the run before its first number
-        used = (metrics.exists() and metrics.stat().st_size) or (self.dir / "checkpoints").exists()
-        if used and not args.resume and not args.overwrite:
-            fail(
-                f"{self.dir} holds an earlier run: --resume continues it, --overwrite replaces it, --run-dir chooses another"
-            )
+        self.refuse_earlier_run()
         distributed.all_gather_object(None)  # every rank has looked before rank 0 writes
         if distributed.rank() == 0:
-            if (
-                args.overwrite and not args.resume
-            ):  # the rest is replaced as it is written: --model may lie in this folder
-                shutil.rmtree(self.dir / "checkpoints", ignore_errors=True)
-            self.dir.mkdir(parents=True, exist_ok=True)
-            now, file = json.loads(json.dumps(dataclasses.asdict(args))), self.dir / "args.json"
-            before = (
-                now
-                | (json.loads(file.read_text()) if file.exists() else {})
-                | {"resume": True, "overwrite": args.overwrite}
+            self.prepare_folder()
+            self.write_arguments()
+
+    def refuse_earlier_run(self) -> None:
+        """Ends with one line where the folder holds a run that the flags neither continue nor replace."""
+        metrics = self.dir / "metrics.jsonl"
+        # it is empty where a check ended the run before its first number: then the folder is free
+        has_metrics = metrics.exists() and metrics.stat().st_size > 0
+        used = has_metrics or (self.dir / "checkpoints").exists()
+        if used and not self.args.resume and not self.args.overwrite:
+            fail(
+                f"{self.dir} holds an earlier run: "
+                "--resume continues it, --overwrite replaces it, --run-dir chooses another"
             )
-            changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
-            lora.check(args, before, now)
-            if args.resume and changed:
-                note("resuming with other arguments: " + ", ".join(changed))
-            file.write_text(json.dumps(now, indent=1))
+
+    def prepare_folder(self) -> None:
+        """Makes the folder; to overwrite, removes the checkpoints alone.
+
+        The rest is replaced as it is written: --model may lie in this folder.
+        """
+        if self.args.overwrite and not self.args.resume:
+            shutil.rmtree(self.dir / "checkpoints", ignore_errors=True)
+        self.dir.mkdir(parents=True, exist_ok=True)
+
+    def write_arguments(self) -> None:
+        """args.json; says which arguments differ from those that a resumed run began with."""
+        file = self.dir / "args.json"
+        now = json.loads(
+            json.dumps(dataclasses.asdict(self.args))
+        )  # as a file gives them back: tuples as lists
+        before = dict(now)  # what the file does not say has not changed
+        if file.exists():
+            before |= json.loads(file.read_text())
+        before |= {"resume": True, "overwrite": self.args.overwrite}  # these two differ by their nature
+        lora.check(self.args, before, now)
+        changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
+        if self.args.resume and changed:
+            note("resuming with other arguments: " + ", ".join(changed))
+        file.write_text(json.dumps(now, indent=1))
 
     def start(self, step: int, total: int) -> None:
-        """Opens the logs at `step`: on resume, what a run wrote after its checkpoint, the last evaluation too, comes anew."""
+        """Opens the logs at `step` of `total`.
+
+        On resume, what the run wrote after its checkpoint is dropped, its last evaluation too: it comes anew.
+        """
         self.total = total
         if distributed.rank() != 0:
             return
-        for path in (self.dir / "metrics.jsonl", self.dir / "samples.jsonl"):
-            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() and step else ""
-            before = lambda row: (
-                row["step"] < step or (row["step"] == step and (step < total or "time/step_s" in row))
-            )
-            kept = [
-                line + "\n" for line in text.split("\n")[:-1] if before(json.loads(line))
-            ]  # a torn line has no end
-            path.with_suffix(".part").write_text("".join(kept), encoding="utf-8")
-            path.with_suffix(".part").rename(path)
-        self.writer = SummaryWriter(str(self.dir), purge_step=step + bool(step))
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            self.keep_before(self.dir / name, step)
+        # from `step` on events of an earlier try are hidden; a step of 0 keeps none of them
+        self.writer = SummaryWriter(str(self.dir), purge_step=step + 1 if step else 0)
         self.bar = tqdm(total=total, initial=step, desc=self.dir.name, disable=None)
         if self.args.wandb:
             self.wandb = start_wandb(self.dir, step, dataclasses.asdict(self.args))
 
+    def keep_before(self, path: Path, step: int) -> None:
+        """Keeps the lines of a .jsonl file up to a checkpoint at `step`; a fresh run keeps none."""
+        kept = []
+        if step and path.exists():
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+            for line in lines[:-1]:  # what follows the last line's end is empty, or a line that a crash tore
+                row = json.loads(line)
+                # a step's own line comes before its checkpoint, an evaluation at the end of the run after it
+                in_step = row["step"] == step and (step < self.total or "time/step_s" in row)
+                if row["step"] < step or in_step:
+                    kept.append(line + "\n")
+        part = path.with_suffix(".part")  # under another name first: a kill leaves no half of it
+        part.write_text("".join(kept), encoding="utf-8")
+        part.rename(path)
+
     def metrics(self, step: int, values: dict, show: tuple[str, ...] = ()) -> None:
-        """One line of metrics.jsonl and TensorBoard; `show` names those beside the progress bar."""
+        """One line of metrics.jsonl and TensorBoard; `show` names those that stand next to the progress
+        bar."""
         if distributed.rank() != 0:
             return
         values = {key: float(value) for key, value in values.items()}
-        self.samples(step, [{k: v if math.isfinite(v) else None for k, v in values.items()}], "metrics.jsonl")
+        # JSON has no NaN or infinity
+        line = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self.samples(step, [line], "metrics.jsonl")
         for key, value in values.items():
             self.writer.add_scalar(key, value, step)
         if self.wandb:
             self.wandb.log(values, step=step)
-        text = " ".join(f"{key.split('/')[-1]} {values[key]:.3g}" for key in show if key in values)
+        shown = [f"{key.split('/')[-1]} {values[key]:.3g}" for key in show if key in values]
+        text = " ".join(shown)
         self.bar.n = step
         self.bar.set_postfix_str(text)
-        if self.bar.disable and (
-            step % max(1, self.total // 10) == 0 or step == self.total
-        ):  # not a terminal: ten lines
+        every = max(1, self.total // 10)
+        if self.bar.disable and (step % every == 0 or step == self.total):  # not a terminal: ten lines
             note(f"{self.dir.name} {step}/{self.total} {text}")
 
     def samples(self, step: int, rows: list[dict], name: str = "samples.jsonl") -> None:
-        with open(self.dir / name if distributed.rank() == 0 else os.devnull, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+        """Appends a line per row, with its step. Ranks other than 0 write into nothing."""
+        path = self.dir / name if distributed.rank() == 0 else os.devnull
+        with open(path, "a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
-        for part in (self.writer, self.bar) if distributed.rank() == 0 else ():
-            part.close()
+        """Writes out TensorBoard's events and ends the progress bar."""
+        if distributed.rank() == 0:
+            self.writer.close()
+            self.bar.close()
 
 
 def start_wandb(folder: Path, step: int, config: dict):
-    """A run, named after its folder; a resumed one (`step` above 0) goes on in the same."""
+    """A run, named after its folder; a resumed one (`step` above 0) goes on in the same.
+
+    Ends with one line where the package is missing.
+    """
     try:
         import wandb
     except ImportError:
         fail("--wandb needs the package: pip install wandb")
-    os.environ.setdefault(
-        "WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    )  # no login prompt
+    # without a key it would ask for a login
+    os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
     file = folder / "wandb_id"
-    file.write_text(file.read_text() if step and file.exists() else wandb.util.generate_id())
+    if not (step and file.exists()):
+        file.write_text(wandb.util.generate_id())
     return wandb.init(
         project="value-first", config=config, name=str(folder), id=file.read_text(), resume="allow"
     )

@@ -7,57 +7,79 @@ import numpy as np
 import torch
 
 STATISTICS = ("mean", "p1", "p5", "p10", "p90", "p95", "p99", "last")
+PERCENTILES = (1, 5, 10, 90, 95, 99)
 
 
 def response_statistics(values: list[float]) -> dict[str, float]:
-    """Mean, percentiles (linear interpolation) and last of one response's token values (2502.16944 appendix E)."""
-    percentiles = np.percentile(values, [int(name[1:]) for name in STATISTICS[1:-1]])
-    return dict(
-        zip(STATISTICS, [float(np.mean(values)), *percentiles.tolist(), float(values[-1])], strict=True)
-    )
+    """STATISTICS of one response's token values: mean, percentiles (linear interpolation), last (2502.16944
+    appendix E)."""
+    percentiles = np.percentile(values, PERCENTILES).tolist()
+    numbers = [float(np.mean(values)), *percentiles, float(values[-1])]
+    return dict(zip(STATISTICS, numbers, strict=True))
 
 
 def pair_accuracy(chosen: list[list[float]], rejected: list[list[float]]) -> dict[str, float]:
-    """Share of pairs whose chosen response has the strictly higher statistic of its token values; a tie is not a win."""
+    """Share of pairs whose chosen response has the strictly higher statistic of its token values; a tie is
+    not a win."""
     pairs = [(response_statistics(c), response_statistics(r)) for c, r in zip(chosen, rejected, strict=True)]
     return {name: sum(c[name] > r[name] for c, r in pairs) / len(pairs) for name in STATISTICS}
 
 
 def make_pairs(rows: list[dict], gap: float) -> list[tuple[dict, dict]]:
-    """All (better, worse) pairs of responses to one prompt (where rows came in pairs: of that pair), `gap` of reward apart."""
+    """All (better, worse) pairs of responses to one prompt, at least `gap` of reward apart and never equal.
+
+    Where rows came in pairs (they have `pair`, its number), a response is compared with the other of its pair
+    alone.
+    """
     groups = {}
     for row in rows:
-        groups.setdefault(row.get("pair", json.dumps(row["prompt"])), []).append(row)
-    return [
-        (a, b)
-        for group in groups.values()
-        for a in group
-        for b in group
-        if a["reward"] - b["reward"] >= max(gap, 1e-9)
-    ]
+        key = row.get("pair", json.dumps(row["prompt"]))
+        groups.setdefault(key, []).append(row)
+    pairs = []
+    for group in groups.values():
+        for a in group:
+            for b in group:
+                if a["reward"] - b["reward"] >= max(gap, 1e-9):
+                    pairs.append((a, b))
+    return pairs
 
 
-def implied_accuracy(log_ratios, rewards, groups):
-    """Share of the pairs of responses to one prompt whose better one has the strictly higher log-ratio; all [N]. NaN: no pair."""
-    order, wins, pairs = torch.argsort(groups).cpu(), 0, 0
+def implied_accuracy(log_ratios: torch.Tensor, rewards: torch.Tensor, groups: torch.Tensor) -> float:
+    """Share of the pairs of responses to one prompt whose better one has the strictly higher log-ratio.
+
+    All [N]; `groups` numbers the prompts from 0. NaN where there is no pair.
+    """
+    order = torch.argsort(groups).cpu()
     sizes = torch.bincount(groups.cpu()).tolist()
-    for r, y in zip(
-        rewards.cpu()[order].split(sizes), log_ratios.cpu()[order].split(sizes), strict=True
-    ):  # never all N x N
+    rewards_by_group = rewards.cpu()[order].split(sizes)
+    ratios_by_group = log_ratios.cpu()[order].split(sizes)
+    wins = 0
+    pairs = 0
+    for r, y in zip(rewards_by_group, ratios_by_group, strict=True):  # one prompt at a time: never all N x N
         better = r[:, None] > r[None]
-        wins, pairs = wins + ((y[:, None] > y[None]) & better).sum().item(), pairs + better.sum().item()
+        higher = y[:, None] > y[None]
+        wins += (higher & better).sum().item()
+        pairs += better.sum().item()
     return wins / pairs if pairs else math.nan
 
 
-def auc(log_ratios, labels):
-    """Share of all pairs of a desirable and an undesirable response whose first has the strictly higher log-ratio; both [N].
-    NaN where there is no pair."""
-    good, bad = log_ratios[labels], log_ratios[~labels].sort().values
-    below = torch.searchsorted(bad, good)  # how many are strictly lower
-    return below.double().sum().item() / (len(good) * len(bad)) if len(good) * len(bad) else math.nan
+def auc(log_ratios: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of all pairs of a desirable and an undesirable response whose first has the strictly higher
+    log-ratio.
+
+    Both [N], `labels` True where desirable. NaN where there is no pair.
+    """
+    good = log_ratios[labels]
+    bad = log_ratios[~labels].sort().values
+    pairs = len(good) * len(bad)
+    below = torch.searchsorted(bad, good)  # how many of the bad are strictly lower
+    return below.double().sum().item() / pairs if pairs else math.nan
 
 
-def distinct_2(texts):
+def distinct_2(texts: list[str]) -> float:
     """Different pairs of neighbouring words over all pairs, in all texts together: diversity (1510.03055)."""
-    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
+    pairs = []
+    for text in texts:
+        words = text.split()
+        pairs += zip(words, words[1:], strict=False)
     return len(set(pairs)) / max(1, len(pairs))

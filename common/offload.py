@@ -7,27 +7,41 @@ from torch.distributed.tensor import DTensor
 
 
 def copy(to: torch.UntypedStorage, source: torch.UntypedStorage) -> None:
+    """The one place where bytes move, so that the memory planner can replace it."""
     to.copy_(source, non_blocking=True)
 
 
-def park(models) -> None:
-    """Moves this rank's weights of the frozen ones among `models` to the host, pinned where there is a GPU. They never change, so
-    they are copied out once, and later only dropped."""
-    for model in [model for model in models if getattr(model, "frozen", False)]:
-        tensors = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-        storages = {
-            storage._cdata: storage for storage in (t.untyped_storage() for t in tensors)
-        }  # tied weights share one
-        model.parked = []
-        for storage in storages.values():
-            host = torch.UntypedStorage(storage.nbytes())
-            host = host.pin_memory() if storage.device.type == "cuda" else host
-            copy(host, storage)
-            model.parked.append((storage, host))
-        if any(storage.device.type == "cuda" for storage in storages.values()):
-            torch.cuda.synchronize()  # the copies are there before what they copy is dropped
-        for storage, _ in model.parked:
-            storage.resize_(0)
+def park(models: list) -> None:
+    """Moves this rank's weights of the frozen ones among `models` to the host, pinned where there is a GPU.
+
+    They never change, so they are copied out once, and later only dropped.
+    """
+    for model in models:
+        if getattr(model, "frozen", False):
+            park_one(model)
+
+
+def park_one(model) -> None:
+    """Sets `model.parked`, (storage on the device, its copy on the host) of each weight, and frees the
+    former."""
+    storages = {}  # by address: tied weights share one
+    for parameter in model.parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        storage = local.untyped_storage()
+        storages[storage._cdata] = storage
+    model.parked = []
+    on_gpu = False
+    for storage in storages.values():
+        host = torch.UntypedStorage(storage.nbytes())
+        if storage.device.type == "cuda":
+            host = host.pin_memory()
+            on_gpu = True
+        copy(host, storage)
+        model.parked.append((storage, host))
+    if on_gpu:
+        torch.cuda.synchronize()  # the copies are there before what they copy is dropped
+    for storage, _ in model.parked:
+        storage.resize_(0)
 
 
 @contextmanager

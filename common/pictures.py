@@ -3,69 +3,127 @@
 import html
 from pathlib import Path
 
+RED = (230, 90, 80)
+WHITE = (250, 250, 245)
+GREEN = (80, 175, 95)
+WIDTH = 90  # characters in a line of the picture
+STYLE = "body{font:16px/2 monospace;max-width:60em;margin:2em auto} span{white-space:pre-wrap}"
+
+Rgb = tuple[int, int, int]
+Cell = tuple[str, float, Rgb]  # a token, its value, its colour
+
 
 def token_texts(tokenizer, ids: list[int]) -> list[str]:
     """The text each token adds to the response."""
     texts = [tokenizer.decode(ids[:i]) for i in range(len(ids) + 1)]
-    return [b[len(a) :] for a, b in zip(texts, texts[1:], strict=False)]
+    return [after[len(before) :] for before, after in zip(texts, texts[1:], strict=False)]
 
 
-def colour(value: float, low: float, high: float) -> tuple[int, int, int]:
+def colour(value: float, low: float, high: float) -> Rgb:
     """Red at `low`, white in the middle, green at `high`."""
-    x = 0.5 if high <= low else min(1.0, max(0.0, (value - low) / (high - low)))
-    red, white, green = (230, 90, 80), (250, 250, 245), (80, 175, 95)
-    a, b, y = (red, white, 2 * x) if x < 0.5 else (white, green, 2 * x - 1)
-    return tuple(round(p + (q - p) * y) for p, q in zip(a, b, strict=True))
+    if high <= low:
+        x = 0.5
+    else:
+        x = min(1.0, max(0.0, (value - low) / (high - low)))
+    if x < 0.5:
+        return mix(RED, WHITE, 2 * x)
+    return mix(WHITE, GREEN, 2 * x - 1)
+
+
+def mix(a: Rgb, b: Rgb, share: float) -> Rgb:
+    """`a` at a share of 0, `b` at 1."""
+    return tuple(round(p + (q - p) * share) for p, q in zip(a, b, strict=True))
 
 
 def draw_values(texts: list[tuple[str, list[str], list[float]]], path: str) -> str:
-    """Colours each token by its value, as 2502.16944 Figure 3: writes path.html and path.png, returns it for a terminal.
+    """Colours each token by its value, as 2502.16944 Figure 3: writes path.html and path.png, returns it for
+    a terminal.
 
-    `texts` holds (title, tokens, one value a token); the scale runs from the lowest (red) to the highest (green) of them all.
+    `texts` holds (title, tokens, one value per token); the scale runs from the lowest (red) to the highest
+    (green) of them all.
     """
+    everything = [value for _, _, values in texts for value in values]
+    low = min(everything)
+    high = max(everything)
+    coloured = []  # (title, cells)
+    for title, tokens, values in texts:
+        cells = [
+            (token, value, colour(value, low, high)) for token, value in zip(tokens, values, strict=True)
+        ]
+        coloured.append((title, cells))
+    Path(f"{path}.html").write_text(as_page(coloured, low, high), encoding="utf-8")
+    draw_picture(coloured, f"{path}.png")
+    return as_terminal(coloured)
+
+
+def as_terminal(coloured: list[tuple[str, list[Cell]]]) -> str:
+    """Black text on coloured ground, by a terminal's escape sequences."""
+    blocks = []
+    for title, cells in coloured:
+        text = "".join(f"\033[48;2;{r};{g};{b};38;2;0;0;0m{token}\033[0m" for token, _, (r, g, b) in cells)
+        blocks.append(f"{title}\n{text}")
+    return "\n".join(blocks)
+
+
+def as_page(coloured: list[tuple[str, list[Cell]]], low: float, high: float) -> str:
+    """An HTML page; hovering over a token shows its value."""
+    page = [
+        f'<!doctype html><meta charset="utf-8"><style>{STYLE}</style>',
+        f"<p>red {low:.2f} to green {high:.2f}; hover for the value</p>",
+    ]
+    for title, cells in coloured:
+        spans = "".join(
+            f'<span style="background:rgb{rgb}" title="{value:.3f}">{html.escape(token)}</span>'
+            for token, value, rgb in cells
+        )
+        page.append(f"<h4>{html.escape(title)}</h4><p>{spans}</p>")
+    return "".join(page)
+
+
+def lines_of_cells(coloured: list[tuple[str, list[Cell]]]) -> list[list]:
+    """Lines of (column, text, colour from 0 to 1 or None) of at most WIDTH characters: a title, then its
+    tokens."""
+    lines = []
+    for title, cells in coloured:
+        lines.append([(0, title, None)])
+        lines.append([])
+        x = 0
+        for token, _, rgb in cells:
+            if x and x + len(token) > WIDTH:
+                lines.append([])
+                x = 0
+            lines[-1].append((x, token.replace("\n", " "), tuple(v / 255 for v in rgb)))
+            x += len(token)
+    return lines
+
+
+def draw_picture(coloured: list[tuple[str, list[Cell]]], path: str) -> None:
+    """The same as a picture."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    everything = [value for _, _, values in texts for value in values]
-    low, high, width = min(everything), max(everything), 90
-    terminal, page, lines = [], [f"<p>red {low:.2f} to green {high:.2f}; hover for the value</p>"], []
-    for title, tokens, values in texts:
-        cells = [
-            (token, value, colour(value, low, high)) for token, value in zip(tokens, values, strict=True)
-        ]
-        terminal.append(
-            f"{title}\n"
-            + "".join(f"\033[48;2;{r};{g};{b};38;2;0;0;0m{t}\033[0m" for t, _, (r, g, b) in cells)
-        )
-        spans = "".join(
-            f'<span style="background:rgb{c}" title="{v:.3f}">{html.escape(t)}</span>' for t, v, c in cells
-        )
-        page.append(f"<h4>{html.escape(title)}</h4><p>{spans}</p>")
-        lines += [[(0, title, None)], []]
-        x = 0
-        for token, _, c in cells:
-            if x and x + len(token) > width:
-                lines.append([])
-                x = 0
-            lines[-1].append((x, token.replace("\n", " "), tuple(v / 255 for v in c)))
-            x += len(token)
-    style = "body{font:16px/2 monospace;max-width:60em;margin:2em auto} span{white-space:pre-wrap}"
-    page.insert(0, f'<!doctype html><meta charset="utf-8"><style>{style}</style>')
-    Path(f"{path}.html").write_text("".join(page), encoding="utf-8")
-    figure = plt.figure(figsize=(width * 0.105, 0.32 * len(lines) + 0.2))
+    lines = lines_of_cells(coloured)
+    figure = plt.figure(figsize=(WIDTH * 0.105, 0.32 * len(lines) + 0.2))
     for i, line in enumerate(lines):
-        for x, token, c in line:
-            box = dict(facecolor=c, edgecolor="none", pad=1.5) if c else None
-            style = dict(family="monospace", fontsize=11, va="center", parse_math=False, bbox=box)
+        y = 1 - (i + 0.7) / (len(lines) + 0.5)
+        for x, text, rgb in line:
+            box = None
+            weight = "bold"  # a title
+            if rgb:
+                box = dict(facecolor=rgb, edgecolor="none", pad=1.5)
+                weight = None
             figure.text(
-                0.01 + 0.98 * x / width,
-                1 - (i + 0.7) / (len(lines) + 0.5),
-                token,
-                weight=None if c else "bold",
-                **style,
+                0.01 + 0.98 * x / WIDTH,
+                y,
+                text,
+                weight=weight,
+                family="monospace",
+                fontsize=11,
+                va="center",
+                parse_math=False,
+                bbox=box,
             )
-    figure.savefig(f"{path}.png", dpi=110)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
-    return "\n".join(terminal)

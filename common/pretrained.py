@@ -7,19 +7,25 @@ from common.cli import fail
 
 
 def resolve(name: str, embedded: str = "policy") -> str:
-    """A model name to a folder or hub id: `reviews` becomes the embedded model of that kind."""
+    """A model name to a folder or hub id: `reviews` becomes the embedded model of that kind.
+
+    Ends with one line where the name is that of a folder, by its form or because there is one, and no model
+    lies there.
+    """
     if name == "reviews":
         return reviews.folder(embedded)
-    if not name:
+    if not name:  # only --reward has no default
         fail("--reward: give a reward model (folder or hub id) or module:function")
-    if (name.count("/") > 1 or name.startswith((".", "/")) or Path(name).is_dir()) and not Path(
-        name, "config.json"
-    ).is_file():
+    looks_like_a_path = name.count("/") > 1 or name.startswith((".", "/"))  # a hub id has one slash at most
+    is_folder = looks_like_a_path or Path(name).is_dir()
+    if is_folder and not Path(name, "config.json").is_file():
         fail(f"{name}: no model folder there (no config.json)")
     return name
 
 
 def load_pretrained(what: str, auto, name: str, **kwargs):
+    """`auto.from_pretrained(name, **kwargs)`; ends with one line where there is no such part (`what`, in
+    words)."""
     try:
         return auto.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:

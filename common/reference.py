@@ -15,44 +15,54 @@ from common.models import load_model
 
 
 def load_reference(policy, name: str, tokenizer, args):
-    """The frozen reference; with LoRA, where --ref-model names no other, the policy itself with its adapters off."""
-    own = args.lora_rank and not args.ref_model
-    return lora.AdapterOff(policy) if own else load_model("policy", name, tokenizer, args, trained=False)
+    """The frozen reference; with LoRA, where --ref-model names no other, the policy itself with its adapters
+    off."""
+    if args.lora_rank and not args.ref_model:
+        return lora.AdapterOff(policy)
+    return load_model("policy", name, tokenizer, args, trained=False)
 
 
-def fingerprint(name):
+def fingerprint(name: str) -> str:
     """The contents of a model: a hash of its local weights and configuration, or the hub's commit."""
-    files, digest = (
-        sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("config.json")]),
-        hashlib.sha256(),
-    )
+    files = sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("config.json")])
+    if not files:
+        return f"{name}@{AutoConfig.from_pretrained(name)._commit_hash}"
+    digest = hashlib.sha256()
     for file in files:
-        with open(file, "rb") as weights:
-            digest.update(hashlib.file_digest(weights, "sha256").digest())
-    return digest.hexdigest() if files else f"{name}@{AutoConfig.from_pretrained(name)._commit_hash}"
+        with open(file, "rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
 
 
-def reference_logprobs(name, tokenizer, args, **parts):
-    """log pi_ref(y|x) of the (prompt, response) tokens of each part: [N] sums over tokens, in float64, on every rank.
+def reference_logprobs(name: str, tokenizer, args, **sets) -> list[torch.Tensor]:
+    """log pi_ref(y|x) of the (prompt, response) tokens of each named set: [N] sums over tokens, in float64,
+    on every rank.
 
-    Computed once, before the policy is loaded: the reference is freed at the end. The run folder keeps them for --resume, under
-    a key of the tokens, the precision and the reference's weights.
+    Computed once, before the policy is loaded: the reference is freed at the end. The run folder keeps them
+    for --resume, under a key of the tokens, the precision and the reference's weights.
     """
-    cache, first = Path(args.run_dir, "reference.npz"), distributed.rank() == 0
-    what = [parts, str(distributed.dtypes(args.precision)[0]), fingerprint(name) if first else ""]
+    cache = Path(args.run_dir, "reference.npz")
+    first = distributed.rank() == 0
+    compute, _ = distributed.dtypes(args.precision)
+    what = [sets, str(compute), fingerprint(name) if first else ""]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
-    found = dict(np.load(cache)) if first and args.resume and cache.exists() else {}
-    kept = {part: torch.tensor(found[part]) for part in parts} if str(found.get("key")) == key else None
-    kept = distributed.all_gather_object(kept)[0]
+    kept = None
+    if first and args.resume and cache.exists():
+        with np.load(cache) as stored:
+            if str(stored["key"]) == key:
+                kept = {each: torch.tensor(stored[each]) for each in sets}
+    kept = distributed.all_gather_object(kept)[0]  # rank 0's
     if kept is None:
-        reference, pad = load_model("policy", name, tokenizer, args, trained=False), tokenizer.pad_token_id
-        kept = {
-            part: sequence_logprobs(reference, s, args.micro_batch_size, pad) for part, s in parts.items()
-        }
+        kept = {}
+        reference = load_model("policy", name, tokenizer, args, trained=False)
+        for each, sequences in sets.items():
+            kept[each] = sequence_logprobs(
+                reference, sequences, args.micro_batch_size, tokenizer.pad_token_id
+            )
         reference = None
         gc.collect()  # sharded modules are in reference cycles
-        if first:  # under another name first: a kill leaves no half of it
-            part = cache.with_suffix(".part.npz")
-            np.savez(part, key=key, **{name: x.cpu().numpy() for name, x in kept.items()})
+        if first:
+            part = cache.with_suffix(".part.npz")  # under another name first: a kill leaves no half of it
+            np.savez(part, key=key, **{each: logprobs.cpu().numpy() for each, logprobs in kept.items()})
             part.rename(cache)
-    return [x.to(distributed.device()) for x in kept.values()]
+    return [logprobs.to(distributed.device()) for logprobs in kept.values()]

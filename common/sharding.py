@@ -13,37 +13,40 @@ from common import distributed, value_heads
 
 
 def shard(model, compute: torch.dtype, shard_size: int, frozen: bool) -> None:
-    """FSDP2: one unit a transformer block, one for a head of another type, the rest in the root. Gradients are reduced in
-    float32 (float64 for float64)."""
+    """FSDP2, in place: one unit per transformer block, one for a head of another type, the rest in the root.
+
+    Forward and backward compute in `compute`; gradients are reduced in float32 (float64 for float64).
+    `shard_size`: over how many ranks a replica lies (0: all).
+    """
     full = torch.float64 if compute == torch.float64 else torch.float32
     model.frozen = frozen
     if distributed.world() == 1 and compute == full:  # nothing to shard and nothing to cast
         return
+    mesh = distributed.mesh(shard_size)
+    blocks = model._no_split_modules or ()  # transformers' names for the classes of its blocks
     for module in model.modules():
-        if type(module).__name__ in (model._no_split_modules or ()):
-            fully_shard(
-                module, mesh=distributed.mesh(shard_size), mp_policy=MixedPrecisionPolicy(compute, full)
-            )
-    if compute != full and not model.can_generate():
-        fully_shard(
-            value_heads.head(model),
-            mesh=distributed.mesh(shard_size),
-            mp_policy=MixedPrecisionPolicy(full, full),
-        )
-    # a frozen root must reshard after forward, or it stays gathered for good
-    options = dict(reshard_after_forward=True if frozen else None)
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(compute, full))
+    if compute != full and not model.can_generate():  # a value's head computes in full precision
+        head = value_heads.head(model)
+        fully_shard(head, mesh=mesh, mp_policy=MixedPrecisionPolicy(full, full))
     policy = MixedPrecisionPolicy(compute, full, output_dtype=full)
-    fully_shard(model, mesh=distributed.mesh(shard_size), mp_policy=policy, **options)
+    # None: the root of a trained model stays gathered until its backward. A frozen one has none, and would
+    # stay for good.
+    reshard_after_forward = True if frozen else None
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     if hasattr(model, "response_logprobs"):
         register_fsdp_forward_method(model, "response_logprobs")
 
 
 def load_full(model, source) -> None:
-    """Fills a sharded model on the meta device from rank 0's whole one."""
+    """Fills a sharded model on the meta device from rank 0's whole one; `source` is None on the other
+    ranks."""
     model.to_empty(device=distributed.device())
     model.tie_weights()
-    whole = sd.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    sd.set_model_state_dict(model, source.state_dict() if distributed.rank() == 0 else {}, options=whole)
+    options = sd.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    weights = source.state_dict() if distributed.rank() == 0 else {}
+    sd.set_model_state_dict(model, weights, options=options)
     for name, buffer in model.named_buffers():  # rotary frequencies are in no state dict
         if distributed.rank() == 0:
             buffer.copy_(source.get_buffer(name))
@@ -52,22 +55,25 @@ def load_full(model, source) -> None:
 
 @contextmanager
 def gathered(model):
-    """Every parameter stays gathered inside: one all-gather a rollout, not one a token, and no rank waits for another."""
+    """Every parameter stays gathered inside: one all-gather per rollout, not one per token, and no rank waits
+    for another."""
     for unit in units(model):
         unit.unshard()
         unit.set_reshard_after_forward(False, recurse=False)
     try:
         yield
     finally:
-        for unit in units(model):
+        for unit in units(model):  # as `shard` has set it
             unit.set_reshard_after_forward(unit is not model or model.frozen, recurse=False)
         reshard(model)
 
 
 def units(model) -> list[FSDPModule]:
+    """The wrapped modules; none in a process alone that computes in the type of its weights."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def reshard(model) -> None:
-    for unit in units(model):  # after a forward without gradient the root's parameters are still gathered
+    """Frees what is gathered: after a forward without gradient the root's parameters still are."""
+    for unit in units(model):
         unit.reshard()

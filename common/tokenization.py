@@ -7,8 +7,12 @@ from common.cli import fail, note
 from common.pretrained import load_pretrained
 
 
-def load_tokenizer(name: str):
-    """The tokenizer of a model, with a padding token (its eos where it has none: our masks come from positions)."""
+def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a model, a folder or hub id, with a padding token.
+
+    Where it has none, that is its eos, which harms nothing, as our masks come from positions. Ends with one
+    line where it has no end-of-sequence token.
+    """
     tokenizer = load_pretrained("tokenizer", transformers.AutoTokenizer, name)
     if tokenizer.eos_token_id is None:
         fail(f"{name}: its tokenizer has no end-of-sequence token, so a response could never end")
@@ -31,53 +35,76 @@ def require_same_tokenizer(tokenizer, name: str, flag: str) -> None:
         fail(f"{flag} {name}: its tokenizer differs from the policy's; train it on the policy's own")
 
 
-def encode_prompt(tokenizer, prompt) -> list[int]:
-    """Prompt tokens, ready for an answer: through the chat template where there is one, else plain text with one BOS. An encoder
-    reads its input with the eos it was trained with, a decoder goes on from the text."""
+def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
+    """Prompt tokens, ready for an answer: through the chat template where there is one, else plain text with
+    one BOS.
+
+    Messages without a template are joined by line ends. An encoder reads its input with the eos it was
+    trained with; a decoder goes on from the text, so an eos that its tokenizer appends is taken off.
+    """
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    ids = tokenizer(prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt) + "\n")[
-        "input_ids"
-    ]
-    ended = (
-        len(ids) > 1
-        and ids[-1] == tokenizer.eos_token_id
-        and not getattr(tokenizer, "of_encoder_decoder", False)
-    )
-    return ids[:-1] if ended else ids
+    if isinstance(prompt, str):
+        text = prompt
+    else:
+        text = "\n".join(message["content"] for message in prompt) + "\n"
+    ids = tokenizer(text)["input_ids"]
+    of_encoder = getattr(tokenizer, "of_encoder_decoder", False)
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not of_encoder:
+        return ids[:-1]
+    return ids
 
 
 def stop_token(tokenizer) -> int:
-    """The token that ends an answer: what the chat template writes after one (Gemma's is not its eos), else eos."""
+    """The token that ends an answer: what the chat template writes after one (Gemma's is not its eos), else
+    eos."""
     if tokenizer.chat_template:
+        # the template's rendering of an answer "zq", which no template contains: what follows it is the end
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "zq"}]
         tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("zq")[2].strip()
         ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
-        if ids and ids[0] in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
+        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        if ids and ids[0] in special:
             return ids[0]
     return tokenizer.eos_token_id
 
 
-def tokenize(rows, tokenizer, fields, max_prompt_length, max_response_length, name) -> list[dict]:
-    """Adds `prompt_ids` and, ended by the stop token, `<field>_ids`. Long prompts are dropped, long answers cut; both counted."""
-    kept, cut, stop = [], 0, stop_token(tokenizer)
+def tokenize(
+    rows: list[dict],
+    tokenizer,
+    fields: tuple[str, ...],
+    max_prompt_length: int,
+    max_response_length: int,
+    name: str,
+) -> list[dict]:
+    """The rows with `prompt_ids` and, ended by the stop token, `<field>_ids` of each of `fields`.
+
+    Long prompts are dropped, long answers cut; both are counted in a note. Ends with one line where no row is
+    left, or where the chat template refuses a prompt. `name`: the data set, for these lines.
+    """
+    stop = stop_token(tokenizer)
+    kept = []
+    cut = 0
     for row in rows:
         try:
-            ids = {"prompt_ids": encode_prompt(tokenizer, row["prompt"])}
+            prompt_ids = encode_prompt(tokenizer, row["prompt"])
         except jinja2.TemplateError as error:
             fail(f"{name}, row {row.get('row')}: the model's chat template refuses the prompt ({error})")
-        if len(ids["prompt_ids"]) <= max_prompt_length:
-            for field in fields:
-                answer = tokenizer(row[field], add_special_tokens=False)["input_ids"] + [stop]
-                cut += len(answer) > max_response_length
-                ids[f"{field}_ids"] = answer[:max_response_length]
-            kept.append({**row, **ids})
+        if len(prompt_ids) > max_prompt_length:
+            continue
+        ids = {"prompt_ids": prompt_ids}
+        for field in fields:
+            answer = tokenizer(row[field], add_special_tokens=False)["input_ids"] + [stop]
+            if len(answer) > max_response_length:
+                cut += 1
+            ids[f"{field}_ids"] = answer[:max_response_length]
+        kept.append({**row, **ids})
     if len(kept) < len(rows):
         dropped = f"dropped {len(rows) - len(kept)} of {len(rows)} rows"
         note(f"{name}: {dropped}: prompt longer than --max-prompt-length {max_prompt_length}")
     if cut:
         note(f"{name}: cut {cut} responses at --max-response-length {max_response_length}")
-    return kept or fail(
-        f"{name}: no usable row: every prompt is longer than --max-prompt-length {max_prompt_length}"
-    )
+    if not kept:
+        fail(f"{name}: no usable row: every prompt is longer than --max-prompt-length {max_prompt_length}")
+    return kept

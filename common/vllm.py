@@ -1,5 +1,6 @@
-"""Rollouts by vLLM inside each training process: `--rollout-engine vllm`. Before each rollout the policy's weights are copied
-into vLLM's model, in place; with the tokens come the log-probabilities of the sampler that drew them."""
+"""Rollouts by vLLM inside each training process: `--rollout-engine vllm`. Before each rollout the policy's
+weights are copied into vLLM's model, in place; with the tokens come the log-probabilities of the sampler that
+drew them."""
 
 import gc
 import importlib.util
@@ -12,39 +13,44 @@ from common.cli import fail
 
 
 def check(args) -> None:
-    """Ends with one line where vLLM cannot be used."""
-    if getattr(args, "rollout_engine", "torch") == "vllm":
-        if args.importance_cap < 0:
-            fail(f"--importance-cap is {args.importance_cap}; it must not be negative (0: no weights)")
-        if not 0.01 <= args.temperature <= 2:
-            fail(f"--temperature is {args.temperature}; --rollout-engine vllm samples at 0.01 to 2")
-        if args.precision == "fp64":
-            fail("--rollout-engine vllm: it computes in bf16 or fp32, not in fp64")
-        if not importlib.util.find_spec("vllm"):
-            fail(
-                "--rollout-engine vllm needs the package: pip install -r requirements-vllm.txt, in an environment of its own"
-            )
+    """Ends with one line where vLLM is asked for and cannot be used."""
+    if getattr(args, "rollout_engine", "torch") != "vllm":
+        return
+    if args.importance_cap < 0:
+        fail(f"--importance-cap is {args.importance_cap}; it must not be negative (0: no weights)")
+    if not 0.01 <= args.temperature <= 2:
+        fail(f"--temperature is {args.temperature}; --rollout-engine vllm samples at 0.01 to 2")
+    if args.precision == "fp64":
+        fail("--rollout-engine vllm: it computes in bf16 or fp32, not in fp64")
+    if not importlib.util.find_spec("vllm"):
+        fail(
+            "--rollout-engine vllm needs the package: "
+            "pip install -r requirements-vllm.txt, in an environment of its own"
+        )
 
 
 def start(policy, name: str, args):
-    """(What `rollout` samples with, the cap of importance weights): None and 0 for our own loop, which needs no correction."""
-    return (Engine(policy, name, args), args.importance_cap) if args.rollout_engine == "vllm" else (None, 0.0)
+    """(What `rollout` samples with, the cap of importance weights).
+
+    That is None and 0 for our own loop, whose samples are the policy's own and need no correction.
+    """
+    if args.rollout_engine == "vllm":
+        return Engine(policy, name, args), args.importance_cap
+    return None, 0.0
 
 
 class Engine:
-    """vLLM's `LLM` in this process, one a rank: each generates its own share of the prompts, so nothing is sent."""
+    """vLLM's `LLM` in this process, one per rank: each generates its own share of the prompts, so nothing is
+    sent."""
 
     def __init__(self, policy, name: str, args):
         if policy.config.is_encoder_decoder:
             fail(f"{name}: --rollout-engine vllm runs decoders alone, not {policy.config.model_type}")
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
-            "0"  # read at import: the model is to be in this process
-        )
+        # These are read when vLLM is imported.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the model is to be in this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault(
-            "VLLM_CPU_OMP_THREADS_BIND", "nobind"
-        )  # or all ranks of a machine share one core
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or all ranks share one core
         import vllm
 
         self.params = vllm.SamplingParams
@@ -58,41 +64,56 @@ class Engine:
                 max_model_len=args.max_prompt_length + args.max_response_length,
                 max_num_seqs=args.rollout_batch_size or 256,
                 kv_cache_memory_bytes=int(args.vllm_cache_gb * 2**30),
-                gpu_memory_utilization=0.01,  # of no effect beside the line above, but for a check at the start
+                gpu_memory_utilization=0.01,  # a check at the start asks for it; the line above decides
                 enforce_eager=not torch.cuda.is_available(),
                 distributed_executor_backend="external_launcher" if "RANK" in os.environ else "uni",
-                logprobs_mode="processed_logprobs",  # of the distribution that is sampled: after temperature and bias
+                logprobs_mode="processed_logprobs",  # of what is sampled: after temperature and bias
                 generation_config="vllm",  # the model folder's own would bring top_p, repetition penalties
             )
         except (ValueError, torch.OutOfMemoryError) as error:
             fail(f"--rollout-engine vllm: {' '.join(str(error).split())}")
-        if (
-            type(policy.base_model).__call__ is not torch.nn.Module.__call__
-        ):  # vLLM wraps, and so breaks, transformers' own class
+        # vLLM wraps, and so breaks, transformers' own class where it has none of its own for this
+        # architecture
+        if type(policy.base_model).__call__ is not torch.nn.Module.__call__:
             fail(f"{name}: vLLM has no {policy.config.model_type} of its own; sample with torch")
-        gc.unfreeze()  # vLLM freezes what exists; FSDP's models must be collected before the process group goes
-        self.llm.llm_engine.engine_core._finalizer.detach()  # at exit it would destroy the process group, ours and gone by then
+        # vLLM freezes what exists for the garbage collector; FSDP's models must be collected before the
+        # process group goes
+        gc.unfreeze()
+        # at exit it would destroy the process group, which is ours, and gone by then
+        self.llm.llm_engine.engine_core._finalizer.detach()
 
     def load(self, policy) -> None:
-        """Copies the gathered policy's weights (of LoRA the merged ones) into vLLM's, and drops what was cached under the old."""
-        weights = policy.named_parameters(
-            remove_duplicate=False
-        )  # of tied ones both: some backends keep copies of each
+        """Copies the gathered policy's weights (of LoRA the merged ones) into vLLM's, and drops what it
+        cached under the old.
+
+        Ends with one line where vLLM names a layer otherwise.
+        """
+        # of tied weights both names: some backends keep copies of each
+        weights = policy.named_parameters(remove_duplicate=False)
         if hasattr(policy, "lora"):
             weights = lora.merged(dict(weights), policy.lora.lora_alpha / policy.lora.r)
         try:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        except (ValueError, KeyError) as error:  # a layer that vLLM names otherwise
+        except (ValueError, KeyError) as error:
             fail(f"--rollout-engine vllm: {' '.join(str(error).split())}; sample with torch")
         if not self.llm.reset_prefix_cache():
             fail("--rollout-engine vllm: its prefix cache could not be emptied")
 
     def generate(
-        self, policy, prompts, seeds, temperatures, limit: int, stops: list[int]
+        self,
+        policy,
+        prompts: list[list[int]],
+        seeds: list[int],
+        temperatures: list[float],
+        limit: int,
+        stops: list[int],
     ) -> list[tuple[list[int], list[float]]]:
-        """As `rollout.decode`: (tokens, their log-probabilities) for each prompt; random numbers by a seed for each."""
+        """As `rollout.decode`: (tokens, their log-probabilities) for each prompt; random numbers by a seed
+        for each."""
         with sharding.gathered(policy):
             self.load(policy)
+        if not prompts:
+            return []
         # our stops alone: without ignore_eos those of the folder's generation config would end a response too
         options = dict(max_tokens=limit, stop_token_ids=stops, ignore_eos=True, detokenize=False, logprobs=0)
         if policy.forbidden_token is not None:
@@ -101,10 +122,12 @@ class Engine:
             self.params(seed=s, temperature=t, **options) for s, t in zip(seeds, temperatures, strict=True)
         ]
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = (
-            [out.outputs[0] for out in self.llm.generate(inputs, params, use_tqdm=False)] if prompts else []
-        )
-        return [
-            (list(o.token_ids), [p[y].logprob for y, p in zip(o.token_ids, o.logprobs, strict=True)])
-            for o in outputs
-        ]
+        responses = []
+        for output in self.llm.generate(inputs, params, use_tqdm=False):
+            sampled = output.outputs[0]
+            tokens = list(sampled.token_ids)
+            logprobs = [
+                of_step[token].logprob for token, of_step in zip(tokens, sampled.logprobs, strict=True)
+            ]
+            responses.append((tokens, logprobs))
+        return responses

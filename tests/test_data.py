@@ -1,4 +1,5 @@
-"""Reading and checking rows, splits by prompt, tokenization, batches, context pairs, and the `reviews` world's own truth."""
+"""Reading and checking rows, splits by prompt, tokenization, batches, context pairs, and the `reviews`
+world's own truth."""
 
 import gzip
 import json
@@ -41,7 +42,7 @@ def without(rows, *keys):
     return [{k: v for k, v in row.items() if k not in ("row", *keys)} for row in rows]
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.parquet", "d.jsonl.gz", "d.json.gz"])
@@ -52,7 +53,8 @@ def test_every_file_format_gives_the_same_rows(tmp_path, name):
 
 
 def test_aliases_columns_and_split(tmp_path):
-    """`completion` and `score` are known names; --columns maps others and wins; the file's `split` column chooses rows."""
+    """`completion` and `score` are known names; --columns maps others and wins; the file's `split` column
+    chooses rows."""
     alias = [{"prompt": "p", "completion": "r", "score": 1}]
     assert without(read_rows(write(tmp_path / "a.jsonl", alias), "scored"), "completion", "score") == [
         {"prompt": "p", "response": "r", "reward": 1}
@@ -71,8 +73,8 @@ def test_aliases_columns_and_split(tmp_path):
 
 
 def test_ultrafeedback_nesting_for_every_kind(tmp_path):
-    """A row of four completions: all of them for scored and responses, best against worst for preference, the best for sft,
-    one prompt; a tie is no pair."""
+    """A row of four completions: all of them for scored and responses, best against worst for preference, the
+    best for sft, one prompt; a tie is no pair."""
     make = lambda *scores: [
         {"response": f"r{s}.{i}", "overall_score": s, "model": f"m{i}"} for i, s in enumerate(scores)
     ]
@@ -118,7 +120,8 @@ def test_ultrafeedback_prompts_without_a_row_are_counted(tmp_path, capsys):
 
 
 def test_a_prompt_is_read_once_however_many_answers_it_has(tmp_path):
-    """A file of scored answers names a prompt many times: as prompts, each counts once, so none is held out and trained on."""
+    """A file of scored answers names a prompt many times: as prompts, each counts once, so none is held out
+    and trained on."""
     answers = [{"prompt": p, "response": str(i), "reward": 1.0} for p in ("a", "b") for i in range(3)]
     name = write(tmp_path / "scored.jsonl", answers)
     assert sorted(r["prompt"] for r in read_rows(name, "prompts")) == ["a", "b"]
@@ -126,8 +129,10 @@ def test_a_prompt_is_read_once_however_many_answers_it_has(tmp_path):
 
 
 def test_chat_messages_and_whole_conversations(tmp_path):
-    """A prompt may be messages, of an answer's messages the last counts; without `prompt` it is chosen but its last message."""
-    user, reply = {"role": "user", "content": "hi"}, lambda text: {"role": "assistant", "content": text}
+    """A prompt may be messages, of an answer's messages the last counts; without `prompt` it is chosen but
+    its last message."""
+    user = {"role": "user", "content": "hi"}
+    reply = lambda text: {"role": "assistant", "content": text}
     rows = [{"prompt": [user], "response": [reply("a")]}, {"prompt": [{**user, "extra": 1}], "response": "b"}]
     got = read_rows(write(tmp_path / "a.jsonl", rows), "sft")
     assert [(r["prompt"], r["response"]) for r in got] == [([user], "a"), ([user], "b")]
@@ -164,11 +169,12 @@ def test_a_hub_id_with_a_dot_is_a_hub_id(monkeypatch):
     ]
 
 
-# --- splits ----------------------------------------------------------------------------------------------------------
+# --- splits -------------------------------------------------------------------------------------------------
 
 
 def test_parts_are_disjoint_by_prompt_complete_stable_and_near_their_shares(tmp_path):
-    """30 / 50 / 20 % of 3,000 prompts within four deviations; a prompt's rows in one part, whatever the order or the rest."""
+    """30 / 50 / 20 % of 3,000 prompts within four deviations; a prompt's rows in one part, whatever the order
+    or the rest."""
     rows = [{"prompt": f"prompt {i // 2}", "response": str(i)} for i in range(6000)]
     name = write(tmp_path / "d.jsonl", rows)
     parts = {
@@ -186,7 +192,8 @@ def test_parts_are_disjoint_by_prompt_complete_stable_and_near_their_shares(tmp_
 
 
 def test_hold_out_is_disjoint_by_prompt_and_independent_of_the_part():
-    """Every row is on one side, no prompt on both, near the fraction; inside a part as well: another hash than `part`'s."""
+    """Every row is on one side, no prompt on both, near the fraction; inside a part as well: another hash
+    than `part`'s."""
     rows = [{"prompt": f"prompt {i // 3}"} for i in range(6000)]
     train, held = hold_out(rows, 0.2, 0)
     assert len(train) + len(held) == 6000 and not {r["prompt"] for r in train} & {r["prompt"] for r in held}
@@ -195,7 +202,7 @@ def test_hold_out_is_disjoint_by_prompt_and_independent_of_the_part():
     assert 0.1 < len(hold_out(part, 0.2, 0)[1]) / len(part) < 0.3
 
 
-# --- tokens ----------------------------------------------------------------------------------------------------------
+# --- tokens -------------------------------------------------------------------------------------------------
 
 GEMMA = (
     "{{ bos_token }}{% for m in messages %}<start> {{ m['role'] }} {{ m['content'] }} <end>\n{% endfor %}"
@@ -234,7 +241,8 @@ def encode(tokenizer, text, limit):
 
 
 def test_prompts_go_through_the_chat_template_with_one_bos():
-    """A string is a user's message; messages are taken as they are; the answer ends with the template's end of turn."""
+    """A string is a user's message; messages are taken as they are; the answer ends with the template's end
+    of turn."""
     tokenizer = word_tokenizer(GEMMA)
     ids = tokenizer.convert_tokens_to_ids
     assert encode_prompt(tokenizer, "a b") == ids(
@@ -278,7 +286,8 @@ def test_plain_text_without_a_template(adds_eos):
 
 
 def test_stop_token_that_is_special_without_a_role():
-    """An end of turn added as AddedToken(special=True), not listed in additional_special_tokens, is the stop token."""
+    """An end of turn added as AddedToken(special=True), not listed in additional_special_tokens, is the stop
+    token."""
     tokenizer = word_tokenizer(GEMMA, special=("<start>",))
     assert stop_token(tokenizer) == tokenizer.convert_tokens_to_ids("<end>")
 
@@ -299,17 +308,20 @@ def test_tokenize_drops_long_prompts_cuts_long_answers_and_counts_both(capsys):
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_add_context_takes_other_prompts_of_the_same_policy(k):
-    """k pairs by the row's policy on other prompts, each cut, before the prompt; one BOS in all; the response stays."""
+    """k pairs by the row's policy on other prompts, each cut, before the prompt; one BOS in all; the response
+    stays."""
     tokenizer = word_tokenizer()
     pool = []
     for i in range(
         40
     ):  # tokens tell prompt (100 + i), policy (200 or 201); four rows a prompt, two by each policy
-        prompt, policy = [0, 100 + i // 4], "xy"[i % 2]
+        prompt = [0, 100 + i // 4]
+        policy = "xy"[i % 2]
         pool.append({"prompt_ids": prompt, "response_ids": [200 + i % 2, 300 + i, 9, 9], "policy": policy})
     out = add_context(pool, k, pool, tokenizer, 4, seed=0)
     for row, new in zip(pool, out, strict=True):
-        ids, own = new["prompt_ids"], row["prompt_ids"][1]
+        ids = new["prompt_ids"]
+        own = row["prompt_ids"][1]
         assert new["response_ids"] == row["response_ids"]
         assert ids[0] == 0 and ids.count(0) == 1 and ids[-1] == own and ids.count(own) == 1
         pairs = [ids[1 + 3 * j : 4 + 3 * j] for j in range(k)]  # four tokens a pair, less the BOS
@@ -330,11 +342,12 @@ def test_add_context_takes_other_prompts_of_the_same_policy(k):
     )  # fewer other prompts than k: a shorter prefix
 
 
-# --- batches ---------------------------------------------------------------------------------------------------------
+# --- batches ------------------------------------------------------------------------------------------------
 
 
 def test_collate_places_by_position():
-    """Right padding, lengths and mask from positions, where pad tokens also occur inside prompt and response."""
+    """Right padding, lengths and mask from positions, where pad tokens also occur inside prompt and
+    response."""
     batch = collate([([7, 0], [8, 0, 9]), ([5], [6]), ([1, 2, 3, 4], [0])], 0, "cpu")
     assert batch["input_ids"].tolist() == [[7, 0, 8, 0, 9], [5, 6, 0, 0, 0], [1, 2, 3, 4, 0]]
     assert batch["prompt_lengths"].tolist() == [2, 1, 4]
@@ -352,7 +365,8 @@ def test_collate_places_by_position():
     "n, size, world", [(8, 2, 1), (8, 2, 2), (7, 2, 2), (5, 3, 4), (1, 4, 4), (13, 4, 3)]
 )
 def test_micro_batches_deal_every_index_once(n, size, world):
-    """Over ranks each index once, no micro-batch over `size`, as many on each rank, lengths descending; balanced to one row."""
+    """Over ranks each index once, no micro-batch over `size`, as many on each rank, lengths descending;
+    balanced to one row."""
     lengths = torch.randint(1, 50, (40,), generator=torch.Generator().manual_seed(n)).tolist()
     indices = random.Random(n).sample(range(40), n)
     ranks = [micro_batches(indices, lengths, size, r, world) for r in range(world)]
@@ -367,7 +381,8 @@ def test_micro_batches_deal_every_index_once(n, size, world):
 
 
 def test_batch_indices_covers_each_epoch_once():
-    """An epoch's batches are disjoint and cover all but a last short one; epochs and seeds differ; a step needs no history."""
+    """An epoch's batches are disjoint and cover all but a last short one; epochs and seeds differ; a step
+    needs no history."""
     epochs = [
         [i for step in range(e * 5, e * 5 + 5) for i in batch_indices(23, 4, step, 0)] for e in range(8)
     ]
@@ -383,7 +398,7 @@ def test_batch_indices_covers_each_epoch_once():
     assert set(few) == {0, 1, 2} and len(few) == 8
 
 
-# --- the reviews world -----------------------------------------------------------------------------------------------
+# --- the reviews world --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -428,9 +443,11 @@ def test_reviews_grammar_by_hand(response, expected):
 
 
 def test_reviews_data_is_grammatical_consistent_and_in_vocabulary():
-    """Every row is grammatical with the reward it states, chosen truly beats rejected by the gap, and no text has an <unk>."""
+    """Every row is grammatical with the reward it states, chosen truly beats rejected by the gap, and no text
+    has an <unk>."""
     rows = reviews.rows("scored")
-    prompts, responses = [r["prompt"] for r in rows], [r["response"] for r in rows]
+    prompts = [r["prompt"] for r in rows]
+    responses = [r["response"] for r in rows]
     assert set(reviews.grammatical(prompts, responses)) == {1.0}
     assert reviews.reward(prompts, responses) == [r["reward"] for r in rows]
     assert {r["policy"] for r in rows} == set(reviews.AUTHORS) and len(set(prompts)) == 960

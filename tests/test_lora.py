@@ -1,4 +1,5 @@
-"""LoRA: what is trained, the reference with adapters off, exports, ranks, resume. Needs peft, which is optional."""
+"""LoRA: what is trained, the reference with adapters off, exports, ranks, resume. Needs peft, which is
+optional."""
 
 import functools
 import json
@@ -63,7 +64,8 @@ def logprobs(model):
 
 
 def test_adapters_start_as_nothing_and_alone_are_trained():
-    """B is zero, so the policy is the base model to the bit; the optimizer holds the adapters of all linear layers, no more."""
+    """B is zero, so the policy is the base model to the bit; the optimizer holds the adapters of all linear
+    layers, no more."""
     name = reviews.folder("policy")
     tokenizer = load_tokenizer(name)
     adapted = load_model("policy", name, tokenizer, ARGS, trained=True)
@@ -80,14 +82,16 @@ def test_adapters_start_as_nothing_and_alone_are_trained():
 
 
 def test_reference_is_the_policy_with_its_adapters_off(policy):
-    """No second copy: the base model's log-probabilities to the bit, before, between and after forwards of the policy."""
+    """No second copy: the base model's log-probabilities to the bit, before, between and after forwards of
+    the policy."""
     name = reviews.folder("policy")
     tokenizer = load_tokenizer(name)
     reference = load_reference(policy, name, tokenizer, ARGS)
     assert isinstance(reference, lora.AdapterOff) and not list(reference.parameters())
     other = load_reference(policy, name, tokenizer, SimpleNamespace(**vars(ARGS) | dict(ref_model=name)))
     with torch.no_grad():
-        expected, moved = logprobs(other), logprobs(policy)
+        expected = logprobs(other)
+        moved = logprobs(policy)
         assert (moved - expected).abs().max() > 0.1
         for _ in range(2):
             assert torch.equal(logprobs(reference), expected)
@@ -99,7 +103,8 @@ def test_reference_is_the_policy_with_its_adapters_off(policy):
 
 
 def test_dropout_is_on_in_the_update_alone(policy):
-    """Without gradients (rollout, old and reference log-probabilities) nothing is dropped; with them something is."""
+    """Without gradients (rollout, old and reference log-probabilities) nothing is dropped; with them
+    something is."""
     with torch.no_grad():
         assert torch.equal(logprobs(policy), logprobs(policy))
     torch.manual_seed(1)
@@ -113,7 +118,8 @@ def test_dropout_is_on_in_the_update_alone(policy):
 
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "adapter"])
 def test_exports_compute_what_the_policy_does(policy, merge, tmp_path):
-    """The merged folder in plain transformers, and the adapter in peft, give the trained policy's log-probabilities."""
+    """The merged folder in plain transformers, and the adapter in peft, give the trained policy's
+    log-probabilities."""
     import peft
 
     name = reviews.folder("policy")
@@ -162,7 +168,8 @@ def test_same_training_on_two_ranks(world, alone, script):
 
 
 def test_reward_model_adapter_has_its_head_and_statistics(world, tmp_path):
-    """A reward model's adapter folder holds the trained head and our config entries; peft's scores are the merged model's."""
+    """A reward model's adapter folder holds the trained head and our config entries; peft's scores are the
+    merged model's."""
     import peft
 
     args = helpers.ARGS["reward"] | LORA | dict(precision="fp32")
@@ -184,9 +191,11 @@ def test_reward_model_adapter_has_its_head_and_statistics(world, tmp_path):
 
 @pytest.mark.parametrize("script", ["dpo", "ppo"])
 def test_resumed_is_unbroken(world, script):
-    """2 steps, then --resume to 4: the bytes of 4 at once, dropout's random numbers too; a checkpoint holds adapters alone."""
+    """2 steps, then --resume to 4: the bytes of 4 at once, dropout's random numbers too; a checkpoint holds
+    adapters alone."""
     args = helpers.ARGS[script] | LORA | dict(lora_dropout=0.2, save_every=2, lr_schedule="constant")
-    whole, parts = f"runs/whole-{script}", f"runs/parts-{script}"
+    whole = f"runs/whole-{script}"
+    parts = f"runs/parts-{script}"
     world.run(script, **args | dict(steps=4, run_dir=whole)).ok()
     world.run(script, **args | dict(steps=2, run_dir=parts)).ok()
     world.run(script, **args | dict(steps=4, run_dir=parts, resume=True)).ok()
@@ -202,7 +211,8 @@ def test_resumed_is_unbroken(world, script):
 
 
 def test_encoder_decoder(world):
-    """Adapters in encoder and decoder of a T5, on 1 and 2 ranks; the reference with adapters off; a merged export."""
+    """Adapters in encoder and decoder of a T5, on 1 and 2 ranks; the reference with adapters off; a merged
+    export."""
     helpers.make_t5(world.path("runs/t5lora"))
     sizes = dict(
         max_prompt_length=80,
@@ -240,7 +250,8 @@ def test_resume_with_another_rank(world):
 
 @pytest.mark.parametrize(("before", "after"), [(2, 0), (0, 2)])
 def test_resume_on_another_number_of_ranks(world, before, after):
-    """Adapters, critic's head and both optimizers of a checkpoint of 2 ranks go on with 1, and the other way, as if unbroken."""
+    """Adapters, critic's head and both optimizers of a checkpoint of 2 ranks go on with 1, and the other way,
+    as if unbroken."""
     args = helpers.ARGS["ppo"] | LORA | dict(precision="fp64", save_every=1, eval_every=0)
     if not world.path("runs/lorawhole").exists():
         world.run("ppo", **args | dict(steps=2, run_dir="runs/lorawhole")).ok()

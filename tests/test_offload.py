@@ -26,7 +26,8 @@ def test_a_parked_model_has_no_bytes_and_comes_back_as_it_was(group, precision):
         load_model("policy", reviews.folder("policy"), tokenizer, args, trained=t) for t in (False, True)
     )
     forward = lambda mb: model.response_logprobs(**mb)[0]
-    before, whole = run_micro_batches(forward, SEQUENCES, 2, 0, 5), state_bytes([model, trained])
+    before = run_micro_batches(forward, SEQUENCES, 2, 0, 5)
+    whole = state_bytes([model, trained])
     assert (sharding.units(model) != []) == (precision == "bf16")
 
     def held():
@@ -63,7 +64,8 @@ def test_a_run_is_the_same_bit_for_bit(world, reward_model, script, processes, p
     """Reward models in training and evaluation too; less of the state is on the device."""
     args = helpers.ARGS[script] | dict(precision=precision, eval_reward=(reward_model,))
     args |= {} if script == "dvpo" else dict(reward=reward_model)
-    found, state = [], []
+    found = []
+    state = []
     for parked in (False, True):
         run_dir = world.path(f"runs/parked-{script}-{processes}-{parked}")
         world.run(script, ranks=processes, **args, offload_frozen=parked, run_dir=str(run_dir)).ok()

@@ -1,5 +1,9 @@
-"""What samples is what trains: arguments reach every model class, a faulty sampler ends the run at once, drift is named."""
+"""Sampling, and that what samples is what trains.
 
+Arguments reach every model class, a faulty sampler ends the run at once, drift is named.
+"""
+
+import copy
 import functools
 import importlib
 import math
@@ -9,13 +13,23 @@ import helpers
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Cache, LlamaForCausalLM
+from random_models import EOS, PAD, make_folders, plain, sample_sequences
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    Cache,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+)
 
 from assets import reviews
 from common import distributed
 from common import rollout as sampler
+from common.batches import run_micro_batches
 from common.models import load_model
-from common.rollout import check_sampler, decode
+from common.rollout import check_sampler, decode, rollout, sample
 from common.tokenization import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("group")
@@ -33,7 +47,216 @@ ONLINE = ("dvpo", "ppo", "grpo", "remax")
 OFFLINE = ("sft", "rpo", "dro", "kto", "dpo")
 
 
-# --- every argument reaches every model class -------------------------------------------------------------------------
+# --- one token, one batch, all prompts
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return make_folders(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folders):
+    return load_tokenizer(folders["policy"])
+
+
+@pytest.fixture(scope="module")
+def policy(folders, tokenizer):
+    return load_model("policy", folders["policy"], tokenizer, ARGS, trained=True)
+
+
+def test_inverse_cdf_over_a_grid_of_uniforms_has_the_softmax_frequencies():
+    """Exact: over N evenly spaced numbers each token is drawn N p times, to one; a forbidden token never, u =
+    0 included."""
+    n = 100_000
+    scores = torch.tensor([3.0, 1.0, 0.5, -0.7, 1.7, 9.0])
+    forbidden = (0, 5)
+    for token in forbidden:
+        keep = [i for i in range(6) if i != token]
+        for temperature in (0.7, 1.0):
+            heat = torch.full((n,), temperature)
+            out, logprobs = sample(scores.repeat(n, 1), torch.arange(n).double() / n, heat, token)
+            counts = out.bincount(minlength=6)
+            expected = n * (scores[keep].double() / heat[0]).softmax(0)
+            for i, share in zip(keep, expected / n, strict=True):
+                drawn = logprobs[out == i].double().exp()
+                torch.testing.assert_close(drawn, share.expand(int(counts[i])), rtol=1e-6, atol=0)
+            assert counts[token] == 0
+            assert (counts[keep] - expected).abs().max() <= 1.01
+        assert sample(scores[None], torch.zeros(1), torch.zeros(1), token)[0] == (5 if token == 0 else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_what_a_caller_says_of_the_temperatures_changes_nothing(dtype):
+    """`any_greedy` and `any_scaled` save work where they are False, and the logits of the caller stay as they
+    are."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(200, 30, generator=generator).to(dtype)
+    uniforms = torch.rand(200, generator=generator).double()
+    before = logits.clone()
+    for heats in ([1.0], [0.0], [0.7], [0.0, 1.0], [0.7, 1.0], [0.0, 0.7]):
+        temperatures = torch.tensor(heats, dtype=torch.float64).repeat(200 // len(heats))
+        flags = dict(any_greedy=0.0 in heats, any_scaled=0.7 in heats)
+        for forbidden in (None, 3):
+            tokens, logprobs = sample(logits, uniforms, temperatures, forbidden)
+            same_tokens, same_logprobs = sample(logits, uniforms, temperatures, forbidden, **flags)
+            assert torch.equal(tokens, same_tokens) and torch.equal(logprobs, same_logprobs)
+            assert logprobs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(logits, before)
+
+
+def test_rollout_draws_from_the_policys_own_distribution(folders, tokenizer, policy):
+    """First tokens of 4,000 samples at temperature 0.7 against the plain softmax: chi-square within four
+    deviations; the pad token, which has a tenth or more of the raw probability, never."""
+    n = 4000
+    prompts = torch.randint(3, len(reviews.WORDS), (50, 4), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = plain(folders, "policy")(input_ids=prompts).logits[:, -1].double() / 0.7
+    popular = (logits.softmax(-1)[:, PAD] - 0.3).abs().argmin().item()
+    prompt = prompts[popular].tolist()
+    logits = logits[popular]
+    assert 0.1 < logits.softmax(-1)[PAD] < 0.6
+    logits[PAD] = -math.inf
+    p = logits.softmax(-1)
+    counts = torch.tensor(
+        [r[0] for r in rollout(policy, tokenizer, [prompt] * n, 1, 0.7, (0, 1))[0]]
+    ).bincount(minlength=len(p))
+    assert counts[PAD] == 0
+    common = p * n >= 5
+    observed = torch.cat([counts[common], counts[~common].sum()[None]]).double()
+    expected = torch.cat([p[common], p[~common].sum()[None]]) * n
+    chi2 = ((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum().item()
+    freedom = len(observed) - 1
+    assert freedom >= 5 and chi2 < freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_rollout_is_independent_of_batching_and_neighbours(tokenizer, policy):
+    """Greedy and sampled: a response is the same for every --rollout-batch-size and whatever the other
+    prompts are; the random numbers depend on seed and step."""
+    prompts = [p for p, _ in sample_sequences(seed=5)]
+    for temperature in (0.0, 0.8):
+        whole = rollout(policy, tokenizer, prompts, 10, temperature, (0, 1))[0]
+        for size in (1, 2):
+            assert rollout(policy, tokenizer, prompts, 10, temperature, (0, 1), size)[0] == whole
+        others = [p + p for p in prompts]
+        others[2] = prompts[2]
+        assert rollout(policy, tokenizer, others, 10, temperature, (0, 1))[0][2] == whole[2]
+    for seed in ((0, 2), (1, 1)):
+        assert rollout(policy, tokenizer, prompts, 10, 0.8, seed)[0] != whole
+    assert rollout(policy, tokenizer, prompts[:1], 10, 0.8, (0, 1))[0] == whole[:1]
+    assert policy.training  # as it was
+
+
+def test_greedy_rollout_is_the_argmax_of_plain_logits(folders, tokenizer, policy):
+    """In a left-padded ragged batch, each token is the best but pad after the tokens before it, by the
+    unpadded plain model."""
+    reference = plain(folders, "policy")
+    prompts = [p for p, _ in sample_sequences(seed=6)]
+    for prompt, response in zip(prompts, rollout(policy, tokenizer, prompts, 8, 0.0, (0, 0))[0], strict=True):
+        with torch.no_grad():
+            logits = reference(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        logits[:, PAD] = -math.inf
+        assert response == logits.argmax(-1).tolist()
+
+
+def test_a_cache_with_room_holds_what_transformers_own_holds(monkeypatch):
+    """Token by token, past its room several times, rows repeated and dropped in between."""
+    monkeypatch.setattr(sampler, "ROOM", 4)
+    config = LlamaConfig(num_hidden_layers=1)
+    (roomy,) = sampler.roomy(config).layers
+    (plain,) = DynamicCache(config=config).layers
+    assert type(roomy) is sampler.RoomyLayer
+    for tokens, rows in (
+        (3, [0, 0, 1, 1]),
+        (1, None),
+        (1, [3, 1]),
+        (1, None),
+        (5, None),
+        (1, [1]),
+        (7, None),
+        (1, None),
+    ):
+        given = torch.randn(2, plain.keys.shape[0] if plain.is_initialized else 2, 2, tokens, 3)
+        for layer in (roomy, plain):
+            layer.update(*given)
+            if rows:
+                layer.batch_select_indices(torch.tensor(rows))
+        assert torch.equal(roomy.keys, plain.keys) and torch.equal(roomy.values, plain.values)
+        assert roomy.get_seq_length() == plain.get_seq_length() and roomy.room[0].shape[2] % 4 == 0
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_log_probabilities_of_the_sampler_are_those_of_the_policy(tokenizer, policy, temperature):
+    """What a token was drawn with is what one forward pass over the whole answer gives it; 0 after the end.
+    Padding, ragged."""
+    prompts = [p for p, _ in sample_sequences(seed=7)] * 3
+    pad = tokenizer.pad_token_id
+    responses, sampled = rollout(policy, tokenizer, prompts, 25, temperature, (0, 1), 5)
+    lengths = [len(r) for r in responses]
+    assert (
+        len(set(lengths)) > 2
+        and sampled.shape == (len(prompts), max(lengths))
+        and sampled.dtype == torch.float32
+    )
+    forward = lambda mb: policy.response_logprobs(**mb, temperature=temperature)[0]
+    scored = run_micro_batches(forward, list(zip(prompts, responses, strict=True)), 3, pad, max(lengths))
+    torch.testing.assert_close(sampled, scored, atol=1e-5, rtol=0)
+    assert all((row[:n] < 0).all() and (row[n:] == 0).all() for row, n in zip(sampled, lengths, strict=True))
+    nothing, sampled = rollout(policy, tokenizer, [], 25, temperature, (0, 1))  # of --eval-prompts 0
+    assert nothing == [] and sampled.shape == (0, 0)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_rollout_past_the_room_of_its_cache(monkeypatch, window):
+    """Greedy, against the plain model without a cache; a sliding window keeps transformers' own layers."""
+    monkeypatch.setattr(sampler, "ROOM", 8)
+    sizes = dict(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        MistralConfig(**sizes, num_key_value_heads=1, sliding_window=window)
+    ).eval()
+    model.forbidden_token = None
+    prompts = [[5, 6, 7], [8] * 9, [5, 6, 7]]
+    n = 20
+    ones = torch.ones(3, dtype=torch.float64)
+    with torch.no_grad():
+        found = decode(model, prompts, torch.rand(3, n, dtype=torch.float64), 0 * ones, [-1], 0)
+        for prompt, (response, _) in zip(prompts, found, strict=True):
+            assert len(response) == n
+            logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[
+                0, len(prompt) - 1 : -1
+            ]
+            assert response == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_the_first_eos_is_kept_and_nothing_after_it(folders, tokenizer, pad_is_eos):
+    """A response ends with its first eos, or has max_new_tokens and none; also where pad is eos, which then
+    can be sampled."""
+    tokenizer = copy.deepcopy(tokenizer)
+    if pad_is_eos:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = load_model("policy", folders["policy"], tokenizer, ARGS, trained=False)
+    prompts = [p for p, _ in sample_sequences(seed=7)] * 8
+    limit = 25
+    responses = rollout(model, tokenizer, prompts, limit, 1.0, (0, 1))[0]
+    ended = [r for r in responses if r[-1] == EOS]
+    cut = [r for r in responses if r[-1] != EOS]
+    assert len(ended) >= 5 and len(cut) >= 5 and len(set(map(len, ended))) > 3
+    assert all(r.count(EOS) == 1 for r in ended)
+    assert all(len(r) == limit and EOS not in r for r in cut)
+    assert any(PAD in r for r in responses) == pad_is_eos  # there <pad> is a word like any other
+    sequences = list(zip(prompts, responses, strict=True))
+    forward = lambda mb: model.response_logprobs(**mb)[0]
+    logprobs = run_micro_batches(forward, sequences, 8, tokenizer.pad_token_id, limit)
+    lengths = torch.tensor([len(r) for r in responses])
+    valid = torch.arange(limit)[None] < lengths[:, None]
+    assert ((logprobs < 0) == valid).all()  # the final eos is trained even where it equals the padding
+
+
+# --- every argument reaches every model class ---------------------------------------------------------------
 
 VOCABULARY = 61
 IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -72,7 +295,8 @@ FAMILIES = {  # rotary, learned and ALiBi positions; sliding windows; experts; p
 
 
 def tiny(family, **more):
-    """A random model whose weights are so large that no distribution is uniform and every argument matters."""
+    """A random model whose weights are so large that no distribution is uniform and every argument
+    matters."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(
         family, vocab_size=VOCABULARY, **IDS, **FAMILIES[family], **more
@@ -104,8 +328,9 @@ def plain_logprobs(model, prompt, response):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decode_gives_every_model_class_its_cache_mask_and_positions(family):
-    """By what arrives in forward, whatever it is called there, and by the numbers: each token's log-probability is that of the
-    sequence alone. One prompt twice, others of other lengths; one ends early."""
+    """By what arrives in forward, whatever it is called there, and by the numbers: each token's
+    log-probability is that of the sequence alone. One prompt twice, others of other lengths; one ends
+    early."""
     model = tiny(family)
     encoder_decoder = model.config.is_encoder_decoder
     seen = []
@@ -182,7 +407,7 @@ def test_a_cache_that_cannot_leave_out_what_has_ended_is_one_line(family):
         decode(model, [[5, 6, 7], [8, 9]], torch.rand(2, 3).double(), torch.ones(2).double(), [], 0)
 
 
-# --- a faulty sampler ends the run in its first step --------------------------------------------------------------------
+# --- a faulty sampler ends the run in its first step --------------------------------------------------------
 
 
 def drop(module, argument):
@@ -219,7 +444,8 @@ def gpt2(tmp_path_factory):
 @pytest.mark.parametrize("script", [*ONLINE, *OFFLINE])
 def test_without_its_cache_no_script_trains(world, script):
     """One line that names the cause, in every script that samples; the folder is free for the next try."""
-    patch, name = functools.partial(drop, argument="cache"), f"runs/no-cache-{script}"
+    patch = functools.partial(drop, argument="cache")
+    name = f"runs/no-cache-{script}"
     line = world.run(script, patch=patch, **helpers.ARGS[script], run_dir=name).error()
     assert "nats a token off the policy's" in line and "the key-value cache does not reach the model" in line
     assert transformers.__version__ in line and not world.path(name).joinpath("metrics.jsonl").exists()
@@ -236,7 +462,8 @@ def test_without_positions_or_mask_no_run_trains(world, gpt2, argument, processe
 
 @pytest.mark.parametrize("script", ["grpo", "sft"])
 def test_a_resumed_run_is_checked_again(world, script):
-    name, args = f"runs/resumed-{script}", helpers.ARGS[script] | dict(save_every=1)
+    name = f"runs/resumed-{script}"
+    args = helpers.ARGS[script] | dict(save_every=1)
     world.run(script, **args | dict(steps=2), run_dir=name).ok()
     before = world.path(name).joinpath("metrics.jsonl").read_text()
     line = world.run(
@@ -298,7 +525,8 @@ class Stale:
     """A sampling engine with weights of its own, as vLLM has; `load` copies the policy's."""
 
     def __init__(self, policy, fresh):
-        self.fresh, self.loads = fresh, 0
+        self.fresh = fresh
+        self.loads = 0
         self.copy = {name: p.detach().clone() for name, p in policy.named_parameters()}
 
     def generate(self, policy, prompts, seeds, temperatures, limit, stops):
@@ -341,7 +569,8 @@ def test_an_engine_that_keeps_older_weights_ends_the_run(world, script):
         assert "nats a token" in line, how
         log = world.path(f"runs/{how}-{script}/metrics.jsonl")
         assert not log.exists() or not log.read_text(), how
-    own, engine = f"runs/own-{script}", f"runs/engine-{script}"
+    own = f"runs/own-{script}"
+    engine = f"runs/engine-{script}"
     world.run(script, **args, run_dir=own).ok()
     world.run(script, patch=functools.partial(stale_engine, how="always"), **args, run_dir=engine).ok()
     assert helpers.metrics(world.path(own)) == helpers.metrics(world.path(engine))
@@ -387,12 +616,13 @@ def test_tolerance_is_between_rounding_and_the_faults():
             sampler.require_agreement(policy, prompts, [x * math.nan for x in off])
 
 
-# --- drift is named -----------------------------------------------------------------------------------------------------
+# --- drift is named -----------------------------------------------------------------------------------------
 
 
 def drift_later(module):
     """From the fourth rollout on the sampler says that it drew each token with half its probability."""
-    real, count = sampler.sample_all, []
+    real = sampler.sample_all
+    count = []
 
     def sample_all(*args):
         responses, sampled = real(*args)
@@ -414,7 +644,7 @@ def test_later_rollouts_that_drift_are_named(world, script):
     assert "nats a token off" not in sound
 
 
-# --- weights that are not read ------------------------------------------------------------------------------------------
+# --- weights that are not read ------------------------------------------------------------------------------
 
 
 def test_weights_without_a_place_are_named_and_a_judge_is_no_policy(tmp_path, capsys):

@@ -1,4 +1,5 @@
-"""Encoder-decoders of the T5 family: log-probabilities, rollouts, V(x), whole scripts, and what is refused."""
+"""Encoder-decoders of the T5 family: log-probabilities, rollouts, V(x), whole scripts, and what is
+refused."""
 
 import functools
 from types import SimpleNamespace
@@ -61,7 +62,8 @@ def test_the_encoder_reads_the_prompt_with_its_end_token(tokenizer):
 
 
 def test_logprobs_of_a_ragged_batch_are_plain_transformers(folder, tokenizer, policy, sequences):
-    """Each response alone through transformers' own forward with labels' shift; the pad token has no probability."""
+    """Each response alone through transformers' own forward with labels' shift; the pad token has no
+    probability."""
     model = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
     found, entropy = policy.response_logprobs(**collate(sequences, tokenizer.pad_token_id, "cpu"))
     for i, (prompt, response) in enumerate(sequences):
@@ -79,7 +81,8 @@ def test_logprobs_of_a_ragged_batch_are_plain_transformers(folder, tokenizer, po
 
 
 def test_greedy_rollout_is_plain_generate(folder, tokenizer, policy, sequences):
-    """The same tokens as transformers' greedy generate on each prompt alone, without the decoder's start token."""
+    """The same tokens as transformers' greedy generate on each prompt alone, without the decoder's start
+    token."""
     model = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
     prompts = [prompt for prompt, _ in sequences]
     responses = rollout(policy, tokenizer, prompts, 12, 0.0, (0, 0))[0]
@@ -92,8 +95,10 @@ def test_greedy_rollout_is_plain_generate(folder, tokenizer, policy, sequences):
 
 
 def test_sampling_draws_what_log_probabilities_are_of(tokenizer, policy):
-    """First tokens of 3,000 samples against the probabilities of those tokens: within 5 standard errors, and 3 of rare ones."""
-    prompt, n = encode_prompt(tokenizer, PROMPTS[1]), 3000
+    """First tokens of 3,000 samples against the probabilities of those tokens: within 5 standard errors, and
+    3 of rare ones."""
+    prompt = encode_prompt(tokenizer, PROMPTS[1])
+    n = 3000
     first = torch.tensor([r[0] for r in rollout(policy, tokenizer, [prompt] * n, 1, 1.0, (3, 1))[0]])
     words = range(1, len(tokenizer))
     with torch.no_grad():
@@ -107,7 +112,8 @@ def test_sampling_draws_what_log_probabilities_are_of(tokenizer, policy):
 
 
 def test_prompt_values_are_the_mean_over_the_prompts_tokens(folder, tokenizer, sequences):
-    """V(x) from transformers' token classifier on each prompt alone; the response does not enter. The shared head too."""
+    """V(x) from transformers' token classifier on each prompt alone; the response does not enter. The shared
+    head too."""
     value = load_model("prompt value", folder, tokenizer, ARGS, trained=True)
     with torch.no_grad():
         value.classifier.weight.normal_(), value.classifier.bias.fill_(0.3)
@@ -153,7 +159,8 @@ def args_of(script):
 
 @pytest.mark.parametrize("script", ["sft", "rpo", "dro", "kto", "dpo", "grpo", "remax"])
 def test_same_training_on_two_ranks(world, alone, script):
-    """Losses, gradient norms, KL, samples and weights do not depend on ranks or micro-batches; the export opens as it is."""
+    """Losses, gradient norms, KL, samples and weights do not depend on ranks or micro-batches; the export
+    opens as it is."""
     world.run(script, 2, **args_of(script) | dict(micro_batch_size=2, run_dir=f"runs/t5-{script}-2")).ok()
     helpers.assert_same(alone(script), world.path(f"runs/t5-{script}-2"))
     before = AutoModelForSeq2SeqLM.from_pretrained(world.path("runs/t5")).state_dict()
@@ -168,8 +175,8 @@ def test_same_training_on_two_ranks(world, alone, script):
 
 
 def test_reference_and_policy_agree_in_bf16(world, alone):
-    """T5's position bias is a mask that has a gradient in the policy and none in the reference: the same kernel all the same, so
-    the log-ratio of the first step, from identical models, is 0."""
+    """T5's position bias is a mask that has a gradient in the policy and none in the reference: the same
+    kernel all the same, so the log-ratio of the first step, from identical models, is 0."""
     alone("sft")
     world.run("rpo", **args_of("rpo") | dict(precision="bf16", steps=1, run_dir="runs/t5-bf16")).ok()
     (row,) = (row for row in helpers.metrics(world.path("runs/t5-bf16")) if "rpo/log_ratio" in row)
