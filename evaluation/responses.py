@@ -112,10 +112,22 @@ def short_names(models: tuple[str, ...]) -> list[str]:
     return names
 
 
-# --- prompts ---------------------------------------------------------------------------------------------
+def short_reward_names(rewards: tuple[str, ...]) -> list[str]:
+    """The function's name of `module:function`; a reward model's as above."""
+    names = []
+    for reward in rewards:
+        _, _, function = reward.partition(":")
+        if function:
+            names.append(function)
+        else:
+            names += short_names((reward,))
+    return names
 
 
-def questions_of(row: dict) -> list:
+# --- prompts -------------------------------------------------------------------------------------------
+
+
+def questions_of(row: dict) -> list[str | list[dict]]:
     """What the user says in a row, turn by turn: MT-bench's `turns` where the prompt is the first of them."""
     turns = row.get("turns")
     if isinstance(turns, list) and turns[0:1] == [row["prompt"]]:
@@ -161,7 +173,7 @@ def read_questions(args: Responses) -> list[dict]:
     return questions
 
 
-# --- what is there already -------------------------------------------------------------------------------
+# --- what is there already -----------------------------------------------------------------------------
 
 
 def keep_whole_batches(
@@ -216,7 +228,7 @@ def json_lines(rows: list[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-# --- what is generated -----------------------------------------------------------------------------------
+# --- what is generated ---------------------------------------------------------------------------------
 
 
 def answer(policy, tokenizer, batch: list[dict], name: str, args: Responses, number: int) -> list[dict]:
@@ -277,15 +289,13 @@ def generate(
         of_batch = answer(policy, tokenizer, batches[number], name, args, number)
         records += of_batch
         if first_rank:
-            file = Path(args.run_dir, name, "responses.jsonl")
-            with open(
-                file, "a", encoding="utf-8"
-            ) as end:  # closed after each batch, so nothing waits in a buffer
-                end.write(json_lines(of_batch))
+            # Opened for each batch: closing it leaves nothing in a buffer that a kill could lose.
+            with open(Path(args.run_dir, name, "responses.jsonl"), "a", encoding="utf-8") as file:
+                file.write(json_lines(of_batch))
     return records
 
 
-# --- what is written -------------------------------------------------------------------------------------
+# --- what is written -----------------------------------------------------------------------------------
 
 
 def export(folder: Path, name: str, rows: list[dict], records: list[dict], dataset: str) -> None:
@@ -341,11 +351,12 @@ def table(numbers: dict[str, dict[str, dict]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-# --- the command -----------------------------------------------------------------------------------------
+# --- the command ---------------------------------------------------------------------------------------
 
 
-def check_names(args: Responses, names: list[str], reward_names: list[str]) -> None:
-    """Ends the run where models or columns of the table cannot be told apart."""
+def check_arguments(args: Responses, names: list[str], reward_names: list[str]) -> None:
+    """Ends the run where the models or the columns of the table cannot be told apart, or a number makes no
+    sense."""
     distinct = len(set(names)) == len(names)
     slash = any("/" in name for name in names)  # a name is also a folder's
     if not args.models or len(names) != len(args.models) or not distinct or slash:
@@ -376,11 +387,8 @@ def responses(args: Responses) -> None:
     # --- setup: all that can be wrong without a model
     first_rank = distributed.rank() == 0
     names = args.names or short_names(args.models)
-    reward_names = []
-    for name in args.reward:
-        function = name.partition(":")[2]
-        reward_names.append(function or short_names([name])[0])
-    check_names(args, names, reward_names)
+    reward_names = short_reward_names(args.reward)
+    check_arguments(args, names, reward_names)
     text_metrics.check(args.metrics, args)
     folders = [resolve(model) for model in args.models]
     tokenizers = [load_tokenizer(folder) for folder in folders]
@@ -397,27 +405,28 @@ def responses(args: Responses) -> None:
     kept = []  # of each model: (records, number of whole batches)
     if first_rank:
         for name, folder, tokenizer in zip(names, folders, tokenizers, strict=True):
-            asked = [[encode_prompt(tokenizer, row["prompt"]), row["turns"]] for row in rows]
+            prompts = [[encode_prompt(tokenizer, row["prompt"]), row["turns"]] for row in rows]
             made_with = {
                 "weights": fingerprint(folder),
-                "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+                "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
                 **settings,
             }
             kept.append(keep_whole_batches(Path(args.run_dir, name), made_with, batches, args.overwrite))
     kept = distributed.all_gather_object(kept)[0]
 
     # --- models that score
-    rewards = [Reward(name, tokenizers[0], args) for name in args.reward]
+    rewards = [Reward(name_or_function, tokenizers[0], args) for name_or_function in args.reward]
     for reward in rewards:
         # A reward model reads the text by its own template, never a policy's tokens: then its scores are the
         # same numbers for policies of any tokenizer.
         reward.same = False
 
     # --- rollout and reward
-    numbers = {}  # model -> column -> mean, ci95, n
+    numbers = {}  # model -> column -> mean, ci95 and n over its responses
     texts = {}  # model -> what it wrote
     references = {}
-    for name, folder, tokenizer, (records, whole) in zip(names, folders, tokenizers, kept, strict=True):
+    for name, folder, tokenizer, kept_of_model in zip(names, folders, tokenizers, kept, strict=True):
+        records, whole = kept_of_model
         records += generate(folder, tokenizer, batches, whole, name, args)
         gc.collect()  # sharded modules are in reference cycles: the policy goes before the next one comes
         if first_rank:

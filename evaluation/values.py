@@ -91,8 +91,7 @@ class Values:
 # model or a baseline gives a response.
 COLUMNS = (*STATISTICS, "backup", "score")
 
-# The embedded model lies in no run: this is what args.json would hold of a run of gvm_td.py on the embedded
-# world.
+# The embedded model lies in no run. This is what args.json would hold of the run of gvm_td.py that made it.
 REVIEWS_RUN = dict(
     dataset="reviews",
     part="value",
@@ -144,8 +143,7 @@ def backup(values: list[float], gamma: float, lam: float) -> float:
 
 def accuracies(pairs: list[tuple[list[float], list[float]]], gamma: float, lam: float) -> dict[str, float]:
     """Share of pairs whose chosen response strictly wins, by every statistic of its token values and by the
-    backup. `pairs`: the token values of each pair's chosen and rejected response, lists of any length >=
-    1."""
+    backup. `pairs`: of each pair the token values of the chosen and of the rejected response, any number."""
     chosen = [chosen_values for chosen_values, _ in pairs]
     rejected = [rejected_values for _, rejected_values in pairs]
     shares = pair_accuracy(chosen, rejected)
@@ -190,6 +188,7 @@ def by_subset(measure, pairs: list, subsets: list[str | None], *settings) -> dic
         average = {}
         for key in table["all"]:
             average[key] = float(np.mean([table[name][key] for name in names]))
+        # The number of pairs is no share: it is summed.
         average["pairs"] = sum(table[name]["pairs"] for name in names)
         table["average"] = average
     return table
@@ -370,8 +369,8 @@ def predict(model, kind: str, rows: list[dict], tokenizer, args: Values) -> list
 def predict_pairs(
     model, kind: str, pairs: list[tuple[dict, dict]], config, tokenizer, args: Values
 ) -> list[tuple[list[float], list[float]]]:
-    """The (chosen's, rejected's) token values of each pair, behind the context that the model was trained
-    with."""
+    """The (chosen's, rejected's) token values of each pair. The prompts begin with the context that the model
+    was trained with, or with `--context-pairs` of it."""
     rows = [row for pair in pairs for row in pair]  # chosen, rejected, chosen, rejected, ...
     context_pairs = args.context_pairs
     if context_pairs < 0:
@@ -388,8 +387,7 @@ def predict_pairs(
 def baseline_tables(
     pairs: list[tuple[dict, dict]], subsets: list[str | None], averages: dict[str, float]
 ) -> dict[str, dict]:
-    """The baselines' tables by name. The one by policy is there if a run knows the average of any of the
-    policies."""
+    """The baselines' tables by name. The one by policy is left out where no policy's average is known."""
     tables = {"baseline: the longer one": by_subset(longer_wins, pairs, subsets)}
     policies = {row.get("policy") for pair in pairs for row in pair}
     if policies & set(averages):
@@ -443,8 +441,7 @@ def save(tables: dict[str, dict], records: list[dict], args: Values) -> None:
 
 
 def values(args: Values) -> None:
-    """Each model in turn gives the token values of the responses in all pairs; then the tables are
-    written."""
+    """Each model in turn gives the token values of all pairs' responses; then the tables are written."""
     # --- setup
     if not args.models:
         fail("--models: give at least one")
