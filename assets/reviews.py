@@ -84,8 +84,8 @@ def write(author: str, prompt: str, rng: random.Random) -> str:
 
 
 def reward(prompts: list[str], responses: list[str], **_) -> list[float]:
-    """Ground truth: for each topic the prompt asks for, the sentiment of the first clause about it. In [-3,
-    3]."""
+    """Ground truth in [-3, 3]: the sentiments of the first clause about each topic that the prompt asks for,
+    added."""
     rewards = []
     for prompt, response in zip(prompts, responses, strict=True):
         sentiments = {}  # topic -> sentiment of the first clause about it

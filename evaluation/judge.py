@@ -129,13 +129,13 @@ VERDICTS = {"a": "A", "b": "B", "neutral": "neutral", "tie": "neutral"}
 POINTS = {"A": 1.0, "neutral": 0.5, "B": 0.0}  # of the answer that stands as A
 
 
-# --- questions and verdicts ------------------------------------------------------------------------------
+# --- questions and verdicts ----------------------------------------------------------------------------
 
 
 def parse_verdict(mode: str, answer: str) -> str | int | None:
-    """The verdict "A", "B" or "neutral", or the score 1 to 5; None where the answer does not state it
-    plainly. The last line with the label counts, what a reasoning model thinks before it answers does
-    not."""
+    """The verdict "A", "B" or "neutral", or the score 1 to 5; None where the answer states none plainly.
+
+    The last line with the label counts. What a reasoning model thinks before it answers does not count."""
     answer = answer.rpartition("</think>")[2]
     if "<think>" in answer:  # it was cut off while it thought
         return None
@@ -206,7 +206,7 @@ def question_key(model: str, prompt: str, sampling: dict) -> str:
     return hashlib.sha256(json.dumps([model, prompt, sampling], sort_keys=True).encode()).hexdigest()
 
 
-# --- asking ----------------------------------------------------------------------------------------------
+# --- asking --------------------------------------------------------------------------------------------
 
 
 class Cache:
@@ -238,8 +238,7 @@ class Cache:
 
 
 class Failed(Exception):
-    """No answer to this question, and no further try. `code`: the HTTP status, 0 for what is not the
-    question's."""
+    """A question is given up. `code` is the HTTP status, or 0 where the fault may pass or is the server's."""
 
     def __init__(self, why: str, code: int):
         super().__init__(why)
@@ -293,7 +292,7 @@ class Asking:
 
     async def once(self, prompt: str) -> tuple[str, str | None]:
         """(answer, finish reason). Raises Failed, or OSError or ValueError for what is worth another try."""
-        import openai
+        import openai  # not above: the other commands need no such package
 
         args = self.args
         try:
@@ -412,7 +411,7 @@ def ask_all(
     return asking.failed, stop
 
 
-# --- responses -------------------------------------------------------------------------------------------
+# --- responses -----------------------------------------------------------------------------------------
 
 
 def prompt_text(prompt: str | list[dict]) -> str:
@@ -453,9 +452,8 @@ def read_responses(file: str) -> dict[str, str]:
 
 
 def draw_rows(args: Judge) -> tuple[list[dict], list[int]]:
-    """(a row per prompt that is judged, with `prompt` and `responses`, one per file, None for none; of each
-    file, how many of its prompts are not in every file). Pairs need a response in both files, scores in
-    one."""
+    """(rows, how many prompts of each file are not in every file). A row is a prompt that is judged, with
+    `prompt` and `responses`, one per file, None for none. Pairs need a response in both files, scores one."""
     pairwise = args.mode == "pairwise"
     files = [read_responses(file) for file in args.responses]
     prompts = [set(file) for file in files]
@@ -480,8 +478,8 @@ def draw_rows(args: Judge) -> tuple[list[dict], list[int]]:
 
 def make_questions(rows: list[dict], template: str, args: Judge) -> dict[tuple[int, int], str]:
     """(row, which) -> what the judge is asked, in the order of asking. For scores, `which` is the number of
-    the response's file; for pairs it is 0, or 1 where the two responses are swapped. Equal responses are a
-    tie, unasked."""
+    the response's file; for pairs it is 0, or 1 where the two responses are swapped.
+    Equal responses are not asked about: they are a tie."""
     questions = {}
     for i, row in enumerate(rows):
         prompt = row["prompt"]
@@ -491,8 +489,7 @@ def make_questions(rows: list[dict], template: str, args: Judge) -> dict[tuple[i
                 if response is not None:
                     questions[i, file] = fill(template, prompt=prompt, answer=response)
         elif responses[0] != responses[1]:
-            # Another seed than that of the prompts' order, so that the two have nothing to do with each
-            # other.
+            # Not the seed of the prompts' order: what is drawn must not say which order is asked first.
             swapped_last = prompt_hash(prompt, args.seed + 1) < 0.5
             for swapped in (0, 1) if swapped_last else (1, 0):
                 answer_a = responses[swapped]
@@ -502,7 +499,7 @@ def make_questions(rows: list[dict], template: str, args: Judge) -> dict[tuple[i
     return questions
 
 
-# --- numbers ---------------------------------------------------------------------------------------------
+# --- numbers -------------------------------------------------------------------------------------------
 
 
 def wilson(mean: float, n: int) -> list[float]:
@@ -517,8 +514,8 @@ def wilson(mean: float, n: int) -> list[float]:
 
 
 def average(values: list[float]) -> dict:
-    """Mean and its normal 95 % interval, for scores: they spread less than their scale allows. NaN where
-    undefined."""
+    """Mean and its normal 95 % interval, NaN where undefined. For scores, which spread less than their scale
+    allows; wilson is for outcomes in [0, 1]."""
     n = len(values)
     mean = statistics.fmean(values) if values else math.nan
     half = Z95 * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
@@ -542,8 +539,8 @@ def pair_points(row: dict) -> float | None:
 
 
 def pairwise_summary(rows: list[dict]) -> dict:
-    """Numbers from rows of `responses`, `judged` (two verdicts, the second with the responses swapped) and
-    `points`."""
+    """Numbers from rows with `responses`, `judged` (two verdicts, the second with the responses swapped) and
+    `points` (of pair_points). Rates are in [0, 1], NaN where undefined."""
     known = [row for row in rows if row["points"] is not None]
     rate = average([row["points"] for row in known])["mean"]
     wins = sum(row["points"] > 0.5 for row in known)
@@ -603,7 +600,7 @@ def score_summary(rows: list[dict], names: tuple[str, ...]) -> dict:
     return summary
 
 
-# --- the command -----------------------------------------------------------------------------------------
+# --- the command ---------------------------------------------------------------------------------------
 
 
 def judge(args: Judge) -> None:

@@ -355,8 +355,7 @@ def table(numbers: dict[str, dict[str, dict]]) -> str:
 
 
 def check_arguments(args: Responses, names: list[str], reward_names: list[str]) -> None:
-    """Ends the run where the models or the columns of the table cannot be told apart, or a number makes no
-    sense."""
+    """Ends the run where models or columns of the table cannot be told apart, or --prompts is negative."""
     distinct = len(set(names)) == len(names)
     slash = any("/" in name for name in names)  # a name is also a folder's
     if not args.models or len(names) != len(args.models) or not distinct or slash:

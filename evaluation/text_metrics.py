@@ -108,8 +108,8 @@ def bleu(texts: list[str], references: list[str], args) -> dict:
 
 
 def meteor(texts: list[str], references: list[str], args) -> dict:
-    """METEOR (Banerjee and Lavie 2005) with nltk's parameters; matches words, stems, then WordNet's
-    synonyms."""
+    """METEOR (Banerjee and Lavie 2005) with nltk's parameters. It matches words, then stems, then synonyms
+    from WordNet."""
     from nltk.tokenize import wordpunct_tokenize  # unlike word_tokenize it needs no download
     from nltk.translate.meteor_score import single_meteor_score
 
@@ -144,8 +144,8 @@ def bertscore_layer(args) -> int:
 
 
 def bertscore(texts: list[str], references: list[str], args) -> dict:
-    """F1 of greedily matched contextual embeddings (1904.09675), raw: neither idf weights nor the baseline's
-    rescaling."""
+    """F1 of greedily matched contextual embeddings (1904.09675), raw: no idf weights, not rescaled by the
+    baseline."""
     from bert_score import BERTScorer
 
     layer = bertscore_layer(args)
@@ -157,8 +157,7 @@ def bertscore(texts: list[str], references: list[str], args) -> dict:
         use_fast_tokenizer=True,
     )
     if isinstance(scorer._tokenizer, (transformers.RobertaTokenizer, transformers.GPT2Tokenizer)):
-        # The space before the first word, which bert-score asks `encode` for: transformers 5 no longer heeds
-        # it there.
+        # bert-score asks `encode` for the space before the first word, which transformers 5 ignores there.
         scorer._tokenizer = transformers.AutoTokenizer.from_pretrained(
             args.bertscore_model, add_prefix_space=True
         )
