@@ -1,13 +1,14 @@
-"""Answers of policies to a file of prompts: one turn or several, kept batch by batch; and the forms in which AlpacaEval and
-MT-bench read them; `evaluate.py responses`. docs/evaluate_responses.md has the formats."""
+"""`evaluate.py responses`: answers of policies to the same prompts, one turn or several, and what they are
+worth.
+
+Answers are kept batch by batch, and written in the forms in which AlpacaEval and MT-bench read them.
+docs/evaluate_responses.md has the formats."""
 
 import gc
 import hashlib
 import json
-import os
 import time
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -35,8 +36,8 @@ class Responses:
     """A name for each model, for its files and the table. By default it is `x` of `runs/x/model`, else the
     last part."""
     dataset: str = "reviews"
-    """Prompts: a hub id, or a local .jsonl, .json or .parquet file (.gz too). MT-bench's `turns` are asked one
-    after another."""
+    """Prompts: a hub id, or a local .jsonl, .json or .parquet file (.gz too). MT-bench's `turns` are asked
+    one after another."""
     split: str = "train"
     """Split of a hub data set; of a local file, the value that its column `split` must have."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -47,7 +48,8 @@ class Responses:
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
-    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an experiment."""
+    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an
+    experiment."""
     prompts: int = 0
     """Number of prompts, those that ppo.py holds out with the same `--part` and `--eval-prompts`. 0: all, in
     their order."""
@@ -101,233 +103,361 @@ RESPONSES_REVIEWS = dict(
 )
 
 
-def short_names(models):
+def short_names(models: tuple[str, ...]) -> list[str]:
     """`runs/x/model` is x, anything else its last part."""
-    return [(path.parent.name if path.name == "model" else "") or path.name for path in map(Path, models)]
+    names = []
+    for path in map(Path, models):
+        run = path.parent.name if path.name == "model" else ""
+        names.append(run or path.name)
+    return names
 
 
-def read_questions(args):
-    """One row a prompt, with `turns` (what the user says, one after another) and `references` (one a turn, None for none)."""
-    reader = dict(split=args.split, columns=args.columns, part=args.part, split_seed=args.split_seed)
-    kind = "sft" if args.reference == "response" else "prompts"
-    first, compared = {}, [name for name in args.metrics if name in WITH_REFERENCE]
-    for row in read_rows(args.dataset, kind, skip_bad_rows=args.skip_bad_rows, **reader):
-        turns, found = row.get("turns"), row.get(args.reference)
-        asked = turns if isinstance(turns, list) and turns[0:1] == [row["prompt"]] else [row["prompt"]]
-        found = found if isinstance(found, list) else [found]
-        if len(asked) > 1 and not all(isinstance(turn, str) for turn in asked):
+def short_reward_names(rewards: tuple[str, ...]) -> list[str]:
+    """The function's name of `module:function`; a reward model's as above."""
+    names = []
+    for reward in rewards:
+        _, _, function = reward.partition(":")
+        if function:
+            names.append(function)
+        else:
+            names += short_names((reward,))
+    return names
+
+
+# --- prompts -------------------------------------------------------------------------------------------
+
+
+def questions_of(row: dict) -> list[str | list[dict]]:
+    """What the user says in a row, turn by turn: MT-bench's `turns` where the prompt is the first of them."""
+    turns = row.get("turns")
+    if isinstance(turns, list) and turns[0:1] == [row["prompt"]]:
+        return turns
+    return [row["prompt"]]
+
+
+def read_questions(args: Responses) -> list[dict]:
+    """One row per prompt, with `turns` (what the user says, one after another) and `references` (one per
+    turn, None for none). Ends the run where turns are no texts, or where `--metrics` needs a reference that
+    a row lacks."""
+    compared = [name for name in args.metrics if name in WITH_REFERENCE]
+    rows = read_rows(
+        args.dataset,
+        "sft" if args.reference == "response" else "prompts",
+        split=args.split,
+        columns=args.columns,
+        part=args.part,
+        split_seed=args.split_seed,
+        skip_bad_rows=args.skip_bad_rows,
+    )
+    questions = {}  # prompt -> its first row: an sft data set may hold many answers to it
+    for row in rows:
+        turns = questions_of(row)
+        if len(turns) > 1 and not all(isinstance(turn, str) for turn in turns):
             fail(f"{args.dataset}, row {row['row']}: turns must be a list of texts")
-        if compared and (
-            len(found) != len(asked) or not all(isinstance(text, str) and text.strip() for text in found)
-        ):
+        references = row.get(args.reference)
+        if not isinstance(references, list):
+            references = [references]
+        one_each = len(references) == len(turns)
+        all_texts = all(isinstance(text, str) and text.strip() for text in references)
+        if compared and not (one_each and all_texts):
             where = f"{args.dataset}, row {row['row']}: no text in the column {args.reference!r}"
             fail(f"{where}, with which --metrics {compared[0]} compares; name yours with --reference")
-        references = found if len(found) == len(asked) else [None] * len(asked)
-        first.setdefault(json.dumps(row["prompt"]), {**row, "turns": asked, "references": references})
-    rows = list(first.values())
+        if not one_each:
+            references = [None] * len(turns)
+        key = json.dumps(row["prompt"])
+        if key not in questions:
+            questions[key] = {**row, "turns": turns, "references": references}
+    questions = list(questions.values())
     if args.prompts:
-        _, rows = hold_out_prompts(rows, args.prompts, args.split_seed)
-    return rows
+        _, questions = hold_out_prompts(questions, args.prompts, args.split_seed)
+    return questions
 
 
-def kept(out, settings, batches, overwrite):
-    """(records, number of batches) of the whole batches in the folder `out`; what a kill left of the next one is cut off.
-    Other settings than those that the file was made with end here, unless `overwrite`."""
-    file, made, part = out / "responses.jsonl", out / "settings.json", out / "responses.part"
-    out.mkdir(parents=True, exist_ok=True)
-    lines = (
-        file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-        if file.exists() and not overwrite
-        else []
-    )
-    before = json.loads(made.read_text()) if made.exists() else {}
-    changed = [
-        f"{key} {before.get(key)} -> {settings[key]}" for key in settings if before.get(key) != settings[key]
-    ]
+# --- what is there already -----------------------------------------------------------------------------
+
+
+def keep_whole_batches(
+    folder: Path, settings: dict, batches: list[list[dict]], overwrite: bool
+) -> tuple[list[dict], int]:
+    """(records, number of batches) of the whole batches that `folder` holds; what a kill left of the next
+    one is cut off the file. Ends the run where the file was made with other settings, unless `overwrite`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "responses.jsonl"
+    settings_file = folder / "settings.json"
+
+    lines = []
+    if file.exists() and not overwrite:
+        text = file.read_text(encoding="utf-8", errors="replace")
+        lines = text.split("\n")[:-1]  # a line without its end was torn by a kill
+    before = {}
+    if settings_file.exists():
+        before = json.loads(settings_file.read_text())
+    changed = []
+    for key in settings:
+        if before.get(key) != settings[key]:
+            changed.append(f"{key} {before.get(key)} -> {settings[key]}")
     if lines and changed:
         hint = "--overwrite replaces them, --run-dir chooses another folder"
         fail(f"{file} holds responses made with other settings ({', '.join(changed)}): {hint}")
-    turns = [(row, turn) for batch in batches for row in batch for turn in range(len(row["turns"]))]
-    ends = [0, *accumulate(sum(len(row["turns"]) for row in batch) for batch in batches)]
-    whole = sum(end <= len(lines) for end in ends) - 1
-    records = [json.loads(line) for line in lines[: ends[whole]]]
-    for record, (row, turn) in zip(records, turns, strict=False):
+
+    asked = []  # (row, turn) of each record in the whole batches
+    whole = 0
+    for batch in batches:
+        asked_in_batch = [(row, turn) for row in batch for turn in range(len(row["turns"]))]
+        if len(asked) + len(asked_in_batch) > len(lines):
+            break
+        asked += asked_in_batch
+        whole += 1
+    records = []
+    for line, (row, turn) in zip(lines[: len(asked)], asked, strict=True):
+        record = json.loads(line)
         record["reference"] = row["references"][turn]  # another --reference needs no new responses
-    part.write_text(
-        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
-    )
-    part.rename(file)
-    made.write_text(
-        json.dumps(settings, indent=1)
-    )  # last: a kill before it leaves no old response under new settings
+        records.append(record)
+
+    # Written under another name and then renamed: a kill in between loses nothing.
+    new_file = folder / "responses.part"
+    new_file.write_text(json_lines(records), encoding="utf-8")
+    new_file.rename(file)
+    # The settings come last: a kill before this line leaves no old response under new settings.
+    settings_file.write_text(json.dumps(settings, indent=1))
     return records, whole
 
 
-def answer(policy, tokenizer, batch, name, args, number):
-    """Records of one batch, row by row and turn by turn. Each turn goes on top of the model's own answers so far."""
-    prompts, records = [row["prompt"] for row in batch], [[] for _ in batch]
+def json_lines(rows: list[dict]) -> str:
+    """The rows as JSON, one per line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+# --- what is generated ---------------------------------------------------------------------------------
+
+
+def answer(policy, tokenizer, batch: list[dict], name: str, args: Responses, number: int) -> list[dict]:
+    """Records of batch `number`, row by row and turn by turn. Each turn goes on top of the model's own
+    answers to the turns before. `name` is the model's, in the records."""
+    prompts = [row["prompt"] for row in batch]  # of the present turn: a text, or the messages so far
+    records = [[] for _ in batch]  # of each row, one per turn
+    # A response ended by itself where its last token is the template's end of an answer, or the tokenizer's.
     stops = {stop_token(tokenizer), tokenizer.eos_token_id}
-    for turn in range(max(len(row["turns"]) for row in batch)):
+    most_turns = max(len(row["turns"]) for row in batch)
+    for turn in range(most_turns):
         asked = [i for i, row in enumerate(batch) if turn < len(row["turns"])]
-        for i in asked if turn else ():
-            said = [{"role": "user", "content": prompts[i]}] if turn == 1 else prompts[i]
-            reply = {"role": "assistant", "content": records[i][-1]["response"]}
-            prompts[i] = [*said, reply, {"role": "user", "content": batch[i]["turns"][turn]}]
-        ids = [encode_prompt(tokenizer, prompts[i]) for i in asked]
-        found, _ = rollout(
-            policy,
-            tokenizer,
-            ids,
-            args.max_response_length,
-            args.temperature,
-            (args.seed, 1000 * number + turn),
+        if turn > 0:
+            for i in asked:
+                said = prompts[i]
+                if turn == 1:  # the first question is a text
+                    said = [{"role": "user", "content": said}]
+                reply = {"role": "assistant", "content": records[i][-1]["response"]}
+                question = {"role": "user", "content": batch[i]["turns"][turn]}
+                prompts[i] = [*said, reply, question]
+        prompt_ids = [encode_prompt(tokenizer, prompts[i]) for i in asked]
+        seed = (args.seed, 1000 * number + turn)  # no question has 1000 turns: other numbers for each call
+        responses, _ = rollout(
+            policy, tokenizer, prompt_ids, args.max_response_length, args.temperature, seed
         )
-        for i, tokens, text in zip(
-            asked, found, tokenizer.batch_decode(found, skip_special_tokens=True), strict=True
-        ):
-            what = {
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        for i, response, text in zip(asked, responses, texts, strict=True):
+            record = {
                 "row": batch[i]["row"],
                 "turn": turn,
                 "prompt": prompts[i],
                 "response": text,
                 "model": name,
-            }
-            what |= {
-                "length": len(tokens),
-                "truncated": tokens[-1] not in stops,
+                "length": len(response),
+                "truncated": response[-1] not in stops,
                 "reference": batch[i]["references"][turn],
             }
-            records[i].append(what)
+            records[i].append(record)
     return [record for of_row in records for record in of_row]
 
 
-def export(out, name, rows, records, dataset):
-    """The forms that alpaca_eval (first turns) and FastChat's llm_judge read."""
-    texts, alpaca, mt_bench = iter(record["response"] for record in records), [], []
+def generate(
+    policy_folder: str,
+    tokenizer,
+    batches: list[list[dict]],
+    whole: int,
+    name: str,
+    args: Responses,
+) -> list[dict]:
+    """Records of all batches but the first `whole`, each batch appended to responses.jsonl when it is done.
+    Loads no model where nothing is left to do."""
+    if whole == len(batches):
+        return []
+    first_rank = distributed.rank() == 0
+    policy = load_model("policy", policy_folder, tokenizer, args, trained=False)
+    records = []
+    for number in tqdm(range(whole, len(batches)), desc=name, disable=None if first_rank else True):
+        of_batch = answer(policy, tokenizer, batches[number], name, args, number)
+        records += of_batch
+        if first_rank:
+            # Opened for each batch: closing it leaves nothing in a buffer that a kill could lose.
+            with open(Path(args.run_dir, name, "responses.jsonl"), "a", encoding="utf-8") as file:
+                file.write(json_lines(of_batch))
+    return records
+
+
+# --- what is written -----------------------------------------------------------------------------------
+
+
+def export(folder: Path, name: str, rows: list[dict], records: list[dict], dataset: str) -> None:
+    """Writes alpaca_eval.json (first turns) and mt_bench.jsonl (all turns), the forms that alpaca_eval and
+    FastChat's llm_judge read. `records` are those of `rows`, row by row and turn by turn."""
+    alpaca = []
+    mt_bench = []
+    texts = [record["response"] for record in records]
+    start = 0
     for row in rows:
-        turns, prompt = [next(texts) for _ in row["turns"]], row["prompt"]
-        prompt = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
-        alpaca += [
-            {
-                "instruction": prompt,
-                "output": turns[0],
-                "generator": name,
-                "dataset": row.get("dataset", dataset),
-            }
-        ]
+        end = start + len(row["turns"])
+        turns = texts[start:end]
+        start = end
+        prompt = row["prompt"]
+        if not isinstance(prompt, str):
+            prompt = "\n".join(message["content"] for message in prompt)
+        instruction = {
+            "instruction": prompt,
+            "output": turns[0],
+            "generator": name,
+            "dataset": row.get("dataset", dataset),
+        }
+        alpaca.append(instruction)
         answer_id = hashlib.sha256(json.dumps([name, prompt, turns]).encode()).hexdigest()[:22]
-        what = {"question_id": row.get("question_id", row["row"]), "answer_id": answer_id, "model_id": name}
-        mt_bench += [what | {"choices": [{"index": 0, "turns": turns}], "tstamp": time.time()}]
-    (out / "alpaca_eval.json").write_text(json.dumps(alpaca, indent=1, ensure_ascii=False), encoding="utf-8")
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in mt_bench]
-    (out / "mt_bench.jsonl").write_text("".join(lines), encoding="utf-8")
+        conversation = {
+            "question_id": row.get("question_id", row["row"]),
+            "answer_id": answer_id,
+            "model_id": name,
+            "choices": [{"index": 0, "turns": turns}],
+            "tstamp": time.time(),
+        }
+        mt_bench.append(conversation)
+    alpaca_text = json.dumps(alpaca, indent=1, ensure_ascii=False)
+    (folder / "alpaca_eval.json").write_text(alpaca_text, encoding="utf-8")
+    (folder / "mt_bench.jsonl").write_text(json_lines(mt_bench), encoding="utf-8")
 
 
-def table(found):
-    """A markdown table, a row a model: mean ± half of the 95 % interval."""
-    columns, show = (
-        list(next(iter(found.values()))),
-        lambda x: f"{x['mean']:.4g}" + (f" ± {x['ci95']:.2g}" if x["ci95"] else ""),
-    )
+def with_interval(number: dict) -> str:
+    """A cell of the table: mean ± half of the 95 % interval, where there is one."""
+    if not number["ci95"]:
+        return f"{number['mean']:.4g}"
+    return f"{number['mean']:.4g} ± {number['ci95']:.2g}"
+
+
+def table(numbers: dict[str, dict[str, dict]]) -> str:
+    """A markdown table with a row per model. `numbers`: model -> column -> mean, ci95 and n."""
+    first = next(iter(numbers.values()))
+    columns = list(first)
     rows = [["model", "n", *columns], ["---"] * (len(columns) + 2)]
-    rows += [
-        [name, str(of["length"]["n"]), *(show(of[column]) for column in columns)]
-        for name, of in found.items()
-    ]
+    for name, of_model in numbers.items():
+        cells = [with_interval(of_model[column]) for column in columns]
+        rows.append([name, str(of_model["length"]["n"]), *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def responses(args) -> None:
-    # --- setup: all that can be wrong without a model
-    names, first = args.names or short_names(args.models), distributed.rank() == 0
-    if (
-        not args.models
-        or len(names) != len(args.models)
-        or len(set(names)) < len(names)
-        or any("/" in n for n in names)
-    ):
-        fail(
-            f"--models: {len(args.models)} models with the names {', '.join(names)}; give each its own with --names"
-        )
+# --- the command ---------------------------------------------------------------------------------------
+
+
+def check_arguments(args: Responses, names: list[str], reward_names: list[str]) -> None:
+    """Ends the run where models or columns of the table cannot be told apart, or --prompts is negative."""
+    distinct = len(set(names)) == len(names)
+    slash = any("/" in name for name in names)  # a name is also a folder's
+    if not args.models or len(names) != len(args.models) or not distinct or slash:
+        count = f"--models: {len(args.models)} models with the names {', '.join(names)}"
+        fail(f"{count}; give each its own with --names")
     if args.prompts < 0:
         fail(f"--prompts is {args.prompts}; it must not be negative")
-    labels = [name.partition(":")[2] or short_names([name])[0] for name in args.reward]
-    columns = ["length", "characters", "truncated", "distinct_2", *labels, *args.metrics]
+    columns = ["length", "characters", "truncated", "distinct_2", *reward_names, *args.metrics]
     if len(set(columns)) < len(columns):
         fail(f"--reward, --metrics: two columns of the same name among {', '.join(columns)}")
-    text_metrics.check(args.metrics, args)
-    folders = [resolve(model) for model in args.models]
-    tokenizers = [load_tokenizer(folder) for folder in folders]
-    rows = read_questions(args)
-    for name, tokenizer in zip(
-        names, tokenizers, strict=True
-    ):  # what one of them cannot take is asked of none
-        rows = tokenize(rows, tokenizer, (), args.max_prompt_length, 1, f"{args.dataset}, tokens of {name}")
-    batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
+
+
+def generation_settings(args: Responses) -> dict:
+    """What responses depend on besides weights and prompts."""
     settings = {
         "max_response_length": args.max_response_length,
         "precision": str(distributed.dtypes(args.precision)[0]),
+        "temperature": args.temperature,
     }
-    settings |= {"temperature": args.temperature}
-    settings |= {"seed": args.seed, "batch_size": args.batch_size} if args.temperature else {}
-    state = []
-    for name, folder, tokenizer in zip(names, folders, tokenizers, strict=True) if first else ():
-        asked = [[encode_prompt(tokenizer, row["prompt"]), row["turns"]] for row in rows]
-        made = {
-            "weights": fingerprint(folder),
-            "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
-        }
-        state.append(kept(Path(args.run_dir, name), made | settings, batches, args.overwrite))
-    state = distributed.all_gather_object(state)[0]
-    rewards = [Reward(name, tokenizers[0], args) for name in args.reward]
-    for reward in rewards:
-        reward.same = (
-            False  # a reward model reads the text by its own template: the same for policies of any tokens
-        )
+    if args.temperature:  # a greedy response depends on neither
+        settings["seed"] = args.seed
+        settings["batch_size"] = args.batch_size
+    return settings
 
-    # --- generate and score
-    found, texts, references = {}, {}, {}
-    for name, folder, tokenizer, (records, whole) in zip(names, folders, tokenizers, state, strict=True):
-        out = Path(args.run_dir, name)
-        policy = (
-            load_model("policy", folder, tokenizer, args, trained=False) if whole < len(batches) else None
-        )
-        for number in tqdm(range(whole, len(batches)), desc=name, disable=None if first else True):
-            new = answer(policy, tokenizer, batches[number], name, args, number)
-            records += new
-            with open(
-                out / "responses.jsonl" if first else os.devnull, "a", encoding="utf-8"
-            ) as file:  # closed, so flushed
-                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in new)
-        policy = None
-        gc.collect()  # sharded modules are in reference cycles
-        if first:
-            export(out, name, rows, records, args.dataset)
-        texts[name], references[name] = (
-            [record[key] for record in records] for key in ("response", "reference")
-        )
-        found[name] = {
-            "length": mean(r["length"] for r in records),
-            "characters": mean(map(len, texts[name])),
-        }
-        found[name] |= {"truncated": mean(r["truncated"] for r in records)}
-        found[name] |= {"distinct_2": {"mean": distinct_2(texts[name]), "ci95": None, "n": len(records)}}
-        asked = [row for row in rows for _ in row["turns"]]
-        asked = [row | {"prompt": record["prompt"]} for row, record in zip(asked, records, strict=True)]
-        for label, reward in zip(labels, rewards, strict=True):
-            found[name][label] = mean(reward(asked, [], texts[name]).tolist(), reward.name)
-    if first:  # the others need not wait for what is computed here alone
-        for name in names:
-            scores = {
-                metric: text_metrics.METRICS[metric](texts[name], references[name], args)
-                for metric in args.metrics
+
+def responses(args: Responses) -> None:
+    """The policies answer one after another, then what they wrote is measured and shown."""
+    # --- setup: all that can be wrong without a model
+    first_rank = distributed.rank() == 0
+    names = args.names or short_names(args.models)
+    reward_names = short_reward_names(args.reward)
+    check_arguments(args, names, reward_names)
+    text_metrics.check(args.metrics, args)
+    folders = [resolve(model) for model in args.models]
+    tokenizers = [load_tokenizer(folder) for folder in folders]
+
+    # --- data
+    rows = read_questions(args)
+    for name, tokenizer in zip(names, tokenizers, strict=True):
+        # A prompt that is too long for one of the models is asked of none: they answer the same prompts.
+        rows = tokenize(rows, tokenizer, (), args.max_prompt_length, 1, f"{args.dataset}, tokens of {name}")
+    batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
+
+    # --- what is there already: rank 0 reads and cuts the files, the others hear of it
+    settings = generation_settings(args)
+    kept = []  # of each model: (records, number of whole batches)
+    if first_rank:
+        for name, folder, tokenizer in zip(names, folders, tokenizers, strict=True):
+            prompts = [[encode_prompt(tokenizer, row["prompt"]), row["turns"]] for row in rows]
+            made_with = {
+                "weights": fingerprint(folder),
+                "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+                **settings,
             }
-            found[name] |= scores
-        result = {
-            "dataset": args.dataset,
-            "paths": dict(zip(names, args.models, strict=True)),
-            **settings,
-            "models": found,
+            kept.append(keep_whole_batches(Path(args.run_dir, name), made_with, batches, args.overwrite))
+    kept = distributed.all_gather_object(kept)[0]
+
+    # --- models that score
+    rewards = [Reward(name_or_function, tokenizers[0], args) for name_or_function in args.reward]
+    for reward in rewards:
+        # A reward model reads the text by its own template, never a policy's tokens: then its scores are the
+        # same numbers for policies of any tokenizer.
+        reward.same = False
+
+    # --- rollout and reward
+    numbers = {}  # model -> column -> mean, ci95 and n over its responses
+    texts = {}  # model -> what it wrote
+    references = {}
+    for name, folder, tokenizer, kept_of_model in zip(names, folders, tokenizers, kept, strict=True):
+        records, whole = kept_of_model
+        records += generate(folder, tokenizer, batches, whole, name, args)
+        gc.collect()  # sharded modules are in reference cycles: the policy goes before the next one comes
+        if first_rank:
+            export(Path(args.run_dir, name), name, rows, records, args.dataset)
+        texts[name] = [record["response"] for record in records]
+        references[name] = [record["reference"] for record in records]
+        numbers[name] = {
+            "length": mean([record["length"] for record in records]),
+            "characters": mean([len(text) for text in texts[name]]),
+            "truncated": mean([record["truncated"] for record in records]),
+            "distinct_2": {"mean": distinct_2(texts[name]), "ci95": None, "n": len(records)},
         }
-        Path(args.run_dir, "responses.json").write_text(json.dumps(result, indent=1))
-        note(table(found))
+        row_of_record = [row for row in rows for _ in row["turns"]]
+        asked = []  # the row of each record, with the conversation that was answered as its prompt
+        for row, record in zip(row_of_record, records, strict=True):
+            asked.append(row | {"prompt": record["prompt"]})
+        for reward_name, reward in zip(reward_names, rewards, strict=True):
+            scores = reward(asked, [], texts[name])  # [N]; no tokens: it reads texts
+            numbers[name][reward_name] = mean(scores.tolist(), reward.name)
+
+    # --- text metrics and save: the other ranks need not wait for what rank 0 computes alone
+    if not first_rank:
+        return
+    for name in names:
+        for metric in args.metrics:
+            measure = text_metrics.METRICS[metric]
+            numbers[name][metric] = measure(texts[name], references[name], args)
+    result = {
+        "dataset": args.dataset,
+        "paths": dict(zip(names, args.models, strict=True)),
+        **settings,
+        "models": numbers,
+    }
+    Path(args.run_dir, "responses.json").write_text(json.dumps(result, indent=1))
+    note(table(numbers))

@@ -1,4 +1,6 @@
-"""`evaluate.py values`: do value models prefer the better answer? Pair accuracies, pictures of token values."""
+"""`evaluate.py values`: do value models prefer the better answer? Pair accuracies, pictures of token values.
+
+The numbers are those of 2502.16944 appendix E; docs/evaluate.md explains them."""
 
 import gc
 import json
@@ -32,8 +34,8 @@ class Values:
     models: tuple[str, ...] = ("reviews",)
     """GVMs, PPO critics or reward models: hub ids or folders. Each reads the text by its own tokenizer."""
     like: str = ""
-    """Run of gvm_td.py or reward.py whose held-out pairs are judged, read as that run read them. By default it
-    is the first model's run."""
+    """Run of gvm_td.py or reward.py whose held-out pairs are judged, read as that run read them. By default
+    it is the first model's run."""
     dataset: str = ""
     """Pairs or scored responses: a hub id, or a local .jsonl, .json or .parquet file (.gz too); RewardBench's
     files are read as they are."""
@@ -55,7 +57,8 @@ class Values:
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
-    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an experiment."""
+    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an
+    experiment."""
     skip_bad_rows: bool = False
     """Drop and count unusable rows (an empty response is one) instead of stopping at the first."""
     max_characters: int = 0
@@ -84,16 +87,54 @@ class Values:
     """Number of ranks that a model is sharded over (HSDP: replicas of it across nodes). 0: all."""
 
 
-COLUMNS = (
-    *STATISTICS,
-    "backup",
-    "score",
-)  # the last: of a reward model or baseline, which give one number a response
+# The columns of the table: statistics of the token values, their backup, and the one score that a reward
+# model or a baseline gives a response.
+COLUMNS = (*STATISTICS, "backup", "score")
+
+# The embedded model lies in no run. This is what args.json would hold of the run of gvm_td.py that made it.
+REVIEWS_RUN = dict(
+    dataset="reviews",
+    part="value",
+    eval_dataset="",
+    eval_source="preference",
+    eval_gap=0.0,
+    eval_fraction=0.2,
+    max_prompt_length=16,
+    max_response_length=32,
+    micro_batch_size=64,
+)
+
+# Flags that are taken over from the run whose pairs are judged.
+FLAGS_OF_THE_RUN = (
+    "dataset",
+    "columns",
+    "part",
+    "split",
+    "split_seed",
+    "skip_bad_rows",
+    "max_characters",
+    "max_prompt_length",
+    "max_response_length",
+    "reward",
+    "seed",
+)
+
+# gvm_td.py judges a random sample of so many pairs at most.
+GVM_MAX_PAIRS = 2000
+
+# Rows that came as pairs need no gap: with these rewards any --gap lets them pass.
+CHOSEN_REWARD = 1e9
+REJECTED_REWARD = -1e9
+
+
+# --- numbers -------------------------------------------------------------------------------------------
 
 
 def backup(values: list[float], gamma: float, lam: float) -> float:
-    """One response's token values Q_1 .. Q_T to one score, by the Bellman backup a GVM is trained with: the lambda-return that
-    V(s_1) regresses on, Q_T standing where the score S stood (gvm_td.py). lam 0 gives Q_1; lam 1 and gamma 1 give Q_T."""
+    """One response's token values Q_1 .. Q_T to one score, by the Bellman backup that a GVM is trained with.
+    It is the lambda-return that V(s_1) regresses on (gvm_td.py), with Q_T where the score S stood:
+    G_T = Q_T, G_t = gamma ((1 - lam) Q_{t+1} + lam G_{t+1}), and the result is (1 - lam) Q_1 + lam G_1.
+    lam 0 gives Q_1; lam 1 and gamma 1 give Q_T."""
     target = values[-1]
     for following in reversed(values[1:]):
         target = gamma * ((1 - lam) * following + lam * target)
@@ -101,224 +142,368 @@ def backup(values: list[float], gamma: float, lam: float) -> float:
 
 
 def accuracies(pairs: list[tuple[list[float], list[float]]], gamma: float, lam: float) -> dict[str, float]:
-    """Share of pairs whose first response strictly wins, by every statistic of its token values and by the backup."""
-    wins = np.mean([backup(c, gamma, lam) > backup(r, gamma, lam) for c, r in pairs])
-    return {**pair_accuracy(*zip(*pairs, strict=True)), "backup": float(wins)}
+    """Share of pairs whose chosen response strictly wins, by every statistic of its token values and by the
+    backup. `pairs`: of each pair the token values of the chosen and of the rejected response, any number."""
+    chosen = [chosen_values for chosen_values, _ in pairs]
+    rejected = [rejected_values for _, rejected_values in pairs]
+    shares = pair_accuracy(chosen, rejected)
+    wins = [backup(c, gamma, lam) > backup(r, gamma, lam) for c, r in pairs]
+    shares["backup"] = float(np.mean(wins))
+    return shares
 
 
-def by_subset(measure, pairs: list, subsets: list) -> dict[str, dict[str, float]]:
-    """`measure(pairs)` of all pairs (row `all`), of each named subset, and the plain mean over subsets (row `average`)."""
-    table, names = (
-        {"all": measure(pairs) | {"pairs": len(pairs)}},
-        sorted({name for name in subsets if name is not None}),
-    )
+def score_accuracy(pairs: list[tuple[list[float], list[float]]]) -> dict[str, float]:
+    """The same for a reward model, which gives each response a list of one number, its score."""
+    wins = [chosen[0] > rejected[0] for chosen, rejected in pairs]
+    return {"score": sum(wins) / len(wins)}
+
+
+def longer_wins(pairs: list[tuple[dict, dict]]) -> dict[str, float]:
+    """Baseline that reads no text: share of pairs (of rows) whose chosen response has more characters."""
+    wins = [len(chosen["response"]) > len(rejected["response"]) for chosen, rejected in pairs]
+    return {"score": float(np.mean(wins))}
+
+
+def better_policy_wins(pairs: list[tuple[dict, dict]], averages: dict[str, float]) -> dict[str, float]:
+    """Baseline that reads no text: share of pairs (of rows) whose chosen response is by the policy with the
+    higher average reward in training. A policy that training did not see has 0."""
+    wins = []
+    for chosen, rejected in pairs:
+        chosen_average = averages.get(chosen.get("policy"), 0.0)
+        rejected_average = averages.get(rejected.get("policy"), 0.0)
+        wins.append(chosen_average > rejected_average)
+    return {"score": float(np.mean(wins))}
+
+
+def by_subset(measure, pairs: list, subsets: list[str | None], *settings) -> dict[str, dict[str, float]]:
+    """`measure(pairs, *settings)` of all pairs (row `all`), of each named subset, and the plain mean over
+    subsets (row `average`), in which a small subset counts as much as a large one. `subsets`: each pair's,
+    None for none."""
+    table = {"all": measure(pairs, *settings) | {"pairs": len(pairs)}}
+    names = sorted({name for name in subsets if name is not None})
     for name in names:
-        part = [pair for pair, subset in zip(pairs, subsets, strict=True) if subset == name]
-        table[name] = measure(part) | {"pairs": len(part)}
+        of_subset = [pair for pair, subset in zip(pairs, subsets, strict=True) if subset == name]
+        table[name] = measure(of_subset, *settings) | {"pairs": len(of_subset)}
     if names:
-        table["average"] = {key: float(np.mean([table[name][key] for name in names])) for key in table["all"]}
-        table["average"]["pairs"] = sum(table[name]["pairs"] for name in names)
+        average = {}
+        for key in table["all"]:
+            average[key] = float(np.mean([table[name][key] for name in names]))
+        # The number of pairs is no share: it is summed.
+        average["pairs"] = sum(table[name]["pairs"] for name in names)
+        table["average"] = average
     return table
 
 
 def accuracy_table(tables: dict[str, dict]) -> str:
     """Markdown: a row for each model or baseline, and for each of its subsets."""
-    lines = ["| share of pairs | pairs | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    lines = [
+        "| share of pairs | pairs | " + " | ".join(COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 2) + "|",
+    ]
     for name, table in tables.items():
-        for subset, row in table.items():
-            cells = [f"{row[key]:.3f}" if key in row else "" for key in COLUMNS]
-            cells = [name if subset == "all" else f"{name}: {subset}", str(row["pairs"]), *cells]
+        for subset, shares in table.items():
+            label = name if subset == "all" else f"{name}: {subset}"
+            cells = [label, str(shares["pairs"])]
+            for column in COLUMNS:
+                cells.append(f"{shares[column]:.3f}" if column in shares else "")
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+# --- what is judged ------------------------------------------------------------------------------------
+
+
+def read_json(file: Path) -> dict:
+    """The file's object; an empty one where there is no file."""
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
 def as_the_run(args: Values) -> tuple[Values, dict[str, float]]:
-    """`args` with the held-out pairs of the run `--like` (or of the run the first model lies in, where no --dataset is given),
-    read as that run read them, and the average training reward of each policy in the run."""
+    """(`args` that read the held-out pairs of a run as that run read them, the average training reward of
+    each policy in the run). The run is `--like`, or without --dataset the run that the first model lies in.
+    With --dataset `args` come back as they are. Ends where `--like` is no run."""
     folder = Path(args.like or Path(args.models[0]).parent)
     if args.models[0] == "reviews" and not args.like:
-        run = dict(
-            part="value", eval_fraction=0.2, max_prompt_length=16, max_response_length=32, micro_batch_size=64
-        )
-        run = dict(dataset="reviews", eval_dataset="", eval_source="preference", eval_gap=0.0) | run
+        run = REVIEWS_RUN
     else:
-        run = json.loads((folder / "args.json").read_text()) if (folder / "args.json").is_file() else {}
-    if args.like and (args.dataset or "eval_dataset" not in run):
-        no_run = f"--like {folder}: no run of gvm_td.py or reward.py is there"
-        fail("--like and --dataset exclude each other" if args.dataset else no_run)
-    file = folder / "accuracy.json"
-    averages = json.loads(file.read_text()).get("policy_averages", {}) if file.is_file() else {}
+        run = read_json(folder / "args.json")
+    if args.like and args.dataset:
+        fail("--like and --dataset exclude each other")
+    if args.like and "eval_dataset" not in run:
+        fail(f"--like {folder}: no run of gvm_td.py or reward.py is there")
+    averages = read_json(folder / "accuracy.json").get("policy_averages", {})
     if args.dataset or "eval_fraction" not in run:
         return args, averages
-    same = "dataset columns part split split_seed skip_bad_rows max_characters max_prompt_length max_response_length reward seed"
-    found = {key: run[key] for key in same.split() if key in run}
+
+    found = {flag: run[flag] for flag in FLAGS_OF_THE_RUN if flag in run}
     if run["eval_dataset"]:
-        found |= {"dataset": run["eval_dataset"], "split": run["eval_split"], "part": "all"}
+        found["dataset"] = run["eval_dataset"]
+        found["split"] = run["eval_split"]
+        found["part"] = "all"
     else:
         found["fraction"] = run["eval_fraction"]
-    if "eval_gap" in run:  # gvm_td.py, which judges a sample of at most 2000
-        found |= {"source": run["eval_source"] or run["source"], "gap": run["eval_gap"], "max_pairs": 2000}
-    scale = 1 if "eval_gap" in run else 2  # reward.py counts pairs
-    found["micro_batch_size"] = (
-        run["micro_batch_size"] * scale
-    )  # the same sums in the same order: the same digits
+    scale = 2  # reward.py counts pairs in its micro-batches, this command counts responses
+    if "eval_gap" in run:  # a run of gvm_td.py
+        scale = 1
+        found["source"] = run["eval_source"] or run["source"]
+        found["gap"] = run["eval_gap"]
+        found["max_pairs"] = GVM_MAX_PAIRS
+    # The run's own micro-batches: the same sums in the same order, so the same digits.
+    found["micro_batch_size"] = run["micro_batch_size"] * scale
     return replace(args, **found), averages
 
 
+def drop_long(rows: list[dict], args: Values) -> list[dict]:
+    """The rows whose responses have at most `--max-characters` characters; the others are counted."""
+    columns = ("chosen", "rejected") if args.source == "preference" else ("response",)
+    short = [row for row in rows if all(len(row[column]) <= args.max_characters for column in columns)]
+    dropped = len(rows) - len(short)
+    note(f"{args.dataset}: dropped {dropped} of {len(rows)} rows: response over --max-characters")
+    return short
+
+
+def responses_of_pairs(rows: list[dict]) -> list[dict]:
+    """Preference rows to two rows each, one per response, the chosen one first; `pair` numbers the pairs."""
+    responses = []
+    for number, row in enumerate(rows):
+        for side, reward in (("chosen", CHOSEN_REWARD), ("rejected", REJECTED_REWARD)):
+            response = {
+                **row,
+                "response": row[side],
+                "policy": row.get(f"{side}_policy") or row.get(f"{side}_model"),  # RewardBench's name for it
+                "pair": number,
+                "reward": reward,
+            }
+            responses.append(response)
+    return responses
+
+
+def load_rows(args: Values) -> list[dict]:
+    """The responses to judge, one per row: held out, with a `reward` unless `--reward` is to give it.
+    Ends the run where none is left."""
+    if args.source == "preference":
+        kind = "preference"
+    elif args.reward:
+        kind = "responses"
+    else:
+        kind = "scored"
+    rows = read_rows(
+        args.dataset,
+        kind,
+        split=args.split,
+        columns=args.columns,
+        part=args.part,
+        split_seed=args.split_seed,
+        skip_bad_rows=args.skip_bad_rows,
+    )
+    if args.max_characters:
+        rows = drop_long(rows, args)
+    _, held_out = hold_out(rows, args.fraction, args.split_seed)
+    if not held_out:
+        fail(f"{args.dataset}: no row is left to judge")
+    if args.source == "preference":
+        return responses_of_pairs(held_out)
+    return held_out
+
+
+def with_tokens(rows: list[dict], tokenizer, args: Values) -> list[dict]:
+    """Adds `prompt_ids` and `response_ids`. Rows with long prompts are dropped, long responses are cut."""
+    name = args.dataset or "--text"
+    return tokenize(rows, tokenizer, ("response",), args.max_prompt_length, args.max_response_length, name)
+
+
+def with_rewards(rows: list[dict], tokenizer, args: Values) -> list[dict]:
+    """The rows with the scores of `--reward` in place of the data set's own."""
+    scorer = Reward(args.reward, tokenizer, args)
+    rows = with_tokens(rows, tokenizer, args)
+    sequences = [(row["prompt_ids"], row["response_ids"]) for row in rows]
+    rewards = scorer(rows, sequences, [row["response"] for row in rows])  # [N]
+    scored = [{**row, "reward": reward} for row, reward in zip(rows, rewards.tolist(), strict=True)]
+    del scorer
+    gc.collect()  # sharded modules are in reference cycles
+    return scored
+
+
+def choose_pairs(rows: list[dict], args: Values) -> list[tuple[dict, dict]]:
+    """The (chosen, rejected) pairs of rows to judge, at most `--max-pairs`. Ends the run without one."""
+    pairs = make_pairs(rows, args.gap)
+    if not pairs:
+        fail(f"{args.dataset}: no two responses to a prompt with --gap between them")
+    if args.max_pairs:
+        # The seed is not --seed: all runs judge the same sample, which is also gvm_td.py's.
+        pairs = random.Random(0).sample(pairs, min(len(pairs), args.max_pairs))
+    return pairs
+
+
+# --- models --------------------------------------------------------------------------------------------
+
+
+def predict(model, kind: str, rows: list[dict], tokenizer, args: Values) -> list[list[float]]:
+    """The token values of each response; of a model of kind "reward" its score alone, as a list of one."""
+    sequences = [(row["prompt_ids"], row["response_ids"]) for row in rows]
+    longest = max(len(response_ids) for _, response_ids in sequences)
+    dtype = torch.float64 if args.precision == "fp64" else torch.float32
+
+    def forward(mb: dict) -> torch.Tensor:
+        if kind == "reward":
+            return sequence_scores(model, **mb)  # [b, 1]
+        return response_values(model, **mb)  # [b, T + 1]: V(s_1), then Q(s_t, a_t) of each response token
+
+    outputs = run_micro_batches(
+        forward,
+        sequences,
+        args.micro_batch_size,
+        tokenizer.pad_token_id,
+        longest + 1,
+        dtype,
+    )
+    outputs = outputs.cpu()  # [N, T + 1]
+    if kind == "reward":
+        return [row[:1].tolist() for row in outputs]
+    token_values = []
+    for row, (_, response_ids) in zip(outputs, sequences, strict=True):
+        token_values.append(row[1 : len(response_ids) + 1].tolist())
+    return token_values
+
+
+def predict_pairs(
+    model, kind: str, pairs: list[tuple[dict, dict]], config, tokenizer, args: Values
+) -> list[tuple[list[float], list[float]]]:
+    """The (chosen's, rejected's) token values of each pair. The prompts begin with the context that the model
+    was trained with, or with `--context-pairs` of it."""
+    rows = [row for pair in pairs for row in pair]  # chosen, rejected, chosen, rejected, ...
+    context_pairs = args.context_pairs
+    if context_pairs < 0:
+        context_pairs = getattr(config, "context_pairs", 0)
+    context_length = getattr(config, "context_length", 256)
+    rows = add_context(rows, context_pairs, rows, tokenizer, context_length, args.seed)
+    predicted = predict(model, kind, rows, tokenizer, args)
+    return list(zip(predicted[::2], predicted[1::2], strict=True))
+
+
+# --- what is shown -------------------------------------------------------------------------------------
+
+
+def baseline_tables(
+    pairs: list[tuple[dict, dict]], subsets: list[str | None], averages: dict[str, float]
+) -> dict[str, dict]:
+    """The baselines' tables by name. The one by policy is left out where no policy's average is known."""
+    tables = {"baseline: the longer one": by_subset(longer_wins, pairs, subsets)}
+    policies = {row.get("policy") for pair in pairs for row in pair}
+    if policies & set(averages):
+        tables["baseline: the better policy"] = by_subset(better_policy_wins, pairs, subsets, averages)
+    return tables
+
+
+def pair_records(
+    model: str,
+    pairs: list[tuple[dict, dict]],
+    pair_values: list[tuple[list[float], list[float]]],
+    subsets: list[str | None],
+) -> list[dict]:
+    """The rows of values.jsonl, one per pair."""
+    records = []
+    for pair, of_pair, subset in zip(pairs, pair_values, subsets, strict=True):
+        chosen, rejected = pair
+        chosen_values, rejected_values = of_pair
+        record = {
+            "model": model,
+            "subset": subset,
+            "prompt": chosen["prompt"],
+            "chosen": chosen["response"],
+            "rejected": rejected["response"],
+            "chosen_values": chosen_values,
+            "rejected_values": rejected_values,
+        }
+        records.append(record)
+    return records
+
+
+def picture(kind: str, row: dict, token_values: list[float], tokenizer) -> tuple[str, list[str], list[float]]:
+    """(title, tokens, their values) of a response, as `draw_values` takes them. `kind` begins the title."""
+    prompt = json.dumps(row["prompt"], ensure_ascii=False)[:80]
+    return kind + prompt, token_texts(tokenizer, row["response_ids"]), token_values
+
+
+def save(tables: dict[str, dict], records: list[dict], args: Values) -> None:
+    """Writes the table (values.md, values.json) and each pair's values (values.jsonl); shows the table."""
+    folder = Path(args.run_dir)
+    text = accuracy_table(tables)
+    (folder / "values.md").write_text(text + "\n")
+    accuracy = {"settings": vars(args), "accuracy": tables}
+    (folder / "values.json").write_text(json.dumps(accuracy, indent=1))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in records]
+    (folder / "values.jsonl").write_text("".join(lines), encoding="utf-8")
+    note(f"{text}\nties are not wins; the standard error of a share of n pairs is at most 0.5 / sqrt(n)")
+
+
+# --- the command ---------------------------------------------------------------------------------------
+
+
 def values(args: Values) -> None:
+    """Each model in turn gives the token values of all pairs' responses; then the tables are written."""
     # --- setup
-    if not args.models or len(args.text) == 1:
-        fail(
-            "--text: give a prompt and at least one response to it"
-            if args.models
-            else "--models: give at least one"
-        )
-    names = [resolve(name, "value") for name in args.models]
+    if not args.models:
+        fail("--models: give at least one")
+    if len(args.text) == 1:
+        fail("--text: give a prompt and at least one response to it")
+    folders = [resolve(name, "value") for name in args.models]
     args, averages = as_the_run(args)
     if not args.dataset and not args.text:
-        fail(
-            f"{args.models[0]} lies in no run of gvm_td.py or reward.py; say with --dataset or --like which pairs to judge"
-        )
+        no_run = f"{args.models[0]} lies in no run of gvm_td.py or reward.py"
+        fail(f"{no_run}; say with --dataset or --like which pairs to judge")
+    first_rank = distributed.rank() == 0
 
     # --- data
-    rows = []
-    if args.dataset:
-        kind = {"preference": "preference", "scores": "responses" if args.reward else "scored"}[args.source]
-        reader = dict(
-            columns=args.columns, part=args.part, split_seed=args.split_seed, skip_bad_rows=args.skip_bad_rows
-        )
-        rows = read_rows(args.dataset, kind, split=args.split, **reader)
-        if args.max_characters:
-            texts = ("chosen", "rejected") if args.source == "preference" else ("response",)
-            kept = [row for row in rows if all(len(row[text]) <= args.max_characters for text in texts)]
-            note(
-                f"{args.dataset}: dropped {len(rows) - len(kept)} of {len(rows)} rows: response over --max-characters"
-            )
-            rows = kept
-        rows = hold_out(rows, args.fraction, args.split_seed)[1] or fail(
-            f"{args.dataset}: no row is left to judge"
-        )
-    if rows and args.source == "preference":
-        who = lambda row, side: (
-            row.get(f"{side}_policy") or row.get(f"{side}_model")
-        )  # RewardBench names the second
-        rows = [
-            {**row, "response": row[s], "policy": who(row, s), "pair": i, "reward": sign}
-            for i, row in enumerate(rows)
-            for s, sign in (("chosen", 1e9), ("rejected", -1e9))
-        ]
-
-    def with_tokens(rows, tokenizer):
-        name = args.dataset or "--text"
-        return tokenize(
-            rows, tokenizer, ("response",), args.max_prompt_length, args.max_response_length, name
-        )
-
+    rows = load_rows(args) if args.dataset else []
     if rows and args.source == "scores" and args.reward:
-        tokenizer = load_tokenizer(names[0])
-        scorer, rows = Reward(args.reward, tokenizer, args), with_tokens(rows, tokenizer)
-        found = scorer(
-            rows,
-            [(row["prompt_ids"], row["response_ids"]) for row in rows],
-            [row["response"] for row in rows],
-        )
-        rows = [{**row, "reward": score} for row, score in zip(rows, found.tolist(), strict=True)]
-        del scorer
-        gc.collect()  # sharded modules are in reference cycles
-    said = [{"prompt": args.text[0], "response": response} for response in args.text[1:]]
+        rows = with_rewards(rows, load_tokenizer(folders[0]), args)
+    texts = [{"prompt": args.text[0], "response": response} for response in args.text[1:]]
 
     Path(args.run_dir).mkdir(parents=True, exist_ok=True)
-    tables, baselines, saved, pictures = {}, {}, [], []
-    for label, name in zip(args.models, names, strict=True):
+    tables = {}  # of each model: subset -> statistic -> share of pairs
+    baselines = {}  # the same of each baseline
+    records = []  # of each model and pair
+    drawings = 0
+    for label, folder in zip(args.models, folders, strict=True):
         # --- models
-        tokenizer, config = load_tokenizer(name), AutoConfig.from_pretrained(name)
+        tokenizer = load_tokenizer(folder)
+        config = AutoConfig.from_pretrained(folder)
         kind = "reward" if "SequenceClassification" in str(config.architectures) else "value"
-        model = load_model(kind, name, tokenizer, args, trained=False)
-        k = getattr(config, "context_pairs", 0) if args.context_pairs < 0 else args.context_pairs
+        model = load_model(kind, folder, tokenizer, args, trained=False)
 
-        def predict(rows, read={"value": response_values, "reward": sequence_scores}[kind]):
-            """The token values of each response; of a reward model its score alone."""
-            sequences = [(row["prompt_ids"], row["response_ids"]) for row in rows]
-            width, dtype = (
-                max(len(r) for _, r in sequences) + 1,
-                torch.float64 if args.precision == "fp64" else torch.float32,
-            )
-            forward = lambda mb: read(model, **mb)
-            found = run_micro_batches(
-                forward, sequences, args.micro_batch_size, tokenizer.pad_token_id, width, dtype
-            ).cpu()
-            first = kind == "value"
-            ends = [len(r) + 1 if first else 1 for _, r in sequences]
-            return [v[first:end].tolist() for v, end in zip(found, ends, strict=True)]
-
-        shown = []
+        # --- values
+        pictures = []
         if rows:
-            found = with_tokens(rows, tokenizer)
-            pairs = make_pairs(found, args.gap) or fail(
-                f"{args.dataset}: no two responses to a prompt with --gap between them"
-            )
-            if args.max_pairs:
-                pairs = random.Random(0).sample(pairs, min(len(pairs), args.max_pairs))
-            judged = [row for pair in pairs for row in pair]
-            judged = add_context(
-                judged, k, judged, tokenizer, getattr(config, "context_length", 256), args.seed
-            )
-            numbers, subsets = predict(judged), [c.get("subset") for c, _ in pairs]
-            numbers = list(zip(numbers[::2], numbers[1::2], strict=True))
-            gamma = getattr(config, "gamma", 1.0)
-            token_level = lambda pairs: accuracies(pairs, gamma, args.lam)
-            score = lambda pairs: {"score": pair_accuracy(*zip(*pairs, strict=True))["last"]}
-            tables[label] = by_subset(token_level if kind == "value" else score, numbers, subsets)
-            if not baselines:
-                longer = lambda pairs: {
-                    "score": float(np.mean([len(c["response"]) > len(r["response"]) for c, r in pairs]))
-                }
-                of = lambda row: averages.get(row.get("policy"), 0.0)
-                better = lambda pairs: {"score": float(np.mean([of(c) > of(r) for c, r in pairs]))}
-                baselines["baseline: the longer one"] = by_subset(longer, pairs, subsets)
-                if {row.get("policy") for row in judged} & set(averages):
-                    baselines["baseline: the better policy"] = by_subset(better, pairs, subsets)
-            for (c, r), (c_values, r_values), subset in zip(pairs, numbers, subsets, strict=True):
-                texts = {"prompt": c["prompt"], "chosen": c["response"], "rejected": r["response"]}
-                saved.append(
-                    {
-                        "model": label,
-                        "subset": subset,
-                        **texts,
-                        "chosen_values": c_values,
-                        "rejected_values": r_values,
-                    }
-                )
+            pairs = choose_pairs(with_tokens(rows, tokenizer, args), args)
+            pair_values = predict_pairs(model, kind, pairs, config, tokenizer, args)
+            subsets = [chosen.get("subset") for chosen, _ in pairs]
+            if kind == "reward":
+                tables[label] = by_subset(score_accuracy, pair_values, subsets)
+            else:
+                gamma = getattr(config, "gamma", 1.0)
+                tables[label] = by_subset(accuracies, pair_values, subsets, gamma, args.lam)
+            if not baselines:  # on the pairs that the first model's length limits leave
+                baselines = baseline_tables(pairs, subsets, averages)
+            records += pair_records(label, pairs, pair_values, subsets)
             if kind == "value":
-                for row, token_values in zip(
-                    judged[: 2 * args.draw], [v for pair in numbers for v in pair], strict=False
-                ):
-                    title = f"{('chosen', 'rejected')[len(shown) % 2]}: {json.dumps(row['prompt'], ensure_ascii=False)[:80]}"
-                    shown.append((title, token_texts(tokenizer, row["response_ids"]), token_values))
-        if said and kind == "value":
-            found = with_tokens(said, tokenizer)
-            titles = [json.dumps(row["prompt"], ensure_ascii=False)[:80] for row in found]
-            shown += zip(
-                titles,
-                [token_texts(tokenizer, row["response_ids"]) for row in found],
-                predict(found),
-                strict=True,
-            )
+                for pair, of_pair in zip(pairs[: args.draw], pair_values[: args.draw], strict=True):
+                    pictures.append(picture("chosen: ", pair[0], of_pair[0], tokenizer))
+                    pictures.append(picture("rejected: ", pair[1], of_pair[1], tokenizer))
+        if texts and kind == "value":
+            text_rows = with_tokens(texts, tokenizer, args)
+            text_values = predict(model, kind, text_rows, tokenizer, args)
+            for row, token_values in zip(text_rows, text_values, strict=True):
+                pictures.append(picture("", row, token_values, tokenizer))
 
         # --- save
-        if shown and distributed.rank() == 0:
-            path = f"{args.run_dir}/values" + (f"_{len(pictures) + 1}" if pictures else "")
-            note(f"{label}\n{draw_values(shown, path)}")
-            pictures.append(path)
+        if pictures and first_rank:
+            drawings += 1
+            path = f"{args.run_dir}/values"
+            if drawings > 1:
+                path += f"_{drawings}"
+            note(f"{label}\n{draw_values(pictures, path)}")
         model = None  # before the next one is loaded
         gc.collect()
-    if distributed.rank() == 0 and tables:
-        tables |= baselines
-        text = accuracy_table(tables)
-        Path(args.run_dir, "values.md").write_text(text + "\n")
-        Path(args.run_dir, "values.json").write_text(
-            json.dumps({"settings": vars(args), "accuracy": tables}, indent=1)
-        )
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in saved]
-        Path(args.run_dir, "values.jsonl").write_text("".join(lines), encoding="utf-8")
-        note(f"{text}\nties are not wins; the standard error of a share of n pairs is at most 0.5 / sqrt(n)")
+    if first_rank and tables:
+        save(tables | baselines, records, args)

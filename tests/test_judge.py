@@ -1,4 +1,4 @@
-"""evaluate.py judge against servers that answer by script: verdicts, both orders, retries, the cache, what is reported."""
+"""evaluate.py judge against servers that answer by script: verdicts, orders, retries, cache, report."""
 
 import ast
 import contextlib
@@ -31,15 +31,23 @@ FAST = dict(judge_model="m", backoff=0.002, timeout=60.0, tries=4, concurrency=4
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """`script(question, number of the request, how often this question came before)` gives the judge's text, (status, headers,
-    body), "cut" for a closed connection, "half" for one closed within the body, or a number of seconds to be silent."""
+    """`script(question, number of the request, how often this question came before)` gives the judge's text,
+    (status, headers, body), "cut" for a closed connection, "half" for one closed within the body, or a
+    number of seconds to be silent."""
 
-    daemon_threads, request_queue_size = True, 64
+    daemon_threads = True
+    request_queue_size = 64
 
     def __init__(self, script):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.script, self.lock, self.active, self.most = script, threading.Lock(), 0, 0
-        self.asked, self.times, self.bodies, self.keys = [], [], [], []
+        self.script = script
+        self.lock = threading.Lock()
+        self.active = 0
+        self.most = 0
+        self.asked = []
+        self.times = []
+        self.bodies = []
+        self.keys = []
         self.endpoint = f"http://127.0.0.1:{self.server_port}/v1"
 
     def handle_error(self, request, client_address):
@@ -47,19 +55,19 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version, wbufsize = (
-        "HTTP/1.1",
-        1 << 16,
-    )  # head and body in one packet, or each reply waits for an acknowledgement
+    protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 16  # head and body in one packet, or each reply waits for an acknowledgement
 
     def log_message(self, *args):
         pass
 
     def do_POST(self):
-        server, body = self.server, json.loads(self.rfile.read(int(self.headers["content-length"])))
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         question = body["messages"][-1]["content"]
         with server.lock:
-            number, before = len(server.asked), server.asked.count(question)
+            number = len(server.asked)
+            before = server.asked.count(question)
             server.asked.append(question)
             server.times.append(time.monotonic())
             server.bodies.append(body)
@@ -118,14 +126,13 @@ def write(path, rows):
 @pytest.fixture
 def pair(tmp_path):
     """Two files of ten responses: the first is the better one for prompts 0 to 6, the second for 7 to 9."""
-    words = lambda good: "good" if good else "bad"
-    return tuple(
-        write(
-            tmp_path / f"{name}.jsonl",
-            [{"prompt": f"q{i}?", "response": f"{name} {words((i < 7) == first)} {i}"} for i in range(10)],
-        )
-        for name, first in (("one", True), ("two", False))
-    )
+    one = []
+    two = []
+    for i in range(10):
+        first, second = ("good", "bad") if i < 7 else ("bad", "good")
+        one.append({"prompt": f"q{i}?", "response": f"one {first} {i}"})
+        two.append({"prompt": f"q{i}?", "response": f"two {second} {i}"})
+    return write(tmp_path / "one.jsonl", one), write(tmp_path / "two.jsonl", two)
 
 
 def run(server, files, folder, **changes):
@@ -157,7 +164,7 @@ def lines(folder):
     return Path(folder, "judgements.jsonl").read_text().splitlines()
 
 
-# --- parsing and templates -------------------------------------------------------------------------------------------
+# --- parsing and templates -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -236,13 +243,15 @@ def test_fill_leaves_braces_of_answers_alone():
             dict(prompt="P", answer="R") if mode == "score" else dict(prompt="P", answer_a="R", answer_b="S")
         )
         filled = asking.fill(text, **parts)
-        assert "{" not in filled and filled.count("P\n") and "\nR\n" in filled
+        assert "{" not in filled
+        assert filled.count("P\n")
+        assert "\nR\n" in filled
         assert (
             asking.parse_verdict(mode, filled) is None
         )  # a judge that repeats its instructions has said nothing
 
 
-# --- numbers ---------------------------------------------------------------------------------------------------------
+# --- numbers -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("mean", "n"), [(0.5, 10), (0.0, 5), (1.0, 7), (0.675, 200), (0.9, 3)])
@@ -259,18 +268,19 @@ def test_wilson_inverts_the_score_test(mean, n):
         return inside
 
     low, high = asking.wilson(mean, n)
-    assert low == pytest.approx(end(mean, 0.0), abs=1e-6) and high == pytest.approx(end(mean, 1.0), abs=1e-6)
+    assert low == pytest.approx(end(mean, 0.0), abs=1e-6)
+    assert high == pytest.approx(end(mean, 1.0), abs=1e-6)
 
 
 def test_average():
     values = [1, 5, 4, 4, 2]
-    out, half = (
-        asking.average(values),
-        1.959963984540054 * math.sqrt(2.7) / math.sqrt(5),
-    )  # variance 2.7, by hand
-    assert out["mean"] == 3.2 and statistics.variance(values) == pytest.approx(2.7)
+    out = asking.average(values)
+    half = 1.959963984540054 * math.sqrt(2.7) / math.sqrt(5)  # variance 2.7, by hand
+    assert out["mean"] == 3.2
+    assert statistics.variance(values) == pytest.approx(2.7)
     assert out["ci95"] == pytest.approx([3.2 - half, 3.2 + half])
-    assert math.isnan(asking.average([3])["ci95"][0]) and math.isnan(asking.average([])["mean"])
+    assert math.isnan(asking.average([3])["ci95"][0])
+    assert math.isnan(asking.average([])["mean"])
     assert all(map(math.isnan, asking.wilson(math.nan, 0)))
 
 
@@ -293,20 +303,20 @@ def test_pairwise_numbers_by_hand():
     out = asking.pairwise_summary(rows)
     assert (out["pairs"], out["judged"], out["identical"]) == (7, 6, 1)
     assert (out["wins"], out["ties"], out["losses"]) == (2, 3, 1)
-    assert out["win_rate"] == pytest.approx((1 + 0.5 + 0.75 + 0 + 0.5 + 0.5) / 6) and out[
-        "ci95"
-    ] == asking.wilson(out["win_rate"], 6)
-    assert out["win_rate_without_ties"] == pytest.approx(2 / 3) and out["contradictory"] == pytest.approx(
-        1 / 5
-    )
-    assert out["says_a"] == pytest.approx(5 / 7) and out["longer_wins"] == pytest.approx(2 / 3)
+    assert out["win_rate"] == pytest.approx((1 + 0.5 + 0.75 + 0 + 0.5 + 0.5) / 6)
+    assert out["ci95"] == asking.wilson(out["win_rate"], 6)
+    assert out["win_rate_without_ties"] == pytest.approx(2 / 3)
+    assert out["contradictory"] == pytest.approx(1 / 5)
+    assert out["says_a"] == pytest.approx(5 / 7)
+    assert out["longer_wins"] == pytest.approx(2 / 3)
 
 
-# --- judging ---------------------------------------------------------------------------------------------------------
+# --- judging -------------------------------------------------------------------------------------------
 
 
 def test_each_pair_once_in_each_order(pair, tmp_path):
-    """Every question once, its twin swapped; either order is first for some; never more than --concurrency at once."""
+    """Every question once, its twin swapped; either order is first for some; never more than --concurrency
+    at once."""
     full = threading.Barrier(FAST["concurrency"])  # passes when so many questions are under way
 
     def script(question, number, before):
@@ -317,7 +327,8 @@ def test_each_pair_once_in_each_order(pair, tmp_path):
 
     with serving(script) as server:
         out, error = run(server, pair, tmp_path / "run")
-    assert error is None and len(server.asked) == len(set(server.asked)) == 20 == len(lines(tmp_path / "run"))
+    assert error is None
+    assert len(server.asked) == len(set(server.asked)) == 20 == len(lines(tmp_path / "run"))
     both = [shown(question) for question in server.asked]
     assert {(b, a) for a, b in both} == set(both)
     assert server.most == FAST["concurrency"]
@@ -332,7 +343,8 @@ def test_each_pair_once_in_each_order(pair, tmp_path):
         0.7,
         0.0,
     )
-    assert out["ci95"] == pytest.approx(asking.wilson(0.7, 10)) and out["says_a"] == 0.5
+    assert out["ci95"] == pytest.approx(asking.wilson(0.7, 10))
+    assert out["says_a"] == 0.5
     assert out["judgements"] == dict(
         wanted=20, cached=0, valid=20, unparsable=0, failed=0, not_asked=0, cut=0
     )
@@ -343,22 +355,23 @@ def test_each_pair_once_in_each_order(pair, tmp_path):
 def test_one_question_at_a_time(pair, tmp_path):
     with serving(honest) as server:
         run(server, pair, tmp_path / "run", concurrency=1, prompts=3)
-    assert server.most == 1 and len(server.asked) == 6
+    assert server.most == 1
+    assert len(server.asked) == 6
 
 
 def test_a_judge_that_always_says_a(pair, tmp_path):
     """Position alone gives no side a win, and shows."""
     with serving(lambda *_: "Verdict: A") as server:
         out, error = run(server, pair, tmp_path / "run")
-    assert error is None and (out["win_rate"], out["ties"], out["contradictory"], out["says_a"]) == (
+    assert error is None
+    assert (out["win_rate"], out["ties"], out["contradictory"], out["says_a"]) == (
         0.5,
         10,
         1.0,
         1.0,
     )
-    assert (
-        out["ci95"][1] - out["ci95"][0] > 0.4 and out["win_rate_without_ties"] is None
-    )  # no certainty from ten ties
+    assert out["ci95"][1] - out["ci95"][0] > 0.4  # no certainty from ten ties
+    assert out["win_rate_without_ties"] is None
 
 
 def test_seed_decides_the_prompts_and_the_order(pair, tmp_path):
@@ -371,22 +384,25 @@ def test_seed_decides_the_prompts_and_the_order(pair, tmp_path):
 
 
 def test_request(pair, tmp_path, monkeypatch):
-    """The key comes from the environment, the settings from the flags; --extra adds to them and takes away."""
+    """The key comes from the environment, the settings from the flags; --extra adds to them and takes
+    away."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     with serving(honest) as server:
         _, error = run(server, pair, tmp_path / "run", prompts=1, extra='{"max_tokens": null, "top_p": 0.5}')
-        assert error is None and server.keys[0] == "Bearer sk-test"
+        assert error is None
+        assert server.keys[0] == "Bearer sk-test"
         assert {
             key: server.bodies[0].get(key) for key in ("model", "temperature", "max_tokens", "top_p")
         } == {"model": "m", "temperature": 0.0, "max_tokens": None, "top_p": 0.5}
         monkeypatch.delenv("OPENAI_API_KEY")
         run(server, pair, tmp_path / "run", prompts=1)  # other settings: other questions
-        assert server.keys[-1] == "Bearer none" and len(server.asked) == 4
+        assert server.keys[-1] == "Bearer none"
+        assert len(server.asked) == 4
         run(server, pair, tmp_path / "run", prompts=1, judge_model="other")
         assert len(server.asked) == 6
 
 
-# --- faults ----------------------------------------------------------------------------------------------------------
+# --- faults --------------------------------------------------------------------------------------------
 
 FAULTS = {
     "busy": (429, {"retry-after": "0.05"}, '{"error": {"message": "slow down"}}'),
@@ -404,15 +420,22 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_that_pass(pair, tmp_path, fault):
-    """A question whose first tries meet a fault is asked again; all are judged once, and no more is asked than needed."""
+    """A question whose first tries meet a fault is asked again; all are judged once, and no more is asked
+    than needed."""
     slow = fault == "slow"  # the others wait long enough for any machine
-    bad = lambda question: "q3?" in question and "one good 3" in shown(question)[0]
-    script = lambda question, _, before: (
-        FAULTS[fault] if bad(question) and before < 2 - slow else honest(question)
-    )
+    faults = 1 if slow else 2
+
+    def bad(question):
+        return "q3?" in question and "one good 3" in shown(question)[0]
+
+    def script(question, _, before):
+        return FAULTS[fault] if bad(question) and before < faults else honest(question)
+
     with serving(script) as server:
         out, error = run(server, pair, tmp_path / "run", **(dict(timeout=1.0, tries=10) if slow else {}))
-    assert error is None and out["judgements"]["valid"] == 20 and len(lines(tmp_path / "run")) == 20
+    assert error is None
+    assert out["judgements"]["valid"] == 20
+    assert len(lines(tmp_path / "run")) == 20
     assert len(server.asked) == 22 if not slow else len(server.asked) >= 21
     assert out["win_rate"] == 0.7
 
@@ -420,17 +443,24 @@ def test_faults_that_pass(pair, tmp_path, fault):
 def test_everything_at_once(pair, tmp_path):
     """Every first try fails, in all quick ways by turns."""
     quick = [fault for name, fault in FAULTS.items() if name != "slow"]
-    script = lambda question, number, before: honest(question) if before else quick[number % len(quick)]
+
+    def script(question, number, before):
+        return honest(question) if before else quick[number % len(quick)]
+
     with serving(script) as server:
         out, error = run(server, pair, tmp_path / "run")
-    assert error is None and out["judgements"]["valid"] == 20 and server.most <= FAST["concurrency"]
-    assert len(server.asked) == 40 and len(lines(tmp_path / "run")) == 20
+    assert error is None
+    assert out["judgements"]["valid"] == 20
+    assert server.most <= FAST["concurrency"]
+    assert len(server.asked) == 40
+    assert len(lines(tmp_path / "run")) == 20
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
 def test_retry_after_is_obeyed(pair, tmp_path, form):
     """By all workers: nobody asks before the server wants to be asked."""
-    said, least = threading.Event(), {"seconds": 0.5, "date": 1.0}[form]  # a date has whole seconds
+    said = threading.Event()
+    least = 0.5 if form == "seconds" else 1.0  # a date has whole seconds
 
     def script(question, number, before):
         if number == 0:
@@ -444,57 +474,59 @@ def test_retry_after_is_obeyed(pair, tmp_path, form):
     with serving(script) as server:
         _, error = run(server, pair, tmp_path / "run", concurrency=2, prompts=3)
     early = [t for t in server.times[1:] if t < server.times[0] + least - 0.01]
-    assert (
-        error is None and len(server.asked) == 7 and len(early) <= 2
-    )  # the one under way; one that its answer let go before
+    assert error is None
+    assert len(server.asked) == 7
+    assert len(early) <= 2  # the one under way; one that its answer let go before
 
 
 def test_a_server_that_asks_for_too_long_a_wait(pair, tmp_path):
     with serving(lambda *_: (429, {"retry-after": "3600"}, '{"error": {"message": "quota"}}')) as server:
         out, error = run(server, pair, tmp_path / "run", max_wait=1.0)
-    assert (
-        out is None
-        and len(server.asked) <= 2 * FAST["concurrency"]
-        and "asks to wait 3600 s" in error
-        and "\n" not in error
-    )
+    assert out is None
+    assert len(server.asked) <= 2 * FAST["concurrency"]
+    assert "asks to wait 3600 s" in error
+    assert "\n" not in error
 
 
 def test_pauses_grow_and_are_random(pair, tmp_path, monkeypatch):
     """Between half and all of --backoff, doubled each time, --max-wait at most."""
-    slept, sleep = [], asking.asyncio.sleep
-    monkeypatch.setattr(asking.asyncio, "sleep", lambda s: slept.append(s) or sleep(0))
+    slept = []
+    sleep = asking.asyncio.sleep
+
+    def note_sleep(seconds):
+        slept.append(seconds)
+        return sleep(0)
+
+    monkeypatch.setattr(asking.asyncio, "sleep", note_sleep)
     with serving(lambda *_: (500, {}, "")) as server:
         run(server, pair, tmp_path / "run", concurrency=1, tries=6, backoff=1.0, max_wait=10.0, prompts=1)
-    assert len(server.asked) == 12 and len(slept) == 10
-    assert (
-        all(peak / 2 <= s <= peak for s, peak in zip(slept, [1, 2, 4, 8, 10] * 2, strict=True))
-        and len(set(slept)) == 10
-    )
+    assert len(server.asked) == 12
+    assert len(slept) == 10
+    assert all(peak / 2 <= s <= peak for s, peak in zip(slept, [1, 2, 4, 8, 10] * 2, strict=True))
+    assert len(set(slept)) == 10
 
 
 def test_unparsable_answers_are_kept_and_counted(pair, tmp_path):
     """Asked again only with --retry-unparsable; their pairs have no result."""
-    vague = lambda question, *_: "I like both." if "q1?" in question else honest(question)
+
+    def vague(question, *_):
+        return "I like both." if "q1?" in question else honest(question)
+
     with serving(vague) as server:
         out, error = run(server, pair, tmp_path / "run")
-        assert (
-            error is None
-            and len(server.asked) == 20
-            and out["judgements"]["unparsable"] == 2
-            and out["judged"] == 9
-        )
+        assert error is None
+        assert len(server.asked) == 20
+        assert out["judgements"]["unparsable"] == 2
+        assert out["judged"] == 9
         again, _ = run(server, pair, tmp_path / "run")
-        assert (
-            len(server.asked) == 20
-            and again["judgements"] == out["judgements"] | {"cached": 20}
-            and again["win_rate"] == out["win_rate"]
-        )
+        assert len(server.asked) == 20
+        assert again["judgements"] == out["judgements"] | {"cached": 20}
+        assert again["win_rate"] == out["win_rate"]
         server.script = honest
         out, _ = run(server, pair, tmp_path / "run", retry_unparsable=True)
-        assert (
-            len(server.asked) == 22 and out["judgements"]["valid"] == 20 and out["judgements"]["cached"] == 18
-        )
+        assert len(server.asked) == 22
+        assert out["judgements"]["valid"] == 20
+        assert out["judgements"]["cached"] == 18
         run(server, pair, tmp_path / "run", retry_unparsable=True)
         assert len(server.asked) == 22
 
@@ -504,41 +536,38 @@ def test_an_answer_without_text(pair, tmp_path):
     choice = {"index": 0, "message": {"role": "assistant", "content": None}, "finish_reason": "length"}
     with serving(lambda *_: (200, {}, json.dumps({"choices": [choice]}))) as server:
         out, error = run(server, pair, tmp_path / "run")
-    assert (
-        error is None
-        and out["judgements"]["unparsable"] == out["judgements"]["cut"] == len(server.asked) == 20
-    )
-    assert out["win_rate"] is None and out["judged"] == 0
+    assert error is None
+    assert out["judgements"]["unparsable"] == out["judgements"]["cut"] == len(server.asked) == 20
+    assert out["win_rate"] is None
+    assert out["judged"] == 0
 
 
 def test_a_question_that_always_fails_is_reported(pair, tmp_path):
-    """After --tries tries, as failed, not cached; the others are judged; the same command asks for it alone."""
-    poison = lambda question, *_: (500, {}, "boom") if "q4?" in question else honest(question)
+    """After --tries tries, as failed, not cached; the others are judged; the same command asks for it
+    alone."""
+
+    def poison(question, *_):
+        return (500, {}, "boom") if "q4?" in question else honest(question)
+
     with serving(poison) as server:
         out, error = run(server, pair, tmp_path / "run")
-        assert (
-            "2 of 20 judgements are missing" in error
-            and "HTTP 500" in error
-            and "boom" in error
-            and "\n" not in error
-        )
+        assert "2 of 20 judgements are missing" in error
+        assert "HTTP 500" in error
+        assert "boom" in error
+        assert "\n" not in error
         assert out["judgements"] == dict(
             wanted=20, cached=0, valid=18, unparsable=0, failed=2, not_asked=0, cut=0
         )
-        assert (
-            out["judged"] == 9
-            and sum(out["failures"].values()) == 2
-            and len(server.asked) == 18 + 2 * FAST["tries"]
-        )
+        assert out["judged"] == 9
+        assert sum(out["failures"].values()) == 2
+        assert len(server.asked) == 18 + 2 * FAST["tries"]
         server.asked.clear()
         server.script = honest
         out, error = run(server, pair, tmp_path / "run")
-    assert (
-        error is None
-        and len(server.asked) == 2
-        and out["judgements"]["valid"] == 20
-        and out["judgements"]["cached"] == 18
-    )
+    assert error is None
+    assert len(server.asked) == 2
+    assert out["judgements"]["valid"] == 20
+    assert out["judgements"]["cached"] == 18
 
 
 def test_a_question_that_is_too_long_stops_nothing(pair, tmp_path):
@@ -546,27 +575,27 @@ def test_a_question_that_is_too_long_stops_nothing(pair, tmp_path):
     too_long = (400, {}, '{"error": {"message": "maximum context length"}}')
     with serving(lambda question, *_: honest(question) if "q2?" not in question else too_long) as server:
         out, error = run(server, pair, tmp_path / "run")
-    assert len(server.asked) == 20 and out["judgements"]["failed"] == 2 and "maximum context length" in error
+    assert len(server.asked) == 20
+    assert out["judgements"]["failed"] == 2
+    assert "maximum context length" in error
     with serving(lambda *_: (400, {}, '{"error": {"message": "unsupported parameter"}}')) as server:
         out, error = run(server, pair, tmp_path / "none")
-    assert (
-        out is None
-        and len(server.asked) <= 2 * FAST["concurrency"]
-        and "unsupported parameter" in error
-        and "\n" not in error
-    )
+    assert out is None
+    assert len(server.asked) <= 2 * FAST["concurrency"]
+    assert "unsupported parameter" in error
+    assert "\n" not in error
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_wrong_key_or_model_ends_at_once(pair, tmp_path, status):
     with serving(lambda *_: (status, {}, '{"error": {"message": "no such\\nthing"}}')) as server:
         out, error = run(server, pair, tmp_path / "run")
-    assert out is None and len(server.asked) <= FAST["concurrency"] and lines(tmp_path / "run") == []
-    assert (
-        error.startswith(f"error: {server.endpoint}: HTTP {status}")
-        and "no such" in error
-        and "\n" not in error
-    )
+    assert out is None
+    assert len(server.asked) <= FAST["concurrency"]
+    assert lines(tmp_path / "run") == []
+    assert error.startswith(f"error: {server.endpoint}: HTTP {status}")
+    assert "no such" in error
+    assert "\n" not in error
 
 
 def test_no_server(pair, tmp_path):
@@ -574,11 +603,9 @@ def test_no_server(pair, tmp_path):
         free.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     out, error = run(endpoint, pair, tmp_path / "run")
-    assert (
-        out is None
-        and error.startswith(f"error: {endpoint}: no connection")
-        and f"({FAST['tries']} tries)" in error
-    )
+    assert out is None
+    assert error.startswith(f"error: {endpoint}: no connection")
+    assert f"({FAST['tries']} tries)" in error
 
 
 def test_a_server_that_dies_on_the_way(pair, tmp_path):
@@ -586,21 +613,19 @@ def test_a_server_that_dies_on_the_way(pair, tmp_path):
     with serving(lambda question, number, before: honest(question) if number < 9 else "cut") as server:
         out, error = run(server, pair, tmp_path / "run")
         counts = out["judgements"]
-        assert (
-            counts["valid"] == 9 == len(lines(tmp_path / "run"))
-            and counts["failed"] + counts["not_asked"] == 11
-        )
-        assert counts["not_asked"] and "11 of 20 judgements are missing" in error and "no connection" in error
+        assert counts["valid"] == 9 == len(lines(tmp_path / "run"))
+        assert counts["failed"] + counts["not_asked"] == 11
+        assert counts["not_asked"]
+        assert "11 of 20 judgements are missing" in error
+        assert "no connection" in error
         assert len(server.asked) <= 9 + (FAST["concurrency"] * 2 - 1) * FAST["tries"]
         server.asked.clear()
         server.script = honest
         out, error = run(server, pair, tmp_path / "run")
-    assert (
-        error is None
-        and len(server.asked) == 11
-        and out["judgements"]["valid"] == 20
-        and out["win_rate"] == 0.7
-    )
+    assert error is None
+    assert len(server.asked) == 11
+    assert out["judgements"]["valid"] == 20
+    assert out["win_rate"] == 0.7
 
 
 def test_a_torn_line_is_survived(pair, tmp_path):
@@ -612,7 +637,9 @@ def test_a_torn_line_is_survived(pair, tmp_path):
         for asked in (1, 0):
             server.asked.clear()
             out, error = run(server, pair, tmp_path / "run")
-            assert error is None and len(server.asked) == asked and out["judgements"]["valid"] == 20
+            assert error is None
+            assert len(server.asked) == asked
+            assert out["judgements"]["valid"] == 20
         assert out["win_rate"] == before["win_rate"]
 
 
@@ -629,14 +656,16 @@ def test_interrupted(pair, tmp_path):
     with serving(script) as server:
         out, error = run(server, pair, tmp_path / "run", concurrency=1)
     signal.signal(signal.SIGINT, before)
-    assert out["judgements"]["valid"] == 10 and "10 of 20 judgements are missing (interrupted)" in error
+    assert out["judgements"]["valid"] == 10
+    assert "10 of 20 judgements are missing (interrupted)" in error
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ---------------------------------------------------------------------------------------------
 
 
 def test_scores_and_forms_of_files(tmp_path, capsys):
-    """Our rows, chat messages, alpaca_eval's list; prompts of one file alone, second and empty responses; paired difference."""
+    """Our rows, chat messages, alpaca_eval's list; prompts of one file alone, second and empty responses;
+    paired difference."""
     chat = [{"role": "user", "content": "q1"}]
     talk = [{"role": "system", "content": "Be brief."}, *chat]
     rows = [("q0", "5"), (chat, "4"), (talk, "3"), ("q0", "1"), ("q3", ""), ("mine", "5")]
@@ -645,53 +674,58 @@ def test_scores_and_forms_of_files(tmp_path, capsys):
     (tmp_path / "b.json").write_text(
         json.dumps([{"instruction": p, "output": r, "generator": "y"} for p, r in alpaca])
     )
-    answer = lambda question: re.search(r"<answer>\n(.*?)\n</answer>", question, re.S)[1]
+
+    def answer(question):
+        return re.search(r"<answer>\n(.*?)\n</answer>", question, re.S)[1]
+
     with serving(lambda question, *_: f"Score: {answer(question) or 1}") as server:
         out, error = run(server, (ours, str(tmp_path / "b.json")), tmp_path / "run", mode="score")
-    assert error is None and len(server.asked) == 8  # both files answer one prompt with 3: one question
-    assert out["judgements"]["valid"] == 9 and out["not_in_every_file"] == [1, 0]
+    assert error is None
+    assert len(server.asked) == 8  # both files answer one prompt with 3: one question
+    assert out["judgements"]["valid"] == 9
+    assert out["not_in_every_file"] == [1, 0]
     first, second = out["files"]
-    assert first["histogram"] == [1, 0, 1, 1, 2] and first["mean"] == 3.6 and first["n"] == 5
-    assert second["histogram"] == [0, 2, 1, 1, 0] and second["mean"] == 2.75
+    assert first["histogram"] == [1, 0, 1, 1, 2]
+    assert first["mean"] == 3.6
+    assert first["n"] == 5
+    assert second["histogram"] == [0, 2, 1, 1, 0]
+    assert second["mean"] == 2.75
     assert out["difference"] == {
         "n": 4,
         "mean": 0.5,
         "ci95": pytest.approx(asking.average([1, 2, 0, -1])["ci95"]),
     }
     said = capsys.readouterr().out
-    assert (
-        "1 of its prompts are not in every file" in said
-        and "1 further responses" in said
-        and "first - second: mean 0.500" in said
-    )
+    assert "1 of its prompts are not in every file" in said
+    assert "1 further responses" in said
+    assert "first - second: mean 0.500" in said
 
 
 def test_equal_responses_are_a_tie_unasked(tmp_path):
-    one = write(
-        tmp_path / "a.jsonl",
-        [
-            {"prompt": "p", "response": "same"},
-            {"prompt": "q", "response": "good"},
-            {"prompt": "z", "response": "z"},
-        ],
-    )
-    two = write(
-        tmp_path / "b.jsonl", [{"prompt": "q", "response": "bad"}, {"prompt": "p", "response": "same"}]
-    )
+    same = {"prompt": "p", "response": "same"}
+    good = {"prompt": "q", "response": "good"}
+    alone = {"prompt": "z", "response": "z"}
+    one = write(tmp_path / "a.jsonl", [same, good, alone])
+    two = write(tmp_path / "b.jsonl", [{"prompt": "q", "response": "bad"}, same])
     with serving(honest) as server:
         out, error = run(server, (one, two), tmp_path / "run")
-    assert error is None and len(server.asked) == 2 and out["not_in_every_file"] == [1, 0]
+    assert error is None
+    assert len(server.asked) == 2
+    assert out["not_in_every_file"] == [1, 0]
     assert (out["pairs"], out["wins"], out["ties"], out["identical"], out["win_rate"]) == (2, 1, 1, 1, 0.75)
 
 
 def test_template(pair, tmp_path):
     file = tmp_path / "t.txt"
     file.write_text(
-        "Which? {prompt} <answer_a>\n{answer_a}\n</answer_a><answer_b>\n{answer_b}\n</answer_b> Say `Verdict: X`."
+        "Which? {prompt} <answer_a>\n{answer_a}\n</answer_a><answer_b>\n{answer_b}\n</answer_b> "
+        "Say `Verdict: X`."
     )
     with serving(honest) as server:
         out, error = run(server, pair, tmp_path / "run", template=str(file))
-        assert error is None and server.asked[0].startswith("Which? q") and out["win_rate"] == 0.7
+        assert error is None
+        assert server.asked[0].startswith("Which? q")
+        assert out["win_rate"] == 0.7
         file.write_text("{prompt} {answer_a}")
         assert "must hold {answer_b}" in run(server, pair, tmp_path / "run", template=str(file))[1]
 
@@ -717,35 +751,34 @@ def test_arguments_and_files_that_make_no_sense(pair, tmp_path, monkeypatch):
 
 
 def test_command_line(pair, tmp_path, monkeypatch, capfd):
-    """As from a shell: nothing but a bar on stderr, and that only on a terminal; --help explains every field."""
+    """As from a shell: nothing but a bar on stderr, and that only on a terminal; --help explains every
+    field."""
     with serving(honest) as server:
-        flags = [
-            "--responses",
-            *pair,
-            "--judge-model",
-            "m",
-            "--endpoint",
-            server.endpoint,
-            "--run-dir",
-            str(tmp_path / "out"),
-        ]
+        flags = ["--responses", *pair, "--judge-model", "m", "--endpoint", server.endpoint]
+        flags += ["--run-dir", str(tmp_path / "out")]
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "judge", *flags, "--prompts", "2"])
         runpy.run_path(str(helpers.ROOT / "evaluate.py"), run_name="__main__")
     out, err = capfd.readouterr()
-    assert "win rate" in out and err == "" and (tmp_path / "out/judge.json").exists()
+    assert "win rate" in out
+    assert err == ""
+    assert (tmp_path / "out/judge.json").exists()
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "judge", "--help"])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(helpers.ROOT / "evaluate.py"), run_name="__main__")
-    squeeze = lambda text: re.sub(r"[^a-z0-9]", "", text.lower())
+
+    def squeeze(text):
+        return re.sub(r"[^a-z0-9]", "", text.lower())
+
     text = squeeze(capfd.readouterr().out)
     tree = ast.parse((helpers.ROOT / "evaluation/judge.py").read_text())
     (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Judge")
-    assert end.value.code == 0 and len(body) == 2 * len(dataclasses.fields(evaluate.Judge)) + 1
+    assert end.value.code == 0
+    assert len(body) == 2 * len(dataclasses.fields(evaluate.Judge)) + 1
     for field, doc in zip(body[1::2], body[2::2], strict=True):
         assert squeeze(field.target.id) in text and squeeze(doc.value.value) in text, field.target.id
 
 
-# --- a real server ---------------------------------------------------------------------------------------------------
+# --- a real server -------------------------------------------------------------------------------------
 
 MODEL = os.environ.get("VALUE_FIRST_CHAT_MODEL", "")
 
@@ -753,7 +786,8 @@ MODEL = os.environ.get("VALUE_FIRST_CHAT_MODEL", "")
 @pytest.mark.skipif(not MODEL, reason="VALUE_FIRST_CHAT_MODEL names no folder of a chat model")
 @pytest.mark.parametrize("mode", ["pairwise", "score"])
 def test_transformers_serve(tmp_path, mode):
-    """A small model behind a real server: everything is answered and counted, and asked once. It may well be a bad judge."""
+    """A small model behind a real server: everything is answered and counted, and asked once. It may well be
+    a bad judge."""
     pytest.importorskip("uvicorn", reason='pip install "transformers[serving]"')
     pytest.importorskip("fastapi", reason='pip install "transformers[serving]"')
     questions = {

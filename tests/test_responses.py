@@ -1,4 +1,4 @@
-"""evaluate.py responses: what is generated, kept and refused; each text metric against figures worked out by hand."""
+"""evaluate.py responses: what is generated, kept and refused; text metrics against figures by hand."""
 
 import functools
 import importlib.metadata
@@ -58,9 +58,8 @@ def run(world, group, monkeypatch):
     monkeypatch.chdir(world.folder)
 
     def responses(run_dir, **args):
-        evaluate.responses(
-            evaluate.Responses(**SMALL | dict(dataset="prompts.jsonl", batch_size=7, run_dir=run_dir) | args)
-        )
+        given = SMALL | dict(dataset="prompts.jsonl", batch_size=7, run_dir=run_dir) | args
+        evaluate.responses(evaluate.Responses(**given))
         return world.path(run_dir)
 
     return responses
@@ -71,7 +70,7 @@ def t5(tmp_path_factory):
     return helpers.make_t5(tmp_path_factory.mktemp("t5"))
 
 
-# --- metrics ---------------------------------------------------------------------------------------------------------
+# --- metrics -------------------------------------------------------------------------------------------
 
 
 def test_mean_and_its_interval():
@@ -83,30 +82,33 @@ def test_mean_and_its_interval():
 
 @needs("rouge_score")
 def test_rouge_l():
-    """The longest common subsequence, "the cat on mat", is 4 of 5 words written, 4 of 6 asked for. An empty text has 0."""
+    """The longest common subsequence, "the cat on mat", is 4 of 5 words written, 4 of 6 asked for. An empty
+    text has 0."""
     found = text_metrics.rouge_l(["the cat on a mat", ""], ["The cat sat on the mat.", "x"], None)
     assert found["mean"] == pytest.approx((2 * 0.8 * 4 / 6 / (0.8 + 4 / 6)) / 2)
-    assert found["n"] == 2 and "rouge-score" in found["by"]
+    assert found["n"] == 2
+    assert "rouge-score" in found["by"]
 
 
 @needs("sacrebleu")
 def test_bleu():
-    """Precisions 5/6, 4/5, 3/4, 2/3 and no brevity penalty; then one over a corpus, whose counts are summed."""
-    text, reference = "the cat sat on the mat", "the cat sat on the rug"
+    """Precisions 5/6, 4/5, 3/4, 2/3 and no brevity penalty; then one over a corpus, whose counts are
+    summed."""
+    text = "the cat sat on the mat"
+    reference = "the cat sat on the rug"
     assert text_metrics.bleu([text], [reference], None)["mean"] == pytest.approx(100 * (1 / 3) ** 0.25)
     corpus = text_metrics.bleu([text, "a b c d"], [reference, "a b c d e f"], None)
     expected = math.exp(1 - 12 / 10) * (9 / 10 * 7 / 8 * 5 / 6 * 3 / 4) ** 0.25
-    assert (
-        corpus["mean"] == pytest.approx(100 * expected)
-        and corpus["ci95"] > 0
-        and "smooth:exp" in corpus["by"]
-    )
+    assert corpus["mean"] == pytest.approx(100 * expected)
+    assert corpus["ci95"] > 0
+    assert "smooth:exp" in corpus["by"]
 
 
 @needs("nltk")
 @pytest.mark.skipif(not wordnet(), reason="nltk has no WordNet: python -m nltk.downloader wordnet")
 def test_meteor():
-    """The example of Hugging Face's METEOR, 0.6944; three words in one chunk, one of them a synonym; nothing of nothing."""
+    """The example of Hugging Face's METEOR, 0.6944; three words in one chunk, one of them a synonym; nothing
+    of nothing."""
     text = "It is a guide to action which ensures that the military always obeys the commands of the party"
     reference = "It is a guide to action that ensures that the military will forever heed Party commands"
     assert text_metrics.meteor([text], [reference], None)["mean"] == pytest.approx(0.6944, abs=5e-5)
@@ -118,7 +120,8 @@ def test_meteor():
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
-    """Random RoBERTa of 3 layers, with roberta-large's kind of tokenizer, as an encoder and as a classifier of two kinds."""
+    """Random RoBERTa of 3 layers, with roberta-large's kind of tokenizer, as an encoder and as a classifier
+    of two kinds."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaTokenizer
 
@@ -127,7 +130,8 @@ def encoders(tmp_path_factory):
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     trainer = trainers.BpeTrainer(special_tokens=special, show_progress=False)
     words.train_from_iterator(["the soup was warm", "a bad waiter"] * 5, trainer)
-    state, folder = json.loads(words.to_str())["model"], tmp_path_factory.mktemp("encoders")
+    state = json.loads(words.to_str())["model"]
+    folder = tmp_path_factory.mktemp("encoders")
     tokenizer = RobertaTokenizer(vocab=state["vocab"], merges=[tuple(merge) for merge in state["merges"]])
     torch.manual_seed(0)
     shape = dict(
@@ -142,8 +146,10 @@ def encoders(tmp_path_factory):
         ("single_label_classification", ["fine", "toxic"]),
         ("multi_label_classification", ["toxic", "b", "c"]),
     ):
-        config.problem_type, config.id2label = kind, dict(enumerate(labels))
-        config.label2id, config.num_labels = {label: i for i, label in enumerate(labels)}, len(labels)
+        config.problem_type = kind
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+        config.num_labels = len(labels)
         RobertaForSequenceClassification(config).eval().save_pretrained(folder / kind)
         tokenizer.save_pretrained(folder / kind)
     return folder
@@ -151,48 +157,52 @@ def encoders(tmp_path_factory):
 
 @needs("bert_score")
 def test_bertscore(encoders, group):
-    """F1 of the best cosine for each token but <s> and </s>, from one layer; 0 of an empty text, whatever is in its batch."""
+    """F1 of the best cosine for each token but <s> and </s>, from one layer; 0 of an empty text, whatever is
+    in its batch."""
     from transformers import AutoModel, AutoTokenizer
 
     folder = str(encoders / "single_label_classification")
     pairs = [("the soup was bad", "the waiter was warm"), ("", "a soup"), ("warm soup", "warm soup")]
     args = SimpleNamespace(**OPTIONS | dict(bertscore_model=folder, bertscore_layer=2))
     found = text_metrics.bertscore(*zip(*pairs, strict=True), args)
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder).eval()
 
     def states(text):
+        encoded = tokenizer(text, return_tensors="pt")
         with torch.no_grad():
-            hidden = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states[
-                2
-            ][0]
-        return torch.nn.functional.normalize(hidden, dim=-1)
+            output = model(**encoded, output_hidden_states=True)
+        return torch.nn.functional.normalize(output.hidden_states[2][0], dim=-1)  # [tokens, hidden], layer 2
 
     table = (
         states(" " + pairs[0][0]) @ states(" " + pairs[0][1]).T
     )  # bert-score puts a space before RoBERTa's texts
-    precision, recall = table.max(1).values[1:-1].mean(), table.max(0).values[1:-1].mean()
+    precision = table.max(1).values[1:-1].mean()
+    recall = table.max(0).values[1:-1].mean()
     expected = [(2 * precision * recall / (precision + recall)).item(), 0.0, 1.0]
-    assert found["mean"] == pytest.approx(statistics.fmean(expected), abs=1e-5) and 0 < expected[0] < 0.999
-    assert found["n"] == 3 and "layer 2" in found["by"]
+    assert found["mean"] == pytest.approx(statistics.fmean(expected), abs=1e-5)
+    assert 0 < expected[0] < 0.999
+    assert found["n"] == 3
+    assert "layer 2" in found["by"]
     long = text_metrics.bertscore(["soup " * 700], ["soup " * 700], args)  # more tokens than positions: cut
     assert long["mean"] == pytest.approx(1.0, abs=1e-5)
 
 
 @needs("bert_score")
 def test_bertscore_layer(encoders, tmp_path):
-    """The authors' choice by the model's name, in a local folder too; else the flag, within the model's depth."""
+    """The authors' choice by the model's name, in a local folder too; else the flag, within the model's
+    depth."""
     from transformers import RobertaConfig
 
     folder = str(encoders / "single_label_classification")
     RobertaConfig(num_hidden_layers=24).save_pretrained(tmp_path / "roberta-large")
-    layer = lambda model, flag: text_metrics.bertscore_layer(
-        SimpleNamespace(bertscore_model=str(model), bertscore_layer=flag)
-    )
-    assert (
-        layer(tmp_path / "roberta-large", 0) == 17
-        and layer(tmp_path / "roberta-large", 3) == 3
-        and layer(folder, 3) == 3
-    )
+
+    def layer(model, flag):
+        return text_metrics.bertscore_layer(SimpleNamespace(bertscore_model=str(model), bertscore_layer=flag))
+
+    assert layer(tmp_path / "roberta-large", 0) == 17
+    assert layer(tmp_path / "roberta-large", 3) == 3
+    assert layer(folder, 3) == 3
     for flag, words in ((0, "no tuned layer"), (4, "layers 1 to 3"), (-1, "layers 1 to 3")):
         with pytest.raises(SystemExit, match=words):
             layer(folder, flag)
@@ -202,21 +212,22 @@ def test_bertscore_layer(encoders, tmp_path):
 
 @pytest.mark.parametrize("kind", ["single_label_classification", "multi_label_classification"])
 def test_toxicity(encoders, group, kind):
-    """The label's probability: softmax over labels that exclude each other, else a sigmoid; long texts are cut."""
+    """The label's probability: softmax over labels that exclude each other, else a sigmoid; long texts are
+    cut."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    folder, texts = str(encoders / kind), ["the waiter was bad", "soup"]
+    folder = str(encoders / kind)
+    texts = ["the waiter was bad", "soup"]
     args = SimpleNamespace(**OPTIONS | dict(toxicity_model=folder))
     found = text_metrics.toxicity(texts, None, args)
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(folder),
-        AutoModelForSequenceClassification.from_pretrained(folder).eval(),
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
         logits = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in texts])
     one_of = kind == "single_label_classification"
     expected = logits.softmax(-1)[:, 1] if one_of else logits.sigmoid()[:, 0]
-    assert found["mean"] == pytest.approx(expected.mean().item(), abs=1e-5) and found["n"] == 2
+    assert found["mean"] == pytest.approx(expected.mean().item(), abs=1e-5)
+    assert found["n"] == 2
     assert text_metrics.toxicity(["soup " * 700, ""], None, args)["n"] == 2
     with pytest.raises(SystemExit, match="labels of .* are"):
         text_metrics.check(
@@ -224,11 +235,12 @@ def test_toxicity(encoders, group, kind):
         )
 
 
-# --- generation ------------------------------------------------------------------------------------------------------
+# --- generation ----------------------------------------------------------------------------------------
 
 
 def test_files_of_one_turn(world, run, capsys):
-    """Two models of different tokenizers: every prompt once, in the file's order; AlpacaEval's list; the table."""
+    """Two models of different tokenizers: every prompt once, in the file's order; AlpacaEval's list; the
+    table."""
     folder = helpers.make_t5(world.path("runs/other/model"))
     out = run("runs/ev-files", models=("reviews", folder), reward=("helpers:length_reward",), metrics=())
     prompts = list(dict.fromkeys(row["prompt"] for row in lines(world.path("prompts.jsonl"))))
@@ -240,9 +252,8 @@ def test_files_of_one_turn(world, run, capsys):
             set(record) >= {"response", "model", "length", "truncated", "reference"} for record in records
         )
         assert {record["model"] for record in records} == {name}
-        assert any(r["truncated"] for r in records) and all(
-            r["length"] == 8 for r in records if r["truncated"]
-        )
+        assert any(r["truncated"] for r in records)
+        assert all(r["length"] == 8 for r in records if r["truncated"])
         alpaca = json.loads((out / name / "alpaca_eval.json").read_text())
         assert alpaca == [
             {
@@ -255,20 +266,21 @@ def test_files_of_one_turn(world, run, capsys):
         ]
         scores = helpers.length_reward(None, [record["response"] for record in records])
         found = result["models"][name]
-        assert found["length_reward"]["mean"] == pytest.approx(statistics.fmean(scores)) and found["length"][
-            "n"
-        ] == len(prompts)
+        assert found["length_reward"]["mean"] == pytest.approx(statistics.fmean(scores))
+        assert found["length"]["n"] == len(prompts)
         assert found["characters"]["mean"] == pytest.approx(
             statistics.fmean(len(r["response"]) for r in records)
         )
         assert found["truncated"]["mean"] == pytest.approx(statistics.fmean(r["truncated"] for r in records))
     table = capsys.readouterr().out.splitlines()
     assert table[-4] == "| model | n | length | characters | truncated | distinct_2 | length_reward |"
-    assert table[-2].startswith("| reviews | 24 |") and table[-1].startswith("| other | 24 |")
+    assert table[-2].startswith("| reviews | 24 |")
+    assert table[-1].startswith("| other | 24 |")
 
 
 def test_embedded_world_gives_the_figures_of_the_other_scripts(run, world):
-    """`python evaluate.py responses`: ppo.py's held-out prompts and the same draws as its evaluation before step 1."""
+    """`python evaluate.py responses`: ppo.py's held-out prompts and the same draws as its evaluation before
+    step 1."""
     out = run("runs/ev-reviews", **evaluate.RESPONSES_REVIEWS | dict(dataset="reviews"))
     args = helpers.ARGS["ppo"] | dict(
         dataset="reviews", part="rl", eval_prompts=96, steps=0, max_response_length=32
@@ -282,14 +294,17 @@ def test_embedded_world_gives_the_figures_of_the_other_scripts(run, world):
 
 
 def test_two_turns_are_two_calls(world, run, group):
-    """The second turn is asked on top of the model's own answer to the first; one question has one turn alone."""
+    """The second turn is asked on top of the model's own answer to the first; one question has one turn
+    alone."""
     out = run("runs/ev-turns", dataset=world.write("mt.jsonl", MT_BENCH), batch_size=2) / "reviews"
     folder = str(helpers.ROOT / "assets/policy")
-    tokenizer, expected = load_tokenizer(folder), []
+    tokenizer = load_tokenizer(folder)
+    expected = []
     args = SimpleNamespace(precision="fp32", shard_size=0, lora_rank=0)
     policy = load_model("policy", folder, tokenizer, args, trained=False)
     for question in MT_BENCH:
-        chat, turns = [], []
+        chat = []
+        turns = []
         for turn in question["turns"]:
             chat += [{"role": "user", "content": turn}]
             tokens = rollout(policy, tokenizer, [encode_prompt(tokenizer, chat)], 8, 0.0, (0, 0))[0][0]
@@ -300,11 +315,10 @@ def test_two_turns_are_two_calls(world, run, group):
     assert [(row["question_id"], row["choices"][0]["turns"]) for row in found] == expected
     assert [len(turns) for _, turns in expected] == [2, 2, 1]
     for row in found:
-        assert (
-            set(row) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
-            and row["model_id"] == "reviews"
-        )
-        assert row["choices"][0]["index"] == 0 and len(row["choices"]) == 1
+        assert set(row) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+        assert row["model_id"] == "reviews"
+        assert row["choices"][0]["index"] == 0
+        assert len(row["choices"]) == 1
     assert len({row["answer_id"] for row in found}) == 3
     records = lines(out / "responses.jsonl")
     assert [(r["turn"], isinstance(r["prompt"], str)) for r in records] == [(0, True), (1, False)] * 2 + [
@@ -319,12 +333,12 @@ def test_batches_do_not_change_greedy_answers(run, t5):
     args = dict(models=("reviews", t5), names=("a", "b"), prompts=7)
     found = [run(f"runs/ev-batch-{size}", **args, batch_size=size) for size in (1, 3, 64)]
     texts = [[(out / name / "responses.jsonl").read_text() for name in "ab"] for out in found]
-    assert texts[0] == texts[1] == texts[2] and len(set(texts[0][0].split("\n"))) == 8
+    assert texts[0] == texts[1] == texts[2]
+    assert len(set(texts[0][0].split("\n"))) == 8
 
 
 def _main(args, patch=None):
     """`responses` as a rank of a group."""
-
     if patch:
         patch()
     distributed.launch(evaluate.responses, evaluate.Responses(**args))
@@ -338,27 +352,32 @@ def test_ranks_give_the_same_files(world, run):
     )
     call = functools.partial(_main, SMALL | args | dict(run_dir="runs/ev-ranks-2"))
     helpers.Job(world.folder, call, 2).wait().ok()
-    one, two = run("runs/ev-ranks-1", **args), world.path("runs/ev-ranks-2")
+    one = run("runs/ev-ranks-1", **args)
+    two = world.path("runs/ev-ranks-2")
     assert (one / "reviews/responses.jsonl").read_bytes() == (two / "reviews/responses.jsonl").read_bytes()
     assert (one / "responses.json").read_bytes() == (two / "responses.json").read_bytes()
 
 
-# --- resumption ------------------------------------------------------------------------------------------------------
+# --- resumption ----------------------------------------------------------------------------------------
 
 
 def die(batch):
     """The process ends in the middle of generating that batch."""
-    generate, count = answers.answer, []
+    generate = answers.answer
+    calls = []
 
     def dying(*args):
-        count.append(1)
-        return os._exit(9) if len(count) == batch else generate(*args)
+        calls.append(args)
+        if len(calls) == batch:
+            os._exit(9)
+        return generate(*args)
 
     answers.answer = dying
 
 
 def test_a_kill_loses_the_batch_at_hand(world, run, monkeypatch):
-    """After a kill in the third of four batches two are in the file, and the rest comes as if nothing had been; sampled."""
+    """After a kill in the third of four batches two are in the file, and the rest comes as if nothing had
+    been; sampled."""
     args = dict(temperature=1.0, models=("reviews",))
     whole = run("runs/ev-whole", **args) / "reviews/responses.jsonl"
     killed = SMALL | dict(dataset="prompts.jsonl", batch_size=7, run_dir="runs/ev-killed") | args
@@ -370,24 +389,37 @@ def test_a_kill_loses_the_batch_at_hand(world, run, monkeypatch):
         torn.write(
             lines(whole)[14]["response"] + '\n{"row": 1, "resp'
         )  # part of a batch, and a line without an end
-    numbers, generate = [], answers.answer
-    monkeypatch.setattr(answers, "answer", lambda *given: numbers.append(given[-1]) or generate(*given))
+    numbers = []
+    generate = answers.answer
+
+    def counting(*given):
+        numbers.append(given[-1])
+        return generate(*given)
+
+    monkeypatch.setattr(answers, "answer", counting)
     run("runs/ev-killed", **args)
-    assert file.read_bytes() == whole.read_bytes() and numbers == [2, 3]
+    assert file.read_bytes() == whole.read_bytes()
+    assert numbers == [2, 3]
 
 
 def test_finished_models_are_not_generated_again(world, run, monkeypatch):
     """Nothing is loaded for them; a new --reference is taken over; another model beside them is generated."""
     rows = [{"prompt": "lunch : the soup ?", "mine": "a"}, {"prompt": "dinner ?", "mine": "b"}]
-    args, load, loaded = dict(dataset=world.write("named.jsonl", rows)), answers.load_model, []
-    monkeypatch.setattr(
-        answers, "load_model", lambda *given, **more: loaded.append(given) or load(*given, **more)
-    )
+    args = dict(dataset=world.write("named.jsonl", rows))
+    load = answers.load_model
+    loaded = []
+
+    def counting(*given, **more):
+        loaded.append(given)
+        return load(*given, **more)
+
+    monkeypatch.setattr(answers, "load_model", counting)
     out = run("runs/ev-done", **args)
     before = lines(out / "reviews/responses.jsonl")
     run("runs/ev-done", **args, reference="mine")
     after = lines(out / "reviews/responses.jsonl")
-    assert len(loaded) == 1 and [row["reference"] for row in before + after] == [None, None, "a", "b"]
+    assert len(loaded) == 1
+    assert [row["reference"] for row in before + after] == [None, None, "a", "b"]
     assert [row | {"reference": None} for row in after] == before
     run("runs/ev-done", **args, models=("reviews", "reviews"), names=("reviews", "again"))
     assert len(loaded) == 2
@@ -409,7 +441,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_settings_are_refused(world, run, change):
-    """A file made with other settings, prompts or weights is neither served nor lost; --overwrite replaces it."""
+    """A file made with other settings, prompts or weights is neither served nor lost; --overwrite replaces
+    it."""
     if not world.path("runs/changed").exists():
         helpers.edit_model(world, "policy", "changed", config=lambda old: old | {"rms_norm_eps": 0.5})
     args = dict(names=("x",), run_dir="runs/ev-changed")
@@ -425,7 +458,7 @@ def test_changed_settings_are_refused(world, run, change):
         assert world.path("runs/ev-changed/x/responses.jsonl").read_bytes() != before
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused -----------------------------------------------------------------------------------
 
 BAD = {
     "two models of one name": (dict(models=("runs/a/model", "other/a")), "names a, a", "--names"),
@@ -456,11 +489,10 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(world, run, monkeypatch, case):
     """One line that names the place and the mend, before a model is loaded."""
-    world.write("bad.jsonl", [{"text": "lunch ?"}]), world.write("none.jsonl", [])
-    (
-        world.write("short.jsonl", [{"turns": ["a", "b"], "reference": ["a"]}]),
-        world.write("turns.jsonl", [{"turns": ["a", 3]}]),
-    )
+    world.write("bad.jsonl", [{"text": "lunch ?"}])
+    world.write("none.jsonl", [])
+    world.write("short.jsonl", [{"turns": ["a", "b"], "reference": ["a"]}])
+    world.write("turns.jsonl", [{"turns": ["a", 3]}])
     monkeypatch.setattr(answers, "load_model", None)
     if "bleu" in BAD[case][0].get("metrics", ()) and not importlib.util.find_spec("sacrebleu"):
         pytest.skip("sacrebleu is not installed")
@@ -477,9 +509,11 @@ def test_missing_packages(run, monkeypatch, name):
     """The one line gives the pip command."""
     find = importlib.util.find_spec
     missing = text_metrics.PACKAGES[name].replace("-", "_")
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda wanted: None if wanted == missing else find(wanted)
-    )
+
+    def find_spec(wanted):
+        return None if wanted == missing else find(wanted)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     with pytest.raises(
         SystemExit, match=f"--metrics {name} needs the package: pip install {text_metrics.PACKAGES[name]}$"
     ):
@@ -493,7 +527,8 @@ def test_missing_wordnet(run, monkeypatch):
     from nltk.corpus.util import LazyCorpusLoader
 
     lost = LazyCorpusLoader("wordnet", nltk.corpus.reader.WordNetCorpusReader, None)
-    monkeypatch.setattr(nltk.corpus, "wordnet", lost), monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setattr(nltk.corpus, "wordnet", lost)
+    monkeypatch.setattr(nltk.data, "path", [])
     with pytest.raises(SystemExit, match="python -m nltk.downloader wordnet$"):
         run("runs/ev-bad", metrics=("meteor",))
 

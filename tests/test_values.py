@@ -1,5 +1,6 @@
 """evaluate.py values: the table a run logged, statistics by hand, subsets, files of others, pictures."""
 
+import functools
 import json
 
 import helpers
@@ -10,16 +11,18 @@ from common import distributed
 from common.measures import response_statistics
 from evaluation import values as asked
 
-TINY = "--steps 3 --save-every 0 --eval-every 0".split()
+TINY = ["--steps", "3", "--save-every", "0", "--eval-every", "0"]
 
 
 @pytest.fixture(scope="session")  # as `world` is: pytest-xdist may leave a module and come back
 def runs(world):
     """A GVM from pairs, one from scores with context on held-out scores, and a reward model."""
     world.command("gvm_td", *TINY, "--run-dir", "runs/v-pairs", "--source", "preference").ok()
-    scored = "--dataset scored.jsonl --source scores --eval-fraction 0.3 --eval-gap 0.5 --lr 1e-3 --context-pairs 2".split()
-    scored += "--context-length 8 --max-prompt-length 24 --max-response-length 9 --normalise-values --seed 5".split()
-    scored += ["--precision", "fp64"]
+    scored = ["--dataset", "scored.jsonl", "--source", "scores"]
+    scored += ["--eval-fraction", "0.3", "--eval-gap", "0.5"]
+    scored += ["--context-pairs", "2", "--context-length", "8", "--normalise-values"]
+    scored += ["--max-prompt-length", "24", "--max-response-length", "9"]
+    scored += ["--lr", "1e-3", "--seed", "5", "--precision", "fp64"]
     world.command("gvm_td", *TINY, "--run-dir", "runs/v-scores", *scored).ok()
     world.command(
         "reward", *TINY, "--run-dir", "runs/v-reward", "--dataset", "pairs.jsonl", "--eval-fraction", "0.3"
@@ -38,53 +41,45 @@ def test_the_table_of_a_gvm_is_the_one_its_run_logged(runs, run, precision):
     runs.command("evaluate", "values", *argv).ok()
     logged = json.loads(runs.path(f"runs/{run}/accuracy.json").read_text())
     found = table(runs, f"runs/{run}-judged")
-    (mine,) = (found[f"runs/{run}/model"],)
-    assert {key: mine["all"][key] for key in asked.STATISTICS} == {
-        key: logged[key] for key in asked.STATISTICS
-    }
-    assert (
-        mine["all"]["pairs"] == logged["pairs"] > 0
-        and len({mine["all"][key] for key in asked.STATISTICS}) > 1
-    )
+    mine = found[f"runs/{run}/model"]
+    shares = {key: mine["all"][key] for key in asked.STATISTICS}
+    assert shares == {key: logged[key] for key in asked.STATISTICS}
+    assert mine["all"]["pairs"] == logged["pairs"] > 0
+    assert len(set(shares.values())) > 1
     assert found["baseline: the longer one"]["all"]["score"] == logged["baseline_length"]
     assert found["baseline: the better policy"]["all"]["score"] == logged["baseline_policy"]
 
 
 def test_a_reward_model_and_a_critic_on_the_pairs_of_a_run(runs):
     """The reward model's accuracy is the one reward.py logged; --like judges any model on the same pairs."""
-    argv = [
-        "--models",
-        "runs/v-reward/model",
-        "runs/v-pairs/model",
-        "--like",
-        "runs/v-reward",
-        "--run-dir",
-        "runs/v-like",
-    ]
+    argv = ["--models", "runs/v-reward/model", "runs/v-pairs/model"]
+    argv += ["--like", "runs/v-reward", "--run-dir", "runs/v-like"]
     runs.command("evaluate", "values", *argv).ok()
-    logged, found = (
-        json.loads(runs.path("runs/v-reward/accuracy.json").read_text()),
-        table(runs, "runs/v-like"),
-    )
-    reward, gvm = found["runs/v-reward/model"]["all"], found["runs/v-pairs/model"]["all"]
+    logged = json.loads(runs.path("runs/v-reward/accuracy.json").read_text())
+    found = table(runs, "runs/v-like")
+    reward = found["runs/v-reward/model"]["all"]
+    gvm = found["runs/v-pairs/model"]["all"]
     assert reward == {
         "score": pytest.approx(logged["accuracy"], abs=1e-7),
         "pairs": logged["pairs"],
     }  # float32 there
-    assert gvm["pairs"] == logged["pairs"] and "score" not in gvm
+    assert gvm["pairs"] == logged["pairs"]
+    assert "score" not in gvm
     assert found["baseline: the longer one"]["all"]["score"] == logged["baseline_length"]
 
 
 def test_statistics_and_backup_by_hand():
-    """Ragged responses against numpy and against the equation; a response of one token has one value for everything."""
+    """Ragged responses against numpy and against the equation; a response of one token has one value for
+    everything."""
     rng = np.random.default_rng(0)
     pairs = [
         (rng.normal(size=n).tolist(), rng.normal(size=m).tolist())
         for n, m in ((1, 7), (5, 1), (40, 3), (2, 2), (1, 1))
     ]
     found = asked.accuracies(pairs, 0.9, 0.7)
-    measures = {"mean": np.mean, "last": lambda x: x[-1]}
-    measures |= {f"p{p}": lambda x, p=p: np.percentile(x, p) for p in (1, 5, 10, 90, 95, 99)}
+
+    def last(q):
+        return q[-1]
 
     def by_hand(q):  # G_T = Q_T; G_t = gamma ((1 - lam) Q_{t+1} + lam G_{t+1}); (1 - lam) Q_1 + lam G_1
         def g(t):
@@ -92,20 +87,27 @@ def test_statistics_and_backup_by_hand():
 
         return 0.3 * q[0] + 0.7 * g(0)
 
-    measures["backup"] = by_hand
+    measures = {"mean": np.mean, "last": last, "backup": by_hand}
+    for percent in (1, 5, 10, 90, 95, 99):
+        measures[f"p{percent}"] = functools.partial(np.percentile, q=percent)
     for name, measure in measures.items():
         assert found[name] == pytest.approx(np.mean([measure(a) > measure(b) for a, b in pairs])), name
         assert asked.backup([0.25], 0.9, 0.7) == pytest.approx(0.25)
     q = rng.normal(size=6).tolist()
     assert asked.backup(q, 0.9, 0.7) == pytest.approx(by_hand(q))
-    assert asked.backup(q, 1.0, 1.0) == q[-1] and asked.backup(q, 1.0, 0.0) == q[0]
+    assert asked.backup(q, 1.0, 1.0) == q[-1]
+    assert asked.backup(q, 1.0, 0.0) == q[0]
     tie = [0.5, 1.5]
     assert set(asked.accuracies([(tie, tie)], 1.0, 0.95).values()) == {0.0}  # ties are not wins
 
 
 def test_subsets():
-    """Per-subset shares, and an average over subsets that does not depend on their sizes; rows without a subset count in all."""
-    right = lambda pairs: {"last": float(np.mean(pairs))}
+    """Per-subset shares, and an average over subsets that does not depend on their sizes; rows without a
+    subset count in all."""
+
+    def right(pairs):
+        return {"last": float(np.mean(pairs))}
+
     found = asked.by_subset(right, [1, 1, 1, 0, 0], ["chat", "chat", "chat", "code", None])
     assert {name: (row["last"], row["pairs"]) for name, row in found.items()} == {
         "all": (0.6, 5),
@@ -117,38 +119,22 @@ def test_subsets():
 
 
 def test_rewardbench_file_and_pictures(runs):
-    """A file as RewardBench has it, with an answer of one word; pictures of pairs and of any text; values kept by pair."""
-    texts = [
-        "the soup was great .",
-        ".",
-        "the soup was awful .",
-        "the wine was very good and the soup was dull .",
-    ]
-    rows = [
-        {
-            "prompt": "lunch : the soup and the wine ?",
-            "chosen": a,
-            "rejected": b,
-            "subset": s,
-            "chosen_model": "m",
-            "id": i,
-        }
-        for i, (a, b, s) in enumerate([(*texts[:2], "x"), (*texts[2:], "y"), (texts[3], texts[1], "y")])
-    ]
+    """A file as RewardBench has it, with an answer of one word; pictures of pairs and of any text; values
+    kept by pair."""
+    great = "the soup was great ."
+    word = "."
+    awful = "the soup was awful ."
+    long = "the wine was very good and the soup was dull ."
+    rows = []
+    for i, (chosen, rejected, subset) in enumerate(
+        [(great, word, "x"), (awful, long, "y"), (long, word, "y")]
+    ):
+        row = {"prompt": "lunch : the soup and the wine ?", "chosen": chosen, "rejected": rejected}
+        rows.append(row | {"subset": subset, "chosen_model": "m", "id": i})
     file = runs.write("rewardbench.jsonl", rows)
     text = ["--text", "lunch : the soup and the wine ?", "the soup was great .", "the wine was bad ."]
-    argv = [
-        "--models",
-        "reviews",
-        "runs/v-reward/model",
-        "--dataset",
-        file,
-        "--run-dir",
-        "runs/v-bench",
-        "--draw",
-        "1",
-        *text,
-    ]
+    argv = ["--models", "reviews", "runs/v-reward/model", "--dataset", file]
+    argv += ["--run-dir", "runs/v-bench", "--draw", "1", *text]
     output = runs.command("evaluate", "values", *argv).ok().output
     found = table(runs, "runs/v-bench")
     assert {name: row["pairs"] for name, row in found["reviews"].items()} == {
@@ -158,18 +144,16 @@ def test_rewardbench_file_and_pictures(runs):
         "average": 3,
     }
     assert list(found["runs/v-reward/model"]["x"]) == ["score", "pairs"]
-    assert (
-        found["baseline: the longer one"]["y"]["score"] == 0.5 and "baseline: the better policy" not in found
-    )
+    assert found["baseline: the longer one"]["y"]["score"] == 0.5
+    assert "baseline: the better policy" not in found
     page = runs.path("runs/v-bench/values.html").read_text()
-    assert (
-        page.count("<h4>") == 4
-        and "great" in page
-        and runs.path("runs/v-bench/values.png").stat().st_size > 5000
-    )
+    assert page.count("<h4>") == 4
+    assert "great" in page
+    assert runs.path("runs/v-bench/values.png").stat().st_size > 5000
     assert "reviews: x | 1 |" in output
     kept = [json.loads(line) for line in runs.path("runs/v-bench/values.jsonl").read_text().splitlines()]
-    assert len(kept) == 6 and [len(row["rejected_values"]) for row in kept[:3]] == [2, 12, 2]
+    assert len(kept) == 6
+    assert [len(row["rejected_values"]) for row in kept[:3]] == [2, 12, 2]
     assert response_statistics(kept[0]["chosen_values"])["last"] == kept[0]["chosen_values"][-1]
 
 
@@ -179,14 +163,12 @@ def test_ranks_judge_alike(runs):
     script = asked.Values(**argv)
     assert script.like == "runs/v-reward"
     for n, size in ((0, 8), (3, 1)):
-        result = (
-            helpers.Job(runs.folder, Call(argv | dict(run_dir=f"runs/v-ranks-{n}", micro_batch_size=size)), n)
-            .wait()
-            .ok()
-        )
+        call = Call(argv | dict(run_dir=f"runs/v-ranks-{n}", micro_batch_size=size))
+        result = helpers.Job(runs.folder, call, n).wait().ok()
         assert result.output.count("| reviews |") == 1  # rank 0 alone speaks
-    a, b = (runs.path(f"runs/v-ranks-{n}/values.jsonl").read_text().splitlines() for n in (0, 3))
-    for one, other in zip(map(json.loads, a), map(json.loads, b), strict=True):
+    alone = runs.path("runs/v-ranks-0/values.jsonl").read_text().splitlines()
+    together = runs.path("runs/v-ranks-3/values.jsonl").read_text().splitlines()
+    for one, other in zip(map(json.loads, alone), map(json.loads, together), strict=True):
         assert one["chosen"] == other["chosen"]
         np.testing.assert_allclose(one["chosen_values"], other["chosen_values"], rtol=0, atol=1e-12)
     assert table(runs, "runs/v-ranks-0") == table(runs, "runs/v-ranks-3")
@@ -199,7 +181,6 @@ class Call:
         self.args = args
 
     def __call__(self):
-
         distributed.launch(asked.values, asked.Values(**self.args))
 
 
