@@ -1,4 +1,5 @@
-"""`make demo`: sft -> gvm_td -> dvpo on the embedded world; a table, a learning curve and a sentence coloured by value.
+"""`make demo`: sft -> gvm_td -> dvpo on the embedded world; a table, a learning curve and a sentence coloured
+by value.
 
 python tools/demo.py            # about two minutes on two cores; writes runs/demo/
 """

@@ -1,8 +1,10 @@
-"""Runs commands that need one another's folders, several at a time; resumes where it was stopped; says how long it will take.
+"""Runs commands that need one another's folders, several at a time; resumes where it was stopped; says how
+long it will take.
 
-A job is a name and a command of one of the scripts. `{home}` in it is the folder of the seed, `{out}` the folder of all seeds;
-a job that names `{home}/x/...` or `{out}/x/...` waits for job x. What has finished has a `job.json` (command, seconds, commit,
-date) and is not run again, unless its command is another now. A log lies next to each folder.
+A job is a name and a command of one of the scripts. `{home}` in it is the folder of the seed, `{out}` the
+folder of all seeds; a job that names `{home}/x/...` or `{out}/x/...` waits for job x. What has finished has a
+`job.json` (command, seconds, commit, date) and is not run again, unless its command is another now. A log
+lies next to each folder.
 """
 
 import concurrent.futures
@@ -21,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def commit() -> str:
-    """The short hash of the working tree's commit, with + where files have changed since; '' outside a repository."""
+    """The short hash of the working tree's commit, with + where files have changed since; '' outside a
+    repository."""
     found = git("rev-parse", "--short", "HEAD")
     changed = git("status", "--porcelain", "-uno", "--", "*.py")
     if changed:
@@ -131,7 +134,8 @@ class Jobs:
     def run(self, workers: int) -> None:
         """All jobs that are not done yet, `workers` at a time, in the order asked for.
 
-        A job that fails takes those with it that need it. The others go on, and the end is an error with a line about each.
+        A job that fails takes those with it that need it. The others go on, and the end is an error with a
+        line about each.
         """
         start = time.perf_counter()
         waiting = [job for job in self.order if not self.done(job)]
@@ -175,7 +179,8 @@ class Jobs:
 
 
 def expected_seconds(waiting: list[Job], took: dict[str, list[float]]) -> float:
-    """Of the jobs that are left, from those of the same name; one that has not run yet counts as the mean of all."""
+    """Of the jobs that are left, from those of the same name; one that has not run yet counts as the mean of
+    all."""
     everything = [seconds for runs in took.values() for seconds in runs]
     mean = statistics.fmean(everything)
     total = 0
