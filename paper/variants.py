@@ -5,8 +5,8 @@ one SFT policy; then PPO with the reward model, DVPO with either GVM, with `--ce
 q`: same policy, prompts, batch and epochs. PPO with the true reward and DVPO with a GVM from true scores show
 what is left when the reward model's errors are gone.
 
-    python paper/variants.py                   # 5 seeds, about an hour on one core; resumes where it was stopped
-    python paper/variants.py --seeds 0 1 --out runs/bench   # part of them; the table is over all that are finished
+    python paper/variants.py                  # 5 seeds, about an hour on one core; resumes where it was stopped
+    python paper/variants.py --seeds 0 1      # part of them; the table is over all that are finished
 
 Also GVMs from the true scores with other settings. Writes runs/bench/table.md, curves.png, gvm.md, truth.png
 and truth.json.
@@ -255,8 +255,10 @@ def report(out: Path, seeds: list[int]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    head = ["", "reward at the end", "grammatical", "KL (nats)", "length", "steps to 80 % of PPO's best"]
-    head += ["s a step / PPO's", "state MB"]
+    head = (
+        "| | reward at the end | grammatical | KL (nats) | length | steps to 80 % of PPO's best "
+        "| s a step / PPO's | state MB |"
+    )
     rows = []
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
     ppo = [curve(out / f"seed{seed}" / slug(FIRST)) for seed in seeds]
@@ -309,11 +311,10 @@ def draw(axes, runs: list[Curve], name: str, colour: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
 
 
-def table_of(head: list[str], rows: list[list[str]]) -> str:
-    """A table of markdown."""
-    lines = []
-    lines.append("| " + " | ".join(head) + " |")
-    lines.append("|" + "---|" * len(head))
+def table_of(head: str, rows: list[list[str]]) -> str:
+    """A table of markdown below its first line."""
+    columns = head.count("|") - 1
+    lines = [head, "|" + "---|" * columns]
     for row in rows:
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
@@ -327,8 +328,11 @@ def report_truth(out: Path, seeds: list[int], prefixes: list[Prefix]) -> None:
     for name in GVMS:
         kinds[f"from true scores, {name}"] = f"gvm_{slug(name)}"
     drawn = ("gvm_scores", "gvm_lam_0_95_default_", "gvm_lam_0_the_paper_s_equation_1_")
-    head = ["GVM", "pair accuracy, mean", "last token", "correlation with the truth"]
-    head += ["error after 0 words", "4", "8"]
+    head = (
+        "| GVM | pair accuracy, mean | last token | correlation with the truth | error after 0 words "
+        "| 4 | 8 |"
+    )
+    columns = head.count("|") - 1
     rows = []
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
     everything = {}
@@ -349,7 +353,7 @@ def report_truth(out: Path, seeds: list[int], prefixes: list[Prefix]) -> None:
                 row += [f"{error[p]:.2f}" for p in (0, 4, 8)]
                 if kind in drawn:
                     axis.plot(positions, error.values(), "o-", ms=3, label=name)
-        row += ["-"] * (len(head) - len(row))
+        row += ["-"] * (columns - len(row))
         rows.append(row)
     (out / "truth.json").write_text(json.dumps(everything, indent=1))
 
