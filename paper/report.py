@@ -1,12 +1,43 @@
-"""Tables and pictures from the runs of paper/tables.py. Each function takes the folder of all runs and the seeds, and returns
-markdown; `TABLES` says which jobs it reads. A claim holds where its difference has the claimed sign in every seed."""
+"""Tables and pictures from the runs of paper/tables.py. Each function takes the folder of all runs and the
+seeds, and returns markdown; `TABLES` says which jobs it reads. A claim holds where its difference has the
+claimed sign in every seed."""
 
 import json
 import statistics
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
+
+
+class Claim(NamedTuple):
+    """A row of the table of claims."""
+
+    what: str
+    paper: str
+    """the paper's figures, on its models"""
+    here: str
+
+
+class Format(NamedTuple):
+    """How a metric is printed."""
+
+    scale: float
+    """what it is multiplied by: 100 for per cent"""
+    digits: int
+
+
+# The statistics of token values by which a value model judges a pair (those that a mean over tokens, a
+# quantile or the last
+# token give), then those of other models.
+TOKEN_STATISTICS = ("mean", "p1", "p5", "p10", "p90", "p95", "p99", "last")
+STATISTICS = (*TOKEN_STATISTICS, "backup", "score")
+
+
+# --- what the runs hold -------------------------------------------------------------------------------------
 
 
 def rows_of(folder: Path) -> list[dict]:
+    """The metrics of a run, a row per line."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -15,134 +46,210 @@ def curve(folder: Path, key: str = "eval/reward") -> list[dict]:
     return [row for row in rows_of(folder) if key in row]
 
 
-def spread(values, digits: int = 2) -> str:
-    """Mean ± standard deviation over seeds."""
-    values = list(values)
-    return f"{statistics.fmean(values):.{digits}f}" + (
-        f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    )
-
-
-def verdict(differences) -> str:
-    """Whether a claimed positive difference is there: by its sign in every seed, with the mean."""
-    signs, seeds = [d > 0 for d in differences], f"{len(differences)} seed" + "s" * (len(differences) > 1)
-    mean = f"{statistics.fmean(differences):+.3g}, {seeds}"
-    if all(signs) or not any(signs):
-        return f"**{'holds' if all(signs) else 'does not hold'}** ({mean})"
-    return f"not separated: {sum(signs)} of {len(signs)} seeds ({mean})"
-
-
-def markdown(head: list[str], rows: list[list]) -> str:
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
-    return "\n".join(lines)
-
-
-def claims(rows: list[tuple[str, str, str]]) -> str:
-    return markdown(["claim", "the paper's figures, on its models", "here"], [list(row) for row in rows])
-
-
 def home(out: Path, seed: int, job: str) -> Path:
+    """The run folder of a job."""
     return out / f"seed{seed}" / job
+
+
+def final(out: Path, seed: int, job: str, key: str) -> float:
+    """A metric of a run's last evaluation."""
+    return curve(home(out, seed, job), key)[-1][key]
 
 
 def answers(out: Path, seed: int, job: str, name: str) -> tuple[list[dict], dict]:
     """The responses of one model in a run of `evaluate.py responses`, and its line of the summary."""
     folder = home(out, seed, job)
-    rows = [
-        json.loads(line)
-        for line in (folder / name / "responses.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    return rows, json.loads((folder / "responses.json").read_text())["models"][name]
+    text = (folder / name / "responses.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    summary = json.loads((folder / "responses.json").read_text())
+    return rows, summary["models"][name]
 
 
-def wins(out: Path, seed: int, job: str, name: str, against: str) -> float:
-    """Share of prompts on which the true reward is higher than the other model's; a tie is half."""
-    from assets.reviews import reward
-
-    ours, theirs = (
-        reward([row["prompt"] for row in rows], [row["response"] for row in rows])
-        for rows in (answers(out, seed, job, x)[0] for x in (name, against))
-    )
-    return statistics.fmean((a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True))
-
-
-def measured(
-    out: Path, seeds, job: str, names: dict[str, str], against: str, extra=lambda name: []
-) -> list[list]:
-    rows = []
-    for name, label in names.items():
-        found = [answers(out, seed, job, name)[1] for seed in seeds]
-        cells = [
-            label,
-            spread(f["reward"]["mean"] for f in found),
-            spread((100 * f["grammatical"]["mean"] for f in found), 0),
-        ]
-        won = (
-            "-"
-            if name == against
-            else spread((100 * wins(out, seed, job, name, against) for seed in seeds), 0)
-        )
-        cells += [
-            won,
-            spread((f["distinct_2"]["mean"] for f in found), 3),
-            spread((f["length"]["mean"] for f in found), 1),
-        ]
-        rows.append(cells + extra(name))
-    return rows
-
-
-def final(out: Path, seed: int, job: str, key: str) -> float:
-    return curve(home(out, seed, job), key)[-1][key]
-
-
-MEASURED = ["true reward", "grammatical, %", "wins against SFT, %", "distinct-2", "length"]
-POLICIES = {"before": "SFT", "dpo": "DPO", "remax": "ReMax", "grpo": "GRPO", "ppo": "PPO"}
-POLICIES |= {"dvpo": "DVPO, GVM from the reward model's scores", "dvpo_pairs": "DVPO, GVM from preferences"}
-PAPER_ALPACA = dict(before=17.11, dpo=26.80, remax=20.55, grpo=27.19, ppo=19.62, dvpo=27.43)
-
-
-def policies(out: Path, seeds: list[int]) -> str:
-    kl = lambda name: "-" if name == "before" else spread(final(out, seed, name, "eval/kl") for seed in seeds)
-    table = markdown(
-        ["", *MEASURED, "KL (nats)", "AlpacaEval 2 in the paper (Mistral-7B)"],
-        measured(
-            out, seeds, "measured", POLICIES, "before", lambda name: [kl(name), PAPER_ALPACA.get(name, "-")]
-        ),
-    )
-    at = {
-        name: [answers(out, seed, "measured", name)[1]["reward"]["mean"] for seed in seeds]
-        for name in POLICIES
-    }
-    lines = []
-    for name in ("before", "dpo", "remax", "grpo", "ppo"):
-        paper = f"27.43 beside {PAPER_ALPACA[name]}" + (
-            " (Llama-3-8B base: 11.33 beside 11.14)" if name == "ppo" else ""
-        )
-        ours = [
-            verdict([a - b for a, b in zip(at[x], at[name], strict=True)]) for x in ("dvpo", "dvpo_pairs")
-        ]
-        lines.append(
-            (
-                f"DVPO beats {POLICIES[name]}",
-                paper,
-                f"GVM from scores: {ours[0]}; from preferences: {ours[1]}",
-            )
-        )
-    best = [max(at, key=lambda name: at[name][i]) for i in range(len(seeds))]
-    return f"{table}\n\n{claims(lines)}\n\nBest in each seed: {', '.join(POLICIES[b].split(',')[0] for b in best)}."
-
-
-COLUMNS = ("mean", "p1", "p5", "p10", "p90", "p95", "p99", "last", "backup", "score")
+def mean_of(out: Path, seed: int, job: str, name: str, key: str = "reward") -> float:
+    """The mean of what `evaluate.py responses` measured of one model."""
+    _, summary = answers(out, seed, job, name)
+    return summary[key]["mean"]
 
 
 def accuracy(out: Path, seed: int, job: str) -> dict[str, dict]:
     """Tables of a run of `evaluate.py values` by the job that trained the model, or the baseline's name."""
     found = json.loads((home(out, seed, job) / "values.json").read_text())["accuracy"]
-    return {"/".join(Path(name).parts[-2:]) if "/" in name else name: table for name, table in found.items()}
+    tables = {}
+    for name, table in found.items():
+        if "/" in name:  # a path: the job and what it is called there, e.g. ppo/critic
+            name = "/".join(Path(name).parts[-2:])
+        tables[name] = table
+    return tables
+
+
+def wins(out: Path, seed: int, job: str, name: str, against: str) -> float:
+    """Share of prompts on which the true reward is higher than the other model's; a tie is half."""
+    ours = true_rewards(out, seed, job, name)
+    theirs = true_rewards(out, seed, job, against)
+    points = []
+    for our_reward, their_reward in zip(ours, theirs, strict=True):
+        if our_reward > their_reward:
+            points.append(1.0)
+        elif our_reward == their_reward:
+            points.append(0.5)
+        else:
+            points.append(0.0)
+    return statistics.fmean(points)
+
+
+def true_rewards(out: Path, seed: int, job: str, name: str) -> list[float]:
+    """The embedded world's own reward of each response of a model."""
+    from assets.reviews import reward
+
+    rows, _ = answers(out, seed, job, name)
+    prompts = [row["prompt"] for row in rows]
+    responses = [row["response"] for row in rows]
+    return reward(prompts, responses)
+
+
+# --- cells and tables ---------------------------------------------------------------------------------------
+
+
+def spread(values: Iterable[float], digits: int = 2) -> str:
+    """Mean ± standard deviation over seeds."""
+    values = list(values)
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def verdict(differences: list[float]) -> str:
+    """Whether a claimed positive difference is there: by its sign in every seed, with the mean."""
+    count = len(differences)
+    positive = sum(difference > 0 for difference in differences)
+    seeds = "1 seed" if count == 1 else f"{count} seeds"
+    mean = f"{statistics.fmean(differences):+.3g}, {seeds}"
+    if positive == count:
+        return f"**holds** ({mean})"
+    if positive == 0:
+        return f"**does not hold** ({mean})"
+    return f"not separated: {positive} of {count} seeds ({mean})"
+
+
+def minus(ours: list[float], theirs: list[float]) -> list[float]:
+    """Differences, seed by seed."""
+    return [a - b for a, b in zip(ours, theirs, strict=True)]
+
+
+def markdown(head: list[str], rows: list[list]) -> str:
+    """A table."""
+    lines = []
+    for row in (head, ["---"] * len(head), *rows):
+        cells = [str(cell) for cell in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def claims(rows: list[Claim]) -> str:
+    """The table of claims."""
+    return markdown(["claim", "the paper's figures, on its models", "here"], rows)
+
+
+# --- 2502.16944: policies -----------------------------------------------------------------------------------
+
+MEASURED = ["true reward", "grammatical, %", "wins against SFT, %", "distinct-2", "length"]
+
+
+def measured(out: Path, seeds: list[int], job: str, names: dict[str, str], against: str) -> list[list[str]]:
+    """A row per model of a run of `evaluate.py responses`, under the columns `MEASURED`."""
+    rows = []
+    for name, label in names.items():
+        rewards = [mean_of(out, seed, job, name) for seed in seeds]
+        grammatical = [100 * mean_of(out, seed, job, name, "grammatical") for seed in seeds]
+        distinct_2 = [mean_of(out, seed, job, name, "distinct_2") for seed in seeds]
+        length = [mean_of(out, seed, job, name, "length") for seed in seeds]
+        won = "-"
+        if name != against:
+            won = spread([100 * wins(out, seed, job, name, against) for seed in seeds], 0)
+        rows.append(
+            [
+                label,
+                spread(rewards),
+                spread(grammatical, 0),
+                won,
+                spread(distinct_2, 3),
+                spread(length, 1),
+            ]
+        )
+    return rows
+
+
+POLICIES = {
+    "before": "SFT",
+    "dpo": "DPO",
+    "remax": "ReMax",
+    "grpo": "GRPO",
+    "ppo": "PPO",
+    "dvpo": "DVPO, GVM from the reward model's scores",
+    "dvpo_pairs": "DVPO, GVM from preferences",
+}
+PAPER_ALPACA = {"before": 17.11, "dpo": 26.80, "remax": 20.55, "grpo": 27.19, "ppo": 19.62, "dvpo": 27.43}
+
+
+def policies(out: Path, seeds: list[int]) -> str:
+    """DVPO and what it is compared with, all from one SFT policy."""
+    rows = measured(out, seeds, "measured", POLICIES, "before")
+    for name, row in zip(POLICIES, rows, strict=True):
+        kl = "-"  # the SFT policy is the reference
+        if name != "before":
+            kl = spread([final(out, seed, name, "eval/kl") for seed in seeds])
+        row += [kl, PAPER_ALPACA.get(name, "-")]
+    table = markdown(["", *MEASURED, "KL (nats)", "AlpacaEval 2 in the paper (Mistral-7B)"], rows)
+
+    rewards = {}  # by policy, one per seed
+    for name in POLICIES:
+        rewards[name] = [mean_of(out, seed, "measured", name) for seed in seeds]
+    lines = []
+    for name in ("before", "dpo", "remax", "grpo", "ppo"):
+        paper = f"27.43 beside {PAPER_ALPACA[name]}"
+        if name == "ppo":
+            paper += " (Llama-3-8B base: 11.33 beside 11.14)"
+        scores = verdict(minus(rewards["dvpo"], rewards[name]))
+        pairs = verdict(minus(rewards["dvpo_pairs"], rewards[name]))
+        here = f"GVM from scores: {scores}; from preferences: {pairs}"
+        lines.append(Claim(f"DVPO beats {POLICIES[name]}", paper, here))
+
+    best = []
+    for i in range(len(seeds)):
+        name = max(rewards, key=lambda name: rewards[name][i])
+        best.append(POLICIES[name].split(",")[0])
+    return f"{table}\n\n{claims(lines)}\n\nBest in each seed: {', '.join(best)}."
+
+
+def beta(out: Path, seeds: list[int]) -> str:
+    """DVPO with other KL coefficients."""
+    formats = {
+        "eval/reward": Format(1, 2),
+        "eval/grammatical": Format(100, 0),
+        "eval/kl": Format(1, 2),
+        "eval/length": Format(1, 1),
+    }
+    jobs = {"0.1": "dvpo", "0.05": "dvpo_beta_005", "0.01": "dvpo_beta_001"}
+    rows = [[label, *final_cells(out, seeds, job, formats)] for label, job in jobs.items()]
+    head = ["KL coefficient of DVPO", "true reward", "grammatical, %", "KL (nats)", "length"]
+    return markdown(head, rows)
+
+
+def final_cells(out: Path, seeds: list[int], job: str, formats: dict[str, Format]) -> list[str]:
+    """The metrics of a run's last evaluation, over seeds."""
+    cells = []
+    for key, form in formats.items():
+        values = [form.scale * final(out, seed, job, key) for seed in seeds]
+        cells.append(spread(values, form.digits))
+    return cells
+
+
+# --- 2502.16944: value models -------------------------------------------------------------------------------
 
 
 def values(out: Path, seeds: list[int]) -> str:
-    found = [accuracy(out, seed, "judged") for seed in seeds]
+    """How well value models, a reward model and two baselines judge held-out pairs."""
     names = {
         "gvm_pairs/model": "GVM from preferences",
         "gvm_true/model": "GVM from the data's scores",
@@ -152,131 +259,150 @@ def values(out: Path, seeds: list[int]) -> str:
         "baseline: the longer one": "the longer one wins",
         "baseline: the better policy": "the better author wins",
     }
-    table = [
-        [
-            label,
-            *(
-                spread((f[name]["all"][key] for f in found), 3) if key in found[0][name]["all"] else ""
-                for key in COLUMNS
-            ),
-        ]
-        for name, label in names.items()
-    ]
-    get = lambda name, key: [f[f"{name}"]["all"][key] for f in found]
-    minus = lambda a, b: verdict([x - y for x, y in zip(a, b, strict=True)])
-    of_gvm = {key: statistics.fmean(get("gvm_pairs/model", key)) for key in COLUMNS[:-2]}
-    best = max(of_gvm, key=of_gvm.get)
-    mean, score = get("gvm_pairs/model", "mean"), get("reward/model", "score")
+    found = [accuracy(out, seed, "judged") for seed in seeds]
+
+    def shares(name: str, key: str) -> list[float]:
+        """Of pairs judged rightly, one per seed."""
+        return [tables[name]["all"][key] for tables in found]
+
+    rows = []
+    for name, label in names.items():
+        row = [label]
+        for key in STATISTICS:
+            known = key in found[0][name]["all"]
+            row.append(spread(shares(name, key), 3) if known else "")
+        rows.append(row)
+
+    means = {key: statistics.fmean(shares("gvm_pairs/model", key)) for key in TOKEN_STATISTICS}
+    best = max(means, key=means.get)
+    mean = shares("gvm_pairs/model", "mean")
+    over_p1 = verdict(minus(mean, shares("gvm_pairs/model", "p1")))
+    over_p99 = verdict(minus(mean, shares("gvm_pairs/model", "p99")))
+    over_last = verdict(minus(mean, shares("gvm_pairs/model", "last")))
+    over_reward_model = verdict(minus(mean, shares("reward/model", "score")))
     lines = [
-        (
+        Claim(
             "the mean is the best statistic",
             "8B: mean 68.05, P1 57.15, P99 66.30; at 13B P99 is (74.65)",
-            f"best here: {best}; mean "
-            f"over P1: {minus(mean, get('gvm_pairs/model', 'p1'))}; over P99: {minus(mean, get('gvm_pairs/model', 'p99'))}; "
-            f"over the last token: {minus(mean, get('gvm_pairs/model', 'last'))}",
+            f"best here: {best}; mean over P1: {over_p1}; over P99: {over_p99}; "
+            f"over the last token: {over_last}",
         ),
-        (
+        Claim(
             "a GVM judges answers as well as a scalar reward model",
             "comparable averages; RewardBench Chat-Hard 67.5 beside 58.5",
-            f"GVM's mean over the reward model: {minus(mean, score)}",
+            f"GVM's mean over the reward model: {over_reward_model}",
         ),
-        (
+        Claim(
             "preferences make a better GVM than scores",
             "mean 67.85 beside 64.51",
-            minus(mean, get("gvm_true/model", "mean")),
+            verdict(minus(mean, shares("gvm_true/model", "mean"))),
         ),
-        ("a GVM judges better than PPO's critic", "68.1 beside 60.6", minus(mean, get("ppo/critic", "mean"))),
+        Claim(
+            "a GVM judges better than PPO's critic",
+            "68.1 beside 60.6",
+            verdict(minus(mean, shares("ppo/critic", "mean"))),
+        ),
     ]
-    return markdown(["share of held-out pairs", *COLUMNS], table) + "\n\n" + claims(lines)
+    return markdown(["share of held-out pairs", *STATISTICS], rows) + "\n\n" + claims(lines)
 
 
 def authors(out: Path, seeds: list[int]) -> str:
-    names = {
-        "gvm_known/model": ("GVM from preferences", "mean"),
-        "reward_known/model": ("scalar reward model", "score"),
-        "ppo_known/critic": ("PPO's critic", "mean"),
-        "baseline: the longer one": ("the longer one wins", "score"),
+    """Value models trained on some authors, judged on pairs by those and by others."""
+    labels = {
+        "gvm_known/model": "GVM from preferences",
+        "reward_known/model": "scalar reward model",
+        "ppo_known/critic": "PPO's critic",
+        "baseline: the longer one": "the longer one wins",
     }
-    found = {job: [accuracy(out, seed, job) for seed in seeds] for job in ("judged_in", "judged_out")}
-    get = lambda job, name, subset="all": [f[name][subset][names[name][1]] for f in found[job]]
-    table = [
-        [label, *(spread(get(job, name, subset), 3) for job in found for subset in ("all", "clear", "close"))]
-        for name, (label, _) in names.items()
-    ]
-    minus = lambda a, b: verdict([x - y for x, y in zip(a, b, strict=True)])
-    gvm, critic, scalar = "gvm_known/model", "ppo_known/critic", "reward_known/model"
+    statistic = {
+        "gvm_known/model": "mean",
+        "reward_known/model": "score",
+        "ppo_known/critic": "mean",
+        "baseline: the longer one": "score",
+    }
+    found = {}
+    for job in ("judged_in", "judged_out"):
+        found[job] = [accuracy(out, seed, job) for seed in seeds]
+
+    def shares(job: str, name: str, subset: str = "all") -> list[float]:
+        """Of pairs judged rightly, one per seed."""
+        return [tables[name][subset][statistic[name]] for tables in found[job]]
+
+    rows = []
+    for name, label in labels.items():
+        row = [label]
+        for job in found:
+            for subset in ("all", "clear", "close"):
+                row.append(spread(shares(job, name, subset), 3))
+        rows.append(row)
+
+    gvm = "gvm_known/model"
+    critic = "ppo_known/critic"
+    scalar = "reward_known/model"
+    over_critic_in = verdict(minus(shares("judged_in", gvm), shares("judged_in", critic)))
+    over_critic_out = verdict(minus(shares("judged_out", gvm), shares("judged_out", critic)))
+    close_in = verdict(minus(shares("judged_in", gvm, "close"), shares("judged_in", scalar, "close")))
+    close_out = verdict(minus(shares("judged_out", gvm, "close"), shares("judged_out", scalar, "close")))
     lines = [
-        (
+        Claim(
             "GVM over PPO's critic, in distribution",
             "68.1 beside 60.6 (8B, UltraFeedback)",
-            minus(get("judged_in", gvm), get("judged_in", critic)),
+            over_critic_in,
         ),
-        (
+        Claim(
             "GVM over PPO's critic, out of distribution",
             "63.3 beside 57.5 (8B, HH-RLHF)",
-            minus(get("judged_out", gvm), get("judged_out", critic)),
+            over_critic_out,
         ),
-        (
+        Claim(
             "GVM over the reward model where the answers are close",
             "67.5 beside 58.5 (8B, RewardBench Chat-Hard)",
-            minus(get("judged_in", gvm, "close"), get("judged_in", scalar, "close"))
-            + "; other authors: "
-            + minus(get("judged_out", gvm, "close"), get("judged_out", scalar, "close")),
+            f"{close_in}; other authors: {close_out}",
         ),
     ]
     head = ["", "authors it was trained on", "clear", "close", "other authors", "clear", "close"]
-    return markdown(head, table) + "\n\n" + claims(lines)
+    return markdown(head, rows) + "\n\n" + claims(lines)
+
+
+# hidden size by job
+SIZES = {"gvm_16": 16, "gvm_32": 32, "gvm_pairs": 64, "gvm_128": 128, "gvm_192": 192}
+
+
+def parameters(folder: Path) -> int:
+    """Of the model that a run exported."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "model/model.safetensors", "pt") as file:
+        return sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118 (it is no dict)
 
 
 def sizes(out: Path, seeds: list[int]) -> str:
-    from safetensors import safe_open
+    """Pair accuracy of GVMs of other sizes."""
+    rows = []
+    means = {}  # by job, one per seed
+    for job in SIZES:
+        found = [json.loads((home(out, seed, job) / "accuracy.json").read_text()) for seed in seeds]
+        row = [f"{parameters(home(out, seeds[0], job)) / 1e6:.2f} M"]
+        for key in TOKEN_STATISTICS:
+            row.append(spread([shares[key] for shares in found], 3))
+        rows.append(row)
+        means[job] = [shares["mean"] for shares in found]
 
-    def parameters(folder):
-        with safe_open(folder / "model/model.safetensors", "pt") as file:
-            return sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118 (it is no dict)
-
-    jobs = {"gvm_16": 16, "gvm_32": 32, "gvm_pairs": 64, "gvm_128": 128, "gvm_192": 192}
-    found = {
-        job: [json.loads((home(out, seed, job) / "accuracy.json").read_text()) for seed in seeds]
-        for job in jobs
-    }
-    table = [
-        [
-            f"{parameters(home(out, seeds[0], job)) / 1e6:.2f} M",
-            *(spread((f[key] for f in found[job]), 3) for key in COLUMNS[:-2]),
-        ]
-        for job in jobs
-    ]
-    means = {job: [f["mean"] for f in found[job]] for job in jobs}
-    minus = lambda a, b: verdict([x - y for x, y in zip(means[a], means[b], strict=True)])
-    names = list(jobs)
-    here = "; ".join(
-        f"{jobs[b]} over {jobs[a]}: {minus(b, a)}" for a, b in zip(names, names[1:], strict=False)
-    )
+    jobs = list(SIZES)
+    steps = []
+    for smaller, larger in zip(jobs, jobs[1:], strict=False):
+        found = verdict(minus(means[larger], means[smaller]))
+        steps.append(f"{SIZES[larger]} over {SIZES[smaller]}: {found}")
     paper = "mean 63.61 (3B), 64.51 (7B), 68.05 (8B), 70.55 (13B)"
-    return (
-        markdown(["parameters", *COLUMNS[:-2]], table)
-        + "\n\n"
-        + claims([("accuracy rises with size", paper, f"hidden {here}")])
-    )
+    claim = Claim("accuracy rises with size", paper, "hidden " + "; ".join(steps))
+    return markdown(["parameters", *TOKEN_STATISTICS], rows) + "\n\n" + claims([claim])
 
 
-def beta(out: Path, seeds: list[int]) -> str:
-    keys = {"eval/reward": (1, 2), "eval/grammatical": (100, 0), "eval/kl": (1, 2), "eval/length": (1, 1)}
-    table = [
-        [
-            label,
-            *(
-                spread((scale * final(out, seed, job, key) for seed in seeds), digits)
-                for key, (scale, digits) in keys.items()
-            ),
-        ]
-        for label, job in (("0.1", "dvpo"), ("0.05", "dvpo_beta_005"), ("0.01", "dvpo_beta_001"))
-    ]
-    return markdown(["KL coefficient of DVPO", "true reward", "grammatical, %", "KL (nats)", "length"], table)
+# --- 2502.16944: pictures and cost --------------------------------------------------------------------------
 
 
 def axes_of(count: int, height: float = 3.6):
+    """A figure with so many axes side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -292,161 +418,203 @@ def draw(axis, folders: list[Path], key: str, label: str, colour: str, stretch: 
     """Mean over seeds, and a band from the lowest to the highest."""
     runs = [curve(folder, key) for folder in folders]
     steps = [stretch * row["step"] for row in runs[0]]
-    series = list(zip(*[[row[key] for row in run] for run in runs], strict=True))
-    axis.fill_between(
-        steps, [min(v) for v in series], [max(v) for v in series], color=colour, alpha=0.15, lw=0
-    )
-    axis.plot(steps, [statistics.fmean(v) for v in series], color=colour, label=label, lw=1.8)
+    by_run = [[row[key] for row in run] for run in runs]
+    by_step = list(zip(*by_run, strict=True))
+    lowest = [min(values) for values in by_step]
+    highest = [max(values) for values in by_step]
+    mean = [statistics.fmean(values) for values in by_step]
+    axis.fill_between(steps, lowest, highest, color=colour, alpha=0.15, lw=0)
+    axis.plot(steps, mean, color=colour, label=label, lw=1.8)
+
+
+class Line(NamedTuple):
+    """A line of a picture."""
+
+    label: str
+    colour: str
 
 
 ONLINE = {
-    "ppo": ("PPO", "#444"),
-    "dvpo": ("DVPO, GVM from scores", "#2a7"),
-    "dvpo_pairs": ("DVPO, GVM from preferences", "#7b3"),
-    "grpo": ("GRPO", "#27a"),
-    "remax": ("ReMax", "#c63"),
+    "ppo": Line("PPO", "#444"),
+    "dvpo": Line("DVPO, GVM from scores", "#2a7"),
+    "dvpo_pairs": Line("DVPO, GVM from preferences", "#7b3"),
+    "grpo": Line("GRPO", "#27a"),
+    "remax": Line("ReMax", "#c63"),
 }
 
 
 def curves(out: Path, seeds: list[int]) -> str:
     """Reward, grammar and KL of the online methods over training."""
-    figure, axes = axes_of(3)
     titles = {
         "eval/reward": "true reward",
         "eval/grammatical": "share grammatical",
         "eval/kl": "KL to the SFT policy (nats)",
     }
+    figure, axes = axes_of(3)
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        for job, (label, colour) in ONLINE.items():
-            draw(axis, [home(out, seed, job) for seed in seeds], key, label, colour)
+        for job, line in ONLINE.items():
+            draw(axis, [home(out, seed, job) for seed in seeds], key, line.label, line.colour)
         axis.set(xlabel="step (256 responses)", title=title)
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
     figure.savefig(out / "online.png", dpi=120)
-    return "![reward, grammar and KL of the online methods over training](online.png)\n\n(Band: lowest to highest seed.)"
+    picture = "![reward, grammar and KL of the online methods over training](online.png)"
+    return f"{picture}\n\n(Band: lowest to highest seed.)"
+
+
+def timed_rounds(out: Path, seed: int) -> list[str]:
+    """The numbers of the rounds in which the online scripts were timed."""
+    rounds = set()
+    for folder in home(out, seed, "").glob("timed_ppo_*"):
+        if folder.is_dir():  # not the log next to it
+            rounds.add(folder.name.rpartition("_")[2])
+    return sorted(rounds)
 
 
 def cost(out: Path, seeds: list[int]) -> str:
-    """Median step of short runs made in turn, beside PPO's of the same round; memory of the state."""
-    rounds = sorted(
-        {
-            folder.name.rpartition("_")[2]
-            for folder in home(out, seeds[0], "").glob("timed_ppo_*")
-            if folder.is_dir()
-        }
-    )
-    table, ratios = [], {}
-    for job, label in (("ppo", "PPO"), ("dvpo", "DVPO"), ("grpo", "GRPO"), ("remax", "ReMax")):
-        steps = [
-            [r for r in rows_of(home(out, seeds[0], f"timed_{job}_{n}")) if "time/step_s" in r][1:]
-            for n in rounds
-        ]
-        seconds = [statistics.median(r["time/step_s"] for r in rows) for rows in steps]
-        state = steps[0][-1]["memory/state_gb"]
-        ratios[job] = (seconds, state)
-        time = spread(a / b for a, b in zip(seconds, ratios["ppo"][0], strict=True))
-        table.append([label, time, f"{state / ratios['ppo'][1]:.2f}"])
-    ratio = [a / b for a, b in zip(*(ratios[job][0] for job in ("dvpo", "ppo")), strict=True)]
-    memory = ratios["dvpo"][1] / ratios["ppo"][1]
+    """Median step of short runs made in turn, divided by PPO's of the same round; memory of the state."""
+    labels = {"ppo": "PPO", "dvpo": "DVPO", "grpo": "GRPO", "remax": "ReMax"}
+    rounds = timed_rounds(out, seeds[0])
+    seconds = {}  # by script: the median step of each round
+    state = {}  # by script: GB
+    for job in labels:
+        seconds[job] = []
+        for number in rounds:
+            rows = rows_of(home(out, seeds[0], f"timed_{job}_{number}"))
+            steps = [row for row in rows if "time/step_s" in row][1:]  # the first warms up
+            seconds[job].append(statistics.median(row["time/step_s"] for row in steps))
+            if number == rounds[0]:
+                state[job] = steps[-1]["memory/state_gb"]
+
+    rows = []
+    for job, label in labels.items():
+        ratios = [a / b for a, b in zip(seconds[job], seconds["ppo"], strict=True)]
+        rows.append([label, spread(ratios), f"{state[job] / state['ppo']:.2f}"])
+    dvpo_ratios = [a / b for a, b in zip(seconds["dvpo"], seconds["ppo"], strict=True)]
+    memory = state["dvpo"] / state["ppo"]
     lines = [
-        (
+        Claim(
             "a step of DVPO takes 0.57 to 0.69 of PPO's",
             "3B: 13 s of 23 s; 8B: 48 s of 70 s",
-            f"{spread(ratio)}",
+            spread(dvpo_ratios),
         ),
-        (
+        Claim(
             "its memory is 0.66 to 0.77 of PPO's",
             "3B: 27.50 of 41.43 GB; 8B: 60.49 of 78.96 GB (whole GPU)",
-            f"{memory:.2f} of weights, gradients, optimizer state and frozen models; a whole GPU's memory cannot be tested here",
+            f"{memory:.2f} of weights, gradients, optimizer state and frozen models; "
+            "a whole GPU's memory cannot be tested here",
         ),
     ]
-    return markdown(["", "time a step / PPO's", "state / PPO's"], table) + "\n\n" + claims(lines)
+    return markdown(["", "time a step / PPO's", "state / PPO's"], rows) + "\n\n" + claims(lines)
 
+
+# --- 2506.13702: offline methods ----------------------------------------------------------------------------
 
 OFFLINE = {"offline_sft": "SFT", "kto": "KTO", "dro": "DRO-V", "rpo": "RPO", "dpo": "DPO"}
-COLUMNS = {
-    "eval/reward": (1, 2),
-    "eval/grammatical": (100, 0),
-    "eval/kl": (1, 2),
-    "eval/distinct_2": (1, 3),
-    "eval/pair_accuracy": (1, 3),
+OFFLINE_METRICS = {
+    "eval/reward": Format(1, 2),
+    "eval/grammatical": Format(100, 0),
+    "eval/kl": Format(1, 2),
+    "eval/distinct_2": Format(1, 3),
+    "eval/pair_accuracy": Format(1, 3),
 }
-HEAD = ["true reward", "grammatical, %", "KL (nats)", "distinct-2", "pair accuracy"]
+OFFLINE_HEAD = ["true reward", "grammatical, %", "KL (nats)", "distinct-2", "pair accuracy"]
+
+
+def evaluated(job: str) -> str:
+    """The job that holds the evaluations of `job`: SFT's are made by another script, which has a
+    reference."""
+    if job == "offline_sft":
+        return "offline_sft_measured"
+    return job
+
+
+def normalised(job: str) -> str:
+    """The length-normalised form of a job; of SFT there is only one."""
+    if job == "offline_sft":
+        return job
+    return f"{job}_normalised"
 
 
 def offline_row(out: Path, seeds: list[int], job: str, label: str) -> list[str]:
-    job = "offline_sft_measured" if job == "offline_sft" else job
-    cells = [
-        spread((s * final(out, seed, job, key) for seed in seeds), digits)
-        for key, (s, digits) in COLUMNS.items()
-    ]
-    return [label, *cells]
+    """A row under the columns `OFFLINE_HEAD`."""
+    return [label, *final_cells(out, seeds, evaluated(job), OFFLINE_METRICS)]
 
 
-def compare(out: Path, seeds: list[int], a: str, b: str, key: str = "eval/reward", sign: float = 1) -> str:
-    """Verdict on `key` of job a over job b. Rubble has a true reward of 0, above that of a sad review: it is no success."""
-    a, b = ("offline_sft_measured" if x == "offline_sft" else x for x in (a, b))
-    grammatical = statistics.fmean(final(out, seed, a, "eval/grammatical") for seed in seeds)
+def compare(out: Path, seeds: list[int], ours: str, theirs: str, key: str = "eval/reward") -> str:
+    """Verdict on `key` of one job over another's. Responses that are no sentences have a true reward of 0,
+    above that of a sad review: they are no success."""
+    ours = evaluated(ours)
+    theirs = evaluated(theirs)
+    grammatical = statistics.fmean([final(out, seed, ours, "eval/grammatical") for seed in seeds])
     if key == "eval/reward" and grammatical < 0.5:
         return f"**does not hold**: {100 * grammatical:.0f} % of its answers are grammatical"
-    return verdict([sign * (final(out, seed, a, key) - final(out, seed, b, key)) for seed in seeds])
+    our_values = [final(out, seed, ours, key) for seed in seeds]
+    their_values = [final(out, seed, theirs, key) for seed in seeds]
+    return verdict(minus(our_values, their_values))
+
+
+def smallest_kl(out: Path, seeds: list[int], form: str) -> str:
+    """Whether RPO's KL is below KTO's and DRO's; `form` is what their jobs' names end in."""
+    differences = []
+    for seed in seeds:
+        kto = final(out, seed, f"kto{form}", "eval/kl")
+        dro = final(out, seed, f"dro{form}", "eval/kl")
+        rpo = final(out, seed, f"rpo{form}", "eval/kl")
+        differences.append(min(kto, dro) - rpo)
+    return verdict(differences)
 
 
 def offline(out: Path, seeds: list[int]) -> str:
-    tables = [
-        markdown(
-            ["summed log-probabilities", *HEAD],
-            [offline_row(out, seeds, job, label) for job, label in OFFLINE.items()],
-        )
-    ]
-    rows = [
-        offline_row(out, seeds, f"{job}_normalised", label)
-        for job, label in OFFLINE.items()
-        if job != "offline_sft"
-    ]
-    tables.append(markdown(["length-normalised", *HEAD], rows))
+    """The offline methods on the same scored responses, with summed and with length-normalised
+    log-probabilities."""
+    summed_rows = [offline_row(out, seeds, job, label) for job, label in OFFLINE.items()]
+    normalised_rows = []
+    for job, label in OFFLINE.items():
+        if job != "offline_sft":
+            normalised_rows.append(offline_row(out, seeds, normalised(job), label))
+
     lines = []
-    for a, b in (("rpo", "offline_sft"), ("rpo", "kto"), ("rpo", "dro"), ("kto", "offline_sft")):
-        forms = [compare(out, seeds, a, b)]
-        forms.append(compare(out, seeds, f"{a}_normalised", b if b == "offline_sft" else f"{b}_normalised"))
-        pairs = compare(out, seeds, a, b, "eval/pair_accuracy")
-        here = f"reward: {forms[0]}; length-normalised {forms[1]}; pair accuracy: {pairs}"
-        lines.append((f"{OFFLINE[a]} beats {OFFLINE[b]}", "claimed; figures not known to us", here))
-    forms = [
-        verdict(
-            [
-                min(final(out, s, f"{job}{x}", "eval/kl") for job in ("kto", "dro"))
-                - final(out, s, f"rpo{x}", "eval/kl")
-                for s in seeds
-            ]
+    for ours, theirs in (("rpo", "offline_sft"), ("rpo", "kto"), ("rpo", "dro"), ("kto", "offline_sft")):
+        summed = compare(out, seeds, ours, theirs)
+        by_length = compare(out, seeds, normalised(ours), normalised(theirs))
+        pairs = compare(out, seeds, ours, theirs, "eval/pair_accuracy")
+        here = f"reward: {summed}; length-normalised {by_length}; pair accuracy: {pairs}"
+        lines.append(
+            Claim(f"{OFFLINE[ours]} beats {OFFLINE[theirs]}", "claimed; figures not known to us", here)
         )
-        for x in ("", "_normalised")
-    ]
-    lines.append(
-        ("RPO's KL is the smallest", "claimed", f"summed: {forms[0]}; length-normalised: {forms[1]}")
+    summed = smallest_kl(out, seeds, "")
+    by_length = smallest_kl(out, seeds, "_normalised")
+    here = f"summed: {summed}; length-normalised: {by_length}"
+    lines.append(Claim("RPO's KL is the smallest", "claimed", here))
+    return "\n\n".join(
+        [
+            markdown(["summed log-probabilities", *OFFLINE_HEAD], summed_rows),
+            markdown(["length-normalised", *OFFLINE_HEAD], normalised_rows),
+            claims(lines),
+        ]
     )
-    return "\n\n".join([*tables, claims(lines)])
 
 
 def unseen(out: Path, seeds: list[int]) -> str:
+    """The offline methods on prompts about dishes of the training rows and about others."""
     names = {"before": "before", "sft": "SFT", "kto": "KTO", "dro": "DRO-V", "rpo": "RPO", "dpo": "DPO"}
-    head, parts = ["", *MEASURED], []
-    for job, title in (
-        ("measured_seen", "in domain: prompts about dishes of the training rows"),
-        ("measured_unseen", "out of domain: at least one dish of the prompt in no training row"),
-    ):
-        prompts = answers(out, seeds[0], job, "sft")[1]["reward"]["n"]
-        parts.append(
-            f"**{title}** ({prompts} prompts)\n\n" + markdown(head, measured(out, seeds, job, names, "sft"))
-        )
-    at = {x: [answers(out, seed, "measured_unseen", x)[1]["reward"]["mean"] for seed in seeds] for x in names}
-    lines = [
-        (
-            f"RPO beats {names[x]} out of domain",
-            "win rates, opponent not named: AlpacaEval 79.5, IFEval 81.2, MT-Bench 77.1",
-            verdict([a - b for a, b in zip(at["rpo"], at[x], strict=True)]),
-        )
-        for x in ("sft", "kto", "dro")
-    ]
+    titles = {
+        "measured_seen": "in domain: prompts about dishes of the training rows",
+        "measured_unseen": "out of domain: at least one dish of the prompt in no training row",
+    }
+    parts = []
+    for job, title in titles.items():
+        _, summary = answers(out, seeds[0], job, "sft")
+        prompts = summary["reward"]["n"]
+        table = markdown(["", *MEASURED], measured(out, seeds, job, names, "sft"))
+        parts.append(f"**{title}** ({prompts} prompts)\n\n{table}")
+
+    paper = "win rates, opponent not named: AlpacaEval 79.5, IFEval 81.2, MT-Bench 77.1"
+    rpo = [mean_of(out, seed, "measured_unseen", "rpo") for seed in seeds]
+    lines = []
+    for name in ("sft", "kto", "dro"):
+        others = [mean_of(out, seed, "measured_unseen", name) for seed in seeds]
+        lines.append(Claim(f"RPO beats {names[name]} out of domain", paper, verdict(minus(rpo, others))))
     return "\n\n".join([*parts, claims(lines)])
 
 
@@ -466,109 +634,125 @@ ABLATIONS = {
 
 
 def ablations(out: Path, seeds: list[int]) -> str:
-    table = markdown(
-        ["RPO", *HEAD], [offline_row(out, seeds, job, label) for job, label in ABLATIONS.items()]
-    )
-    drop = lambda a, b: compare(out, seeds, a, b)
+    """RPO with other settings."""
+    rows = [offline_row(out, seeds, job, label) for job, label in ABLATIONS.items()]
+    partition = compare(out, seeds, "rpo", "rpo_no_partition")
+    partition_normalised = compare(out, seeds, "rpo_normalised", "rpo_no_partition_normalised")
+    fewer = []
+    for share in (75, 50, 25):
+        fewer.append(f"{share} %: {compare(out, seeds, 'rpo', f'rpo_keep_{share}')}")
+    noisy = []
+    for noise, job in {"0.1": "rpo_noise_01", "0.5": "rpo_noise_05", "1.0": "rpo_noise_10"}.items():
+        noisy.append(f"{noise}: {compare(out, seeds, 'rpo', job)}")
     lines = [
-        (
+        Claim(
             "without the partition value it drops",
             "claimed",
-            f"{drop('rpo', 'rpo_no_partition')}; length-normalised {drop('rpo_normalised', 'rpo_no_partition_normalised')}",
+            f"{partition}; length-normalised {partition_normalised}",
         ),
-        (
-            "a mild drop with fewer responses",
-            "claimed",
-            "; ".join(f"{n} %: {drop('rpo', f'rpo_keep_{n}')}" for n in (75, 50, 25)),
-        ),
-        (
-            "a mild drop with noise",
-            "claimed",
-            "; ".join(
-                f"{n}: {drop('rpo', f'rpo_noise_{j}')}"
-                for n, j in (("0.1", "01"), ("0.5", "05"), ("1.0", "10"))
-            ),
-        ),
-        (
+        Claim("a mild drop with fewer responses", "claimed", "; ".join(fewer)),
+        Claim("a mild drop with noise", "claimed", "; ".join(noisy)),
+        Claim(
             "trouble at tau 0.1: less grammatical than at 0.3",
             "claimed",
             compare(out, seeds, "rpo", "rpo_tau_01", "eval/grammatical"),
         ),
     ]
-    return table + "\n\n" + claims(lines)
+    return markdown(["RPO", *OFFLINE_HEAD], rows) + "\n\n" + claims(lines)
+
+
+OFFLINE_LINES = {
+    "kto": Line("KTO", "#27a"),
+    "dro": Line("DRO-V", "#c63"),
+    "rpo": Line("RPO", "#2a7"),
+    "dpo": Line("DPO", "#92c"),
+}
 
 
 def kl(out: Path, seeds: list[int]) -> str:
+    """Reward and KL of the offline methods over training, in both forms."""
+    panels = (
+        ("eval/reward", "", "true reward"),
+        ("eval/kl", "", "KL to the reference (nats)"),
+        ("eval/reward", "_normalised", "true reward, length-normalised"),
+        ("eval/kl", "_normalised", "KL, length-normalised"),
+    )
     figure, axes = axes_of(4)
-    for axis, (key, extra, title) in zip(
-        axes,
-        (
-            ("eval/reward", "", "true reward"),
-            ("eval/kl", "", "KL to the reference (nats)"),
-            ("eval/reward", "_normalised", "true reward, length-normalised"),
-            ("eval/kl", "_normalised", "KL, length-normalised"),
-        ),
-        strict=True,
-    ):
-        for job, label, colour in (
-            ("kto", "KTO", "#27a"),
-            ("dro", "DRO-V", "#c63"),
-            ("rpo", "RPO", "#2a7"),
-            ("dpo", "DPO", "#92c"),
-        ):
-            draw(axis, [home(out, seed, job + extra) for seed in seeds], key, label, colour)
+    for axis, (key, form, title) in zip(axes, panels, strict=True):
+        for job, line in OFFLINE_LINES.items():
+            draw(axis, [home(out, seed, job + form) for seed in seeds], key, line.label, line.colour)
         axis.set(xlabel="step", title=title)
         if key == "eval/kl":
             axis.set_yscale("symlog", linthresh=1)
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
     figure.savefig(out / "offline.png", dpi=120)
-    return (
-        "![true reward and KL of the offline methods over training, summed and length-normalised](offline.png)\n\n"
-        "(Band: lowest to highest seed. The KL axes are linear up to 1.)"
-    )
+    title = "true reward and KL of the offline methods over training, summed and length-normalised"
+    note = "(Band: lowest to highest seed. The KL axes are linear up to 1.)"
+    return f"![{title}](offline.png)\n\n{note}"
 
 
-TABLES = {  # name: (function, the jobs it reads)
-    "policies": (policies, ["measured", *[name for name in POLICIES if name != "before"]]),
-    "values": (values, ["judged"]),
-    "authors": (authors, ["judged_in", "judged_out"]),
-    "sizes": (sizes, ["gvm_16", "gvm_32", "gvm_pairs", "gvm_128", "gvm_192"]),
-    "beta": (beta, ["dvpo", "dvpo_beta_005", "dvpo_beta_001"]),
-    "curves": (curves, list(ONLINE)),
-    "cost": (cost, []),  # timed apart, one at a time
-    "offline": (
-        offline,
-        [
-            "offline_sft_measured",
-            *[f"{x}{y}" for x in ("kto", "dro", "rpo", "dpo") for y in ("", "_normalised")],
-        ],
-    ),
-    "unseen": (unseen, ["measured_seen", "measured_unseen"]),
-    "ablations": (ablations, [*ABLATIONS, "rpo_normalised"]),
-    "kl": (kl, [f"{x}{y}" for x in ("kto", "dro", "rpo", "dpo") for y in ("", "_normalised")]),
+# --- all of them --------------------------------------------------------------------------------------------
+
+
+class Table(NamedTuple):
+    make: Callable[[Path, list[int]], str]
+    """from the folder of all runs and the seeds, markdown"""
+    jobs: list[str]
+    """that it reads"""
+
+
+OFFLINE_JOBS = [job + form for job in OFFLINE_LINES for form in ("", "_normalised")]
+
+TABLES = {
+    "policies": Table(policies, ["measured", *[name for name in POLICIES if name != "before"]]),
+    "values": Table(values, ["judged"]),
+    "authors": Table(authors, ["judged_in", "judged_out"]),
+    "sizes": Table(sizes, list(SIZES)),
+    "beta": Table(beta, ["dvpo", "dvpo_beta_005", "dvpo_beta_001"]),
+    "curves": Table(curves, list(ONLINE)),
+    "cost": Table(cost, []),  # its runs are timed apart, one at a time
+    "offline": Table(offline, ["offline_sft_measured", *OFFLINE_JOBS]),
+    "unseen": Table(unseen, ["measured_seen", "measured_unseen"]),
+    "ablations": Table(ablations, [*ABLATIONS, "rpo_normalised"]),
+    "kl": Table(kl, OFFLINE_JOBS),
 }
 
 
+def provenance(out: Path, seeds: list[int], name: str) -> str:
+    """The line under a table: how to make it again, of which runs it is."""
+    files = [home(out, seed, job) / "job.json" for seed in seeds for job in TABLES[name].jobs]
+    if not files:  # the timed runs
+        files = list(out.glob("seed*/timed*/job.json"))
+    records = [json.loads(file.read_text()) for file in files]
+    commits = sorted({record["commit"].rstrip("+") for record in records})
+    dates = sorted({record["date"] for record in records})
+    command = f"`python paper/tables.py --only {name}`"
+    seed_list = ", ".join(map(str, seeds))
+    over = f"rounds of seed {seeds[0]}" if name == "cost" else "seeds"
+    return (
+        f"({command}; seeds {seed_list}; commit {', '.join(commits)}; {dates[-1]}. "
+        f"Mean ± standard deviation over {over}.)"
+    )
+
+
 def write(out: Path, seeds: list[int], names: list[str], docs: Path | None) -> None:
-    """Each table to out/table-NAME.md; with `docs` also between its marks in docs/results.md, and the pictures there."""
-    page = docs and docs / "results.md"
-    text = page.read_text(encoding="utf-8") if page else ""
+    """Each table to out/table-NAME.md; with `docs` also between its marks in docs/results.md, and the
+    pictures there."""
+    text = ""
+    if docs:
+        text = (docs / "results.md").read_text(encoding="utf-8")
     for name in names:
-        found = TABLES[name][0](out, seeds)
-        files = [home(out, seed, job) / "job.json" for seed in seeds for job in TABLES[name][1]]
-        records = [json.loads(file.read_text()) for file in files or out.glob("seed*/timed*/job.json")]
-        commits = sorted({record["commit"].rstrip("+") for record in records})
-        dates = sorted({record["date"] for record in records})
-        where = f"`python paper/tables.py --only {name}`; seeds {', '.join(map(str, seeds))}; commit {', '.join(commits)}"
-        what = "rounds of seed " + str(seeds[0]) if name == "cost" else "seeds"
-        found += f"\n\n({where}; {dates[-1]}. Mean ± standard deviation over {what}.)\n"
+        found = TABLES[name].make(out, seeds)
+        found += f"\n\n{provenance(out, seeds, name)}\n"
         (out / f"table-{name}.md").write_text(found, encoding="utf-8")
         print(f"\n## {name}\n\n{found}", flush=True)
-        first, last = f"<!-- table {name} -->\n", f"<!-- end {name} -->"
+        first = f"<!-- table {name} -->\n"
+        last = f"<!-- end {name} -->"
         if first in text:
-            head, rest = text.split(first)
-            text = head + first + found + last + rest.split(last, 1)[1]
-    if page:
-        page.write_text(text, encoding="utf-8")
+            before, rest = text.split(first)
+            _, after = rest.split(last, 1)
+            text = before + first + found + last + after
+    if docs:
+        (docs / "results.md").write_text(text, encoding="utf-8")
         for picture in out.glob("*.png"):
             (docs / picture.name).write_bytes(picture.read_bytes())

@@ -1,8 +1,10 @@
-"""Runs commands that need one another's folders, several at a time; resumes where it was stopped; says how long it will take.
+"""Runs commands that need one another's folders, several at a time; resumes where it was stopped; says how
+long it will take.
 
-A job is a name and a command of one of the scripts. `{home}` in it is the folder of the seed, `{out}` the folder of all seeds;
-a job that names `{home}/x/...` or `{out}/x/...` waits for job x. What has finished has a `job.json` (command, seconds, commit,
-date) and is not run again, unless its command is another now. A log lies beside each folder.
+A job is a name and a command of one of the scripts. `{home}` in it is the folder of the seed, `{out}` the
+folder of all seeds; a job that names `{home}/x/...` or `{out}/x/...` waits for job x. What has finished has a
+`job.json` (command, seconds, commit, date) and is not run again, unless its command is another now. A log
+lies next to each folder.
 """
 
 import concurrent.futures
@@ -13,61 +15,107 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def commit() -> str:
-    """The short hash of the working tree's commit, with + where files have changed since; '' outside a repository."""
-    git = ["git", "-C", str(ROOT)]
-    found = subprocess.run(
-        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "-uno", "--", "*.py"], capture_output=True, text=True
-    ).stdout.strip()
-    return found + "+" * bool(changed)
+    """The short hash of the working tree's commit, with + where files have changed since; '' outside a
+    repository."""
+    found = git("rev-parse", "--short", "HEAD")
+    changed = git("status", "--porcelain", "-uno", "--", "*.py")
+    if changed:
+        return found + "+"
+    return found
+
+
+def git(*words: str) -> str:
+    """What a git command prints about this project; '' where it fails."""
+    command = ["git", "-C", str(ROOT), *words]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def in_words(seconds: float) -> str:
+    """A time to wait, in minutes or seconds."""
+    if seconds > 90:
+        return f"about {seconds / 60:.0f} min"
+    return f"about {seconds:.0f} s"
+
+
+class Job(NamedTuple):
+    """One command; `seed` is None for a job that all seeds share."""
+
+    seed: int | None
+    name: str
 
 
 class Jobs:
-    """The jobs `wanted` ((seed, name) each) of `commands` (name -> list of words) and all they need; `shared`: without seed."""
+    """The jobs `wanted` ((seed, name) each) and all they need.
+
+    `commands` gives each name its list of words, `shared` the names that are run once for all seeds.
+    """
 
     def __init__(
         self, out: Path, commands: dict[str, list[str]], wanted: list[tuple[int, str]], shared: set[str]
     ):
-        self.out, self.commands, self.order, self.needs = out, commands, [], {}
+        self.out = out
+        self.commands = commands
+        self.order: list[Job] = []  # a job comes after all that it needs
+        self.needs: dict[Job, set[Job]] = {}
         for seed, name in wanted:
-            self._add((None if name in shared else seed, name))
+            self._add(Job(None if name in shared else seed, name))
 
-    def _add(self, job: tuple[int | None, str]) -> None:
-        seed, name = job
+    def _add(self, job: Job) -> None:
+        """Puts a job behind those that it needs, once."""
         if job in self.needs:
             return
-        words = " ".join(self.commands[name])
-        needed = [(None, x) for x in re.findall(r"\{out\}/(\w+)", words) if x in self.commands]
-        needed += [(seed, x) for x in re.findall(r"\{home\}/(\w+)", words) if x in self.commands]
+        words = " ".join(self.commands[job.name])
+        needed = []
+        for name in re.findall(r"\{out\}/(\w+)", words):
+            if name in self.commands:
+                needed.append(Job(None, name))
+        for name in re.findall(r"\{home\}/(\w+)", words):
+            if name in self.commands:
+                needed.append(Job(job.seed, name))
         self.needs[job] = set(needed)
         for other in needed:
             self._add(other)
         self.order.append(job)
 
-    def folder(self, job: tuple[int | None, str]) -> Path:
-        seed, name = job
-        return self.out / name if seed is None else self.out / f"seed{seed}" / name
+    def home(self, job: Job) -> Path:
+        """The folder that holds the folders of a job's seed."""
+        if job.seed is None:
+            return self.out
+        return self.out / f"seed{job.seed}"
 
-    def words(self, job: tuple[int | None, str]) -> list[str]:
-        seed = job[0]
-        home = self.out if seed is None else self.out / f"seed{seed}"
-        return [word.format(out=self.out, home=home, seed=seed or 0) for word in self.commands[job[1]]]
+    def folder(self, job: Job) -> Path:
+        """The run folder of a job."""
+        return self.home(job) / job.name
 
-    def done(self, job) -> bool:
+    def words(self, job: Job) -> list[str]:
+        """The command of a job, its braces filled in."""
+        home = self.home(job)
+        seed = job.seed or 0
+        return [word.format(out=self.out, home=home, seed=seed) for word in self.commands[job.name]]
+
+    def record(self, job: Job) -> dict:
+        """What a finished job left."""
+        return json.loads((self.folder(job) / "job.json").read_text())
+
+    def done(self, job: Job) -> bool:
+        """Whether a job has finished, with the command that it has now."""
         file = self.folder(job) / "job.json"
-        return file.exists() and json.loads(file.read_text())["command"] == self.words(job)
+        return file.exists() and self.record(job)["command"] == self.words(job)
 
-    def _run(self, job) -> float:
-        folder, start = self.folder(job), time.perf_counter()
+    def _run(self, job: Job) -> float:
+        """Runs a job to its end; its seconds. Raises RuntimeError where the script fails."""
+        start = time.perf_counter()
+        folder = self.folder(job)
         folder.mkdir(parents=True, exist_ok=True)
+        # gone while it runs: a job that is stopped half way must not count as finished
         (folder / "job.json").unlink(missing_ok=True)
         words = self.words(job)
         with open(f"{folder}.log", "w") as log:
@@ -78,51 +126,65 @@ class Jobs:
         if code:
             raise RuntimeError(f"{words[0]} failed, see {folder}.log")
         seconds = time.perf_counter() - start
-        when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-        record = dict(command=words, seconds=round(seconds, 1), commit=commit(), date=when)
+        date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+        record = {"command": words, "seconds": round(seconds, 1), "commit": commit(), "date": date}
         (folder / "job.json").write_text(json.dumps(record, indent=1))
         return seconds
 
     def run(self, workers: int) -> None:
-        """All jobs that are not done yet, `workers` at a time, in the order asked for. One that fails takes those with it that
-        need it; the others go on, and the end is a line about it."""
-        left, running, start = [job for job in self.order if not self.done(job)], {}, time.perf_counter()
-        took, total, failed = {}, len(left), {}
-        for job in set(self.order) - set(left):
-            took.setdefault(job[1], []).append(
-                json.loads((self.folder(job) / "job.json").read_text())["seconds"]
-            )
+        """All jobs that are not done yet, `workers` at a time, in the order asked for.
+
+        A job that fails takes those with it that need it. The others go on, and the end is an error with a
+        line about each.
+        """
+        start = time.perf_counter()
+        waiting = [job for job in self.order if not self.done(job)]
+        total = len(waiting)
+        running: dict[concurrent.futures.Future, Job] = {}
+        failed: dict[Job, str] = {}
+        took: dict[str, list[float]] = defaultdict(list)  # seconds by name, of all seeds
+        for job in set(self.order) - set(waiting):
+            took[job.name].append(self.record(job)["seconds"])
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            while left or running:
-                for job in [job for job in left if self.needs[job] & set(failed)]:
-                    left.remove(job)
-                    failed[job] = f"{self.folder(job)} needs what failed"
-                ready = [job for job in left if not self.needs[job] & {*left, *running.values()}]
+            while waiting or running:
+                for job in list(waiting):
+                    if self.needs[job] & set(failed):
+                        waiting.remove(job)
+                        failed[job] = f"{self.folder(job)} needs what failed"
+                unfinished = {*waiting, *running.values()}
+                ready = [job for job in waiting if not self.needs[job] & unfinished]
                 for job in ready[: workers - len(running)]:
-                    left.remove(job)
+                    waiting.remove(job)
                     running[pool.submit(self._run, job)] = job
-                for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
+                ended = concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done
+                for future in ended:
                     job = running.pop(future)
                     if future.exception():
                         failed[job] = str(future.exception())
                         print(f"error: {failed[job]}", flush=True)
                         continue
-                    took.setdefault(job[1], []).append(future.result())
-                    mean = statistics.fmean(
-                        x for xs in took.values() for x in xs
-                    )  # of a job that has not run yet
-                    rest = in_words(
-                        sum(statistics.fmean(took.get(name, [mean])) for _, name in left) / workers
+                    took[job.name].append(future.result())
+                    finished = total - len(waiting) - len(running)
+                    name = self.folder(job).relative_to(self.out)
+                    minutes = (time.perf_counter() - start) / 60
+                    rest = in_words(expected_seconds(waiting, took) / workers)
+                    print(
+                        f"[{finished}/{total}] {name}: {future.result():.0f} s; "
+                        f"{minutes:.0f} min so far, {rest} left",
+                        flush=True,
                     )
-                    name, minutes = self.folder(job).relative_to(self.out), (time.perf_counter() - start) / 60
-                    count, seconds = f"{total - len(left) - len(running)}/{total}", f"{future.result():.0f} s"
-                    print(f"[{count}] {name}: {seconds}; {minutes:.0f} min so far, {rest} left", flush=True)
         if failed:
-            sys.exit(
-                f"error: {len(failed)} of {total} runs are missing; the same command goes on\n"
-                + "\n".join(failed.values())
-            )
+            first = f"error: {len(failed)} of {total} runs are missing; the same command goes on"
+            sys.exit("\n".join([first, *failed.values()]))
 
 
-def in_words(seconds: float) -> str:
-    return f"about {seconds / 60:.0f} min" if seconds > 90 else f"about {seconds:.0f} s"
+def expected_seconds(waiting: list[Job], took: dict[str, list[float]]) -> float:
+    """Of the jobs that are left, from those of the same name; one that has not run yet counts as the mean of
+    all."""
+    everything = [seconds for runs in took.values() for seconds in runs]
+    mean = statistics.fmean(everything)
+    total = 0
+    for job in waiting:
+        runs = took.get(job.name, [mean])
+        total += statistics.fmean(runs)
+    return total
