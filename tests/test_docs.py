@@ -410,6 +410,23 @@ def test_a_link_that_is_dead_is_found():
         assert len(dead_links(f"[x]({wrong})", page)) == 1, wrong
 
 
+FOLDERS = "assets|benchmarks|common|evaluation|paper|tests|tools"
+MADE_BY_THE_READER = {"tests/test_my_rpo.py"}  # docs/first_fork.md
+
+
+def gone_paths(text: str) -> list[str]:
+    """The source files that a page names, in text or commands, and that are not there."""
+    named = set(re.findall(rf"(?<![\w/.])(?:{FOLDERS})/\w+\.py\b", text))
+    return sorted(path for path in named - MADE_BY_THE_READER if not (ROOT / path).exists())
+
+
+def test_paths_on_the_pages_exist():
+    gone = [f"{name_of(page)}: {gone_paths(page.read_text(encoding='utf-8'))}" for page in PAGES]
+    gone = [line for line in gone if not line.endswith(": []")]
+    assert not gone, "\n".join(gone)
+    assert gone_paths("`tests/test_docs.py` and `python tools/gone.py`") == ["tools/gone.py"]
+
+
 def not_linked(index: str, pages: list[str]) -> list[str]:
     """The pages that an index, docs/README.md, has no link to."""
     linked = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", index)}
