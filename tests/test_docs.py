@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md")) + [page for page in [ROOT / "README.md"] if page.exists()]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
 SCRIPTS = ("sft", "reward", "gvm_td", "dvpo", "ppo", "rpo", "dro", "kto", "dpo", "grpo", "remax")
 COMMANDS = {  # of evaluate.py: the class of their flags, and their page
     "Values": "docs/evaluate.md",
@@ -22,41 +22,28 @@ REFERENCE = re.compile(r"\[`([\w./]+\.py)(?:: (\w+))?`\]\(([\w./]+)\)\s+(`+)(.+?
 NUMBERED = re.compile(r"[\w./]+\.py(?::\d+|#L\d+)")  # a line number, in whatever form: it would drift
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 METRIC = re.compile(r"[a-z_]+/[a-z0-9_<> ]+")
-OTHERS = {
-    "--help",
-    "--logdir",
-    "--nnodes",
-    "--nproc_per_node",
-    "--rdzv_backend",
-    "--rdzv_endpoint",
-}  # not the scripts'
-OTHERS |= {"--model_outputs"}  # of alpaca_eval
-OTHERS |= {
-    "--algorithm",
-    "--gpus",
-    "--gpus-a-node",
-    "--largest",
-    "--validate",
-    "--table",
-    "--intra",
-    "--inter",
-}  # memory.py's
-OTHERS |= {
-    "--n",
-    "--size",
-    "--only",
-    "--scaling",
-    "--vocabulary",
-    "--hidden-size",
-    "--tokens",
-}  # of benchmarks
-OTHERS |= {
-    "--no-partition",
-    "--no-scale-std",
-    "--no-lora-merge",
-    "--no-precompute-ref",
-    "--no-rescale-lr",
-}  # tyro's opposites
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+FOREIGN = {  # flags of other programs: which
+    "--help": "argparse and tyro",
+    "--logdir": "tensorboard",
+    "--model_outputs": "alpaca_eval",
+    "--nnodes": "torchrun",
+    "--nproc_per_node": "torchrun",
+    "--rdzv_backend": "torchrun",
+    "--rdzv_endpoint": "torchrun",
+    "--dist": "pytest-xdist",
+    "--huber-delta": "the script that docs/first_fork.md makes",
+}
+PROGRAMS = sorted(  # what has flags and is no script: tools/, paper/ and benchmarks/
+    path.relative_to(ROOT).as_posix()
+    for folder in ("tools", "paper", "benchmarks")
+    for path in (ROOT / folder).glob("*.py")
+)
+PASS_ON = ("tools/plan_memory.py",)  # they pass the flags they do not know on to a script
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 # --- references to code ----------------------------------------------------------------------------------------------
@@ -103,7 +90,7 @@ def test_references_quote_code_that_is_there():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         count += len(REFERENCE.findall(text))
-        problems += [f"{page.name}: {problem}" for problem in wrong_references(text, read_source)]
+        problems += [f"{name_of(page)}: {problem}" for problem in wrong_references(text, read_source)]
     assert not problems, f"{len(problems)} references to code\n" + "\n".join(problems)
     assert count > 100, "has the form of references changed?"
 
@@ -207,6 +194,79 @@ def args_of(script: str, name: str = "Args") -> dict[str, str]:
     }
 
 
+@functools.cache
+def flags_of(script: str, name: str = "Args") -> frozenset[str]:
+    """All flags of a script: those of `args_of`, and tyro's opposites `--no-x` of the ones that are true or false."""
+    opposites = {
+        f"--no-{flag.removeprefix('--')}"
+        for flag, default in args_of(script, name).items()
+        if default in ("True", "False")
+    }
+    return frozenset(set(args_of(script, name)) | opposites)
+
+
+def flags_in(source: str) -> set[str]:
+    """The flags of a program as its source says them: argparse's add_argument, or the fields of the dataclass that
+    tyro.cli gets."""
+    tree = ast.parse(source)
+    flags = set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not node.args or not isinstance(node.func, ast.Attribute):
+            continue
+        first = node.args[0]
+        if node.func.attr == "add_argument" and isinstance(first, ast.Constant):
+            flags.add(first.value)
+        if ast.unparse(node.func) == "tyro.cli" and isinstance(first, ast.Name):
+            for owner in ast.walk(tree):
+                if isinstance(owner, ast.ClassDef) and owner.name == first.id:
+                    fields = [field for field in owner.body if isinstance(field, ast.AnnAssign)]
+                    flags |= {"--" + field.target.id.replace("_", "-") for field in fields}
+    return {flag for flag in flags if flag.startswith("--")}
+
+
+@functools.cache
+def program_flags(program: str) -> frozenset[str]:
+    return frozenset(flags_in(read_source(program)))
+
+
+@functools.cache
+def script_flags() -> frozenset[str]:
+    """The flags of all scripts and of the commands of evaluate.py."""
+    of_scripts = [flags_of(script) for script in SCRIPTS]
+    of_commands = [flags_of(HOME[name], name) for name in COMMANDS]
+    return frozenset().union(*of_scripts, *of_commands)
+
+
+@functools.cache
+def all_flags() -> frozenset[str]:
+    return script_flags().union(FOREIGN, *(program_flags(program) for program in PROGRAMS))
+
+
+@functools.cache
+def called() -> dict[str, frozenset[str]]:
+    """How a command line calls what is ours, and the flags that may follow."""
+    calls = {f"{script}.py": flags_of(script) for script in SCRIPTS}
+    for name in COMMANDS:
+        calls[f"evaluate.py {name.lower()}"] = flags_of(HOME[name], name)
+    for program in PROGRAMS:
+        passed_on = script_flags() if program in PASS_ON else frozenset()
+        calls[program] = program_flags(program) | passed_on
+    return calls
+
+
+def wrong_commands(text: str) -> list[str]:
+    """The lines of the code blocks of a page that give a program a flag it does not have."""
+    problems = []
+    for block in FENCE.findall(text):
+        for command in block.replace("\\\n", " ").splitlines():
+            for call, flags in called().items():
+                _, found, rest = command.partition(f" {call} ")
+                wrong = set(FLAG.findall(rest)) - flags - {"--help"}
+                if found and wrong:
+                    problems.append(f"{call} has no {sorted(wrong)}: {command.strip()}")
+    return problems
+
+
 def options(page: str) -> dict[str, str]:
     """Rows | `--flag` | default | ... | of a page: flag to default."""
     return dict(re.findall(r"^\| `(--[\w-]+)` \| `?(.*?)`? \|", page, re.M))
@@ -254,31 +314,58 @@ def test_option_tables_of_evaluate():
 
 
 def test_flags_on_the_pages_exist():
-    everywhere = OTHERS.union(
-        *(args_of(script) for script in SCRIPTS), *(args_of(HOME[name], name) for name in COMMANDS)
-    )
+    problems = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        unknown = {flag for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)} - everywhere
-        written_elsewhere = page.name in (
-            "README.md",
-            "results.md",
-        )  # they name flags of pip, benchmarks and so on
-        assert written_elsewhere or not unknown, f"{page.name}: no script has {sorted(unknown)}"
-        for block in FENCE.findall(text):
-            for command in block.replace("\\\n", " ").splitlines():
-                for script in SCRIPTS:
-                    _, called, rest = command.partition(f" {script}.py")
-                    wrong = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", rest)) - set(args_of(script)) - OTHERS
-                    assert not (called and wrong), (
-                        f"{page.name}: {script}.py has no {sorted(wrong)}: {command.strip()}"
-                    )
+        unknown = sorted(set(FLAG.findall(text)) - all_flags())
+        problems += [f"{name_of(page)}: nothing has {flag}" for flag in unknown]
+        problems += [f"{name_of(page)}: {problem}" for problem in wrong_commands(text)]
+    assert not problems, "\n".join(problems)
+
+
+def test_flags_are_read_from_the_source():
+    argparse_source = 'p.add_argument("--one", type=int)\np.add_argument("name")\n'
+    assert flags_in(argparse_source) == {"--one"}
+    tyro_source = "class Options:\n    on_it: int = 1\n\nclass Other:\n    x: int\n\ntyro.cli(Options)\n"
+    assert flags_in(tyro_source) == {"--on-it"}
+    assert "--no-partition" in flags_of("rpo") and "--no-tau" not in flags_of("rpo")
+    for program, flag in (
+        ("tools/plan_memory.py", "--gpus"),
+        ("paper/tables.py", "--only"),
+        ("benchmarks/speed.py", "--size"),
+    ):
+        assert flag in program_flags(program), f"{program}: found only {sorted(program_flags(program))}"
+
+
+def test_a_flag_that_is_wrong_is_found():
+    for wrong in (
+        "python rpo.py --gvm x",
+        "OMP_NUM_THREADS=1 python benchmarks/speed.py --gpus 8",
+        "python evaluate.py values --judge x",
+        "python tools/plan_memory.py --algorithm ppo --nothing 1",
+        "python rpo.py \\\n    --nothing",
+    ):
+        assert len(wrong_commands(f"```\n{wrong}\n```\n")) == 1, wrong
+    right = (
+        "torchrun --nproc_per_node=2 rpo.py --no-partition\npython tools/plan_memory.py --gpus 8 --model x\n"
+    )
+    assert wrong_commands(f"```\n{right}```\n") == []
+    assert "--nothing" not in all_flags()
+
+
+def test_foreign_flags_are_used_and_are_not_ours():
+    """So that the list cannot hide a flag that one of our programs lost."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    ours = script_flags().union(*(program_flags(program) for program in PROGRAMS))
+    for flag in FOREIGN:
+        assert flag in FLAG.findall(text), f"no page names {flag}"
+        assert flag not in ours, flag
 
 
 def test_no_page_has_a_gap():
     """Nothing is left for later without saying so."""
     for page in PAGES:
-        assert not re.search("PENDING|TODO|FIXME", page.read_text(encoding="utf-8")), page.name
+        assert not re.search("PENDING|TODO|FIXME", page.read_text(encoding="utf-8")), name_of(page)
 
 
 # --- links -----------------------------------------------------------------------------------------------------------
@@ -290,17 +377,90 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def dead_links(text: str, page: Path) -> list[str]:
+    """The links of a page that lead nowhere: no such file (seen from the page's folder) or no such heading."""
+    dead = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", text)):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        if path and not file.exists():
+            dead.append(f"{target}: no such file")
+        elif anchor and file.suffix == ".md":
+            there = text if file == page else file.read_text(encoding="utf-8")
+            if anchor not in anchors(there):
+                dead.append(f"{target}: no such heading")
+    return dead
+
+
 def test_links_lead_somewhere():
     dead = []
     for page in PAGES:
-        text = FENCE.sub("", page.read_text(encoding="utf-8"))
-        for target in re.findall(r"\]\(([^)\s]+)\)", text):
-            if "://" in target or target.startswith("mailto:"):
-                continue
-            path, _, anchor = target.partition("#")
-            file = (page.parent / path) if path else page
-            if not file.exists():
-                dead.append(f"{page.name}: {target}: no such file")
-            elif anchor and file.suffix == ".md" and anchor not in anchors(file.read_text(encoding="utf-8")):
-                dead.append(f"{page.name}: {target}: no such heading")
+        found = dead_links(page.read_text(encoding="utf-8"), page)
+        dead += [f"{name_of(page)}: {problem}" for problem in found]
     assert not dead, "dead links:\n" + "\n".join(dead)
+
+
+def test_a_link_that_is_dead_is_found():
+    page = ROOT / "docs/results/page.md"
+    right = "# A b\n[x](../rpo.md#equations) [y](#a-b) [z](https://a.b/c) ![p](../online.png)\n```\n[q](gone)\n```\n"
+    assert dead_links(right, page) == []
+    for wrong in ("kto.md", "../rpo.md#nothing", "#nothing", "../../docs/gone.png"):
+        assert len(dead_links(f"[x]({wrong})", page)) == 1, wrong
+
+
+FOLDERS = "assets|benchmarks|common|evaluation|paper|tests|tools"
+MADE_BY_THE_READER = {"tests/test_my_rpo.py"}  # docs/first_fork.md
+
+
+def gone_paths(text: str) -> list[str]:
+    """The source files that a page names, in text or commands, and that are not there."""
+    named = set(re.findall(rf"(?<![\w/.])(?:{FOLDERS})/\w+\.py\b", text))
+    return sorted(path for path in named - MADE_BY_THE_READER if not (ROOT / path).exists())
+
+
+def test_paths_on_the_pages_exist():
+    gone = [f"{name_of(page)}: {gone_paths(page.read_text(encoding='utf-8'))}" for page in PAGES]
+    gone = [line for line in gone if not line.endswith(": []")]
+    assert not gone, "\n".join(gone)
+    assert gone_paths("`tests/test_docs.py` and `python tools/gone.py`") == ["tools/gone.py"]
+
+
+def not_linked(index: str, pages: list[str]) -> list[str]:
+    """The pages that an index, docs/README.md, has no link to."""
+    linked = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", index)}
+    return [page for page in pages if page not in linked]
+
+
+def test_the_index_names_every_page():
+    folder = ROOT / "docs"
+    pages = [page.relative_to(folder).as_posix() for page in sorted(folder.rglob("*.md"))]
+    pages.remove("README.md")
+    assert not_linked((folder / "README.md").read_text(encoding="utf-8"), pages) == []
+    assert not_linked("[a](a.md) and [b](b.md#x)", ["a.md", "b.md", "results/c.md"]) == ["results/c.md"]
+    assert "](docs/README.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def missing_numbers(row: str, details: str) -> list[str]:
+    """The numbers in the fourth cell of a row of the table of claims (here) that the page with the details lacks."""
+    here = row.split("|")[4]
+    return [number for number in re.findall(r"[+-]?\d+\.\d+", here) if number.lstrip("+") not in details]
+
+
+def test_claims_have_the_numbers_of_their_details():
+    """docs/results.md repeats what `make tables` writes into docs/results/."""
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    text = page.partition("### Claims\n")[2].partition("\n## ")[0]
+    rows = [line for line in text.splitlines() if re.match(r"\| (DVPO|RPO) \|", line)]
+    assert len(rows) > 20, "has the form of the table changed?"
+    wrong = []
+    for row in rows:
+        link = re.search(r"\]\((results/\w+\.md)#", row).group(1)
+        details = (ROOT / "docs" / link).read_text(encoding="utf-8")
+        wrong += [f"{link} does not have {number}: {row}" for number in missing_numbers(row, details)]
+    assert not wrong, "\n".join(wrong)
+    assert missing_numbers("| a | b | c | **holds** (+1.66 and 2.5) | d |", "(+1.66, 3 seeds)") == ["2.5"]
