@@ -43,12 +43,13 @@ from common.tokenization import load_tokenizer, require_same_tokenizer, tokenize
 @dataclass
 class Args:
     model: str = "reviews"
-    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded one."""
+    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded
+    one."""
     ref_model: str = ""
     """Reference policy: a hub id or folder. By default it is `--model` as it starts."""
     dataset: str = "reviews"
-    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns that
-    docs/data.md lists for this script. `reviews` is the embedded world."""
+    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns
+    that docs/data.md lists for this script. `reviews` is the embedded world."""
     split: str = "train"
     """Split of a hub data set; of a local file, the value that its column `split` must have."""
     eval_dataset: str = ""
@@ -62,7 +63,8 @@ class Args:
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
-    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an experiment."""
+    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an
+    experiment."""
     skip_bad_rows: bool = False
     """Drop and count unusable rows instead of stopping at the first."""
     run_dir: str = "runs/dpo"
@@ -76,8 +78,8 @@ class Args:
     batch_size: int = 64
     """Responses (in preference data: pairs) per step, over all ranks."""
     micro_batch_size: int = 2
-    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not the
-    result."""
+    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not
+    the result."""
     max_prompt_length: int = 1024
     """Longest prompt, in tokens; longer ones are dropped and counted."""
     max_response_length: int = 1024
@@ -87,14 +89,15 @@ class Args:
     label_smoothing: float = 0.0
     """Assumed share of pairs that are labelled the wrong way round (conservative DPO)."""
     length_normalise: bool = False
-    """Use the mean log-probability per token in place of the sum, everywhere. The papers' equations have sums;
-    RPO's released code has means."""
+    """Use the mean log-probability per token in place of the sum, everywhere. The papers' equations have
+    sums; RPO's released code has means."""
     precompute_ref: bool = True
     """Free the reference once the data are scored: one model less in memory, but no `eval/kl`."""
     lr: float = 1e-6
     """Peak learning rate (2402.03300, 2305.18290: 1e-6)."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a cosine."""
+    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a
+    cosine."""
     warmup_steps: int = 150
     """Steps over which the learning rate rises linearly to its peak."""
     max_grad_norm: float = 1.0

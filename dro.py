@@ -51,12 +51,13 @@ from common.tokenization import load_tokenizer, require_same_tokenizer, tokenize
 @dataclass
 class Args:
     model: str = "reviews"
-    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded one."""
+    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded
+    one."""
     ref_model: str = ""
     """Reference policy: a hub id or folder. By default it is `--model` as it starts."""
     dataset: str = "reviews"
-    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns that
-    docs/data.md lists for this script. `reviews` is the embedded world."""
+    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns
+    that docs/data.md lists for this script. `reviews` is the embedded world."""
     split: str = "train"
     """Split of a hub data set; of a local file, the value that its column `split` must have."""
     eval_dataset: str = ""
@@ -70,7 +71,8 @@ class Args:
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
-    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an experiment."""
+    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an
+    experiment."""
     skip_bad_rows: bool = False
     """Drop and count unusable rows instead of stopping at the first."""
     run_dir: str = "runs/dro"
@@ -84,8 +86,8 @@ class Args:
     batch_size: int = 32
     """Responses (in preference data: pairs) per optimizer step, over all ranks."""
     micro_batch_size: int = 4
-    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not the
-    result."""
+    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not
+    the result."""
     max_prompt_length: int = 1024
     """Longest prompt, in tokens; longer ones are dropped and counted."""
     max_response_length: int = 1024
@@ -95,8 +97,8 @@ class Args:
     shared_encoder: bool = False
     """Make V a linear layer on the policy's own hidden states (worse, by 2405.19107's ablation)."""
     length_normalise: bool = False
-    """Use the mean log-probability per token in place of the sum, everywhere. The papers' equations have sums;
-    RPO's released code has means."""
+    """Use the mean log-probability per token in place of the sum, everywhere. The papers' equations have
+    sums; RPO's released code has means."""
     keep_responses: float = 1.0
     """Share of the responses of each prompt that is kept, at random (an ablation)."""
     reward_noise: float = 0.0
@@ -112,7 +114,8 @@ class Args:
     rescale_lr: bool = True
     """Divide the policy's learning rate by tau, as 2405.19107 scales its gradient."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a cosine."""
+    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a
+    cosine."""
     warmup_steps: int = 150
     """Steps over which the learning rate rises linearly to its peak."""
     max_grad_norm: float = 1.0

@@ -69,11 +69,11 @@ class Args:
     ref_model: str = ""
     """Reference policy: a hub id or folder. By default it is `--model` as it starts."""
     gvm: str = "reviews"
-    """Global Value Model from gvm_td.py, frozen: a hub id or folder with the policy's tokenizer. `reviews` is
-    the embedded one."""
+    """Global Value Model from gvm_td.py, frozen: a hub id or folder with the policy's tokenizer. `reviews`
+    is the embedded one."""
     dataset: str = "reviews"
-    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns that
-    docs/data.md lists for this script. `reviews` is the embedded world."""
+    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns
+    that docs/data.md lists for this script. `reviews` is the embedded world."""
     split: str = "train"
     """Split of a hub data set; of a local file, the value that its column `split` must have."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -101,8 +101,8 @@ class Args:
     rollout_batch_size: int = 0
     """Prompts that one rank answers at once. 0: all of the step's."""
     rollout_engine: Literal["torch", "vllm"] = "torch"
-    """Who samples. torch: our own loop; vllm: vLLM in each process, with the policy's weights copied into it
-    before each rollout."""
+    """Who samples. torch: our own loop; vllm: vLLM in each process, with the policy's weights copied into
+    it before each rollout."""
     vllm_cache_gb: float = 4.0
     """GiB of keys and values that vLLM reserves on each GPU, in addition to its copy of the weights."""
     importance_cap: float = 2.0
@@ -127,24 +127,24 @@ class Args:
     beta: float = 0.05
     """Coefficient of the KL penalty (2502.16944 v3: 0.05). In remax.py, 0 loads no reference."""
     kl_target: float = 0.0
-    """Mean KL per token, in nats, that an adaptive beta aims at (2502.16944 v1: 0.1, from beta 0.2). 0: beta
-    is fixed."""
+    """Mean KL per token, in nats, that an adaptive beta aims at (2502.16944 v1: 0.1, from beta 0.2). 0:
+    beta is fixed."""
     advantage: Literal["gae", "q"] = "gae"
-    """gae: advantage over the state's value (2502.16944 v3); q: whitened action values (v1; less stable, see
-    docs/dvpo.md)."""
+    """gae: advantage over the state's value (2502.16944 v3); q: whitened action values (v1; less stable,
+    see docs/dvpo.md)."""
     centre: bool = False
     """Subtract the batch's mean from GAE advantages, as PPO does. With a frozen GVM it is better not to
     (docs/dvpo.md)."""
     log_odds: bool = False
-    """For a GVM trained on +1 and -1: use atanh(V), half the log-odds of being the chosen answer, which does
-    not level off."""
+    """For a GVM trained on +1 and -1: use atanh(V), half the log-odds of being the chosen answer, which
+    does not level off."""
     gamma: float = 1.0
     """Discount. A GVM and the script that uses it must have the same."""
     lam: float = 0.95
-    """Lambda of the returns (gvm_td.py) or of GAE: 0 is one step (2502.16944, equation 1), 1 is Monte Carlo;
-    the authors' released trainer uses 0.95."""
+    """Lambda of the returns (gvm_td.py) or of GAE: 0 is one step (2502.16944, equation 1), 1 is Monte
+    Carlo; the authors' released trainer uses 0.95."""
     clip: float = 0.2
-    """Clip range of the probability ratio around 1 (2502.16944: 0.2)."""
+    """Clip range of the probability ratio around 1 (2502.16944: 0.2); with `--clip-high`, below 1."""
     missing_eos_penalty: float = 0.0
     """What is subtracted from the reward of a response that the length limit cut off."""
     eval_every: int = 50

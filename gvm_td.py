@@ -58,10 +58,11 @@ from common.value_heads import response_values
 @dataclass
 class Args:
     model: str = "reviews"
-    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded one."""
+    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded
+    one."""
     dataset: str = "reviews"
-    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns that
-    docs/data.md lists for this script. `reviews` is the embedded world."""
+    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns
+    that docs/data.md lists for this script. `reviews` is the embedded world."""
     source: Literal["preference", "scores"] = "preference"
     """What the data set holds. preference: prompt, chosen, rejected (returns +1 and -1); scores: prompt,
     response, reward."""
@@ -75,8 +76,8 @@ class Args:
     eval_split: str = "test"
     """Split of `--eval-dataset`."""
     eval_source: Literal["", "preference", "scores"] = ""
-    """What the held-out data holds; by default the same as `--source`. From scores, all pairs of a prompt at
-    least `--eval-gap` apart are made."""
+    """What the held-out data holds; by default the same as `--source`. From scores, all pairs of a prompt
+    at least `--eval-gap` apart are made."""
     eval_gap: float = 0.0
     """Smallest difference of scores that makes a held-out pair."""
     eval_fraction: float = 0.05
@@ -86,7 +87,8 @@ class Args:
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
-    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an experiment."""
+    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an
+    experiment."""
     skip_bad_rows: bool = False
     """Drop and count unusable rows instead of stopping at the first."""
     max_characters: int = 0
@@ -94,7 +96,8 @@ class Args:
     layers: int = 0
     """Keep only the first N layers of the backbone. 0: all."""
     context_pairs: int = 0
-    """Question-answer pairs by the same policy that are put before each prompt (2502.16944 v1, section 3.2)."""
+    """Question-answer pairs by the same policy that are put before each prompt (2502.16944 v1, section
+    3.2)."""
     context_length: int = 256
     """Length, in tokens, that a context pair is cut at."""
     run_dir: str = "runs/gvm_td"
@@ -108,8 +111,8 @@ class Args:
     batch_size: int = 32
     """Responses (in preference data: pairs) per optimizer step, over all ranks."""
     micro_batch_size: int = 4
-    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not the
-    result."""
+    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not
+    the result."""
     max_prompt_length: int = 512
     """Longest prompt, in tokens; longer ones are dropped and counted."""
     max_response_length: int = 512
@@ -117,7 +120,8 @@ class Args:
     lr: float = 2e-6
     """Peak learning rate (2502.16944: 2e-6)."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a cosine."""
+    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a
+    cosine."""
     warmup_steps: int = 10
     """Steps over which the learning rate rises linearly to its peak."""
     max_grad_norm: float = 1.0
@@ -125,8 +129,8 @@ class Args:
     gamma: float = 1.0
     """Discount. A GVM and the script that uses it must have the same."""
     lam: float = 0.95
-    """Lambda of the returns (gvm_td.py) or of GAE: 0 is one step (2502.16944, equation 1), 1 is Monte Carlo;
-    the authors' released trainer uses 0.95."""
+    """Lambda of the returns (gvm_td.py) or of GAE: 0 is one step (2502.16944, equation 1), 1 is Monte
+    Carlo; the authors' released trainer uses 0.95."""
     normalise_values: bool = False
     """Batch-normalise the predictions before the loss (2502.16944 v1, equation 2); this is folded into the
     exported head."""

@@ -64,8 +64,8 @@ class Args:
     """What the critic starts from. By default it is the reward model where that is a model, else the
     policy."""
     dataset: str = "reviews"
-    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns that
-    docs/data.md lists for this script. `reviews` is the embedded world."""
+    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns
+    that docs/data.md lists for this script. `reviews` is the embedded world."""
     split: str = "train"
     """Split of a hub data set; of a local file, the value that its column `split` must have."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -93,8 +93,8 @@ class Args:
     rollout_batch_size: int = 0
     """Prompts that one rank answers at once. 0: all of the step's."""
     rollout_engine: Literal["torch", "vllm"] = "torch"
-    """Who samples. torch: our own loop; vllm: vLLM in each process, with the policy's weights copied into it
-    before each rollout."""
+    """Who samples. torch: our own loop; vllm: vLLM in each process, with the policy's weights copied into
+    it before each rollout."""
     vllm_cache_gb: float = 4.0
     """GiB of keys and values that vLLM reserves on each GPU, in addition to its copy of the weights."""
     importance_cap: float = 2.0
@@ -121,15 +121,15 @@ class Args:
     beta: float = 0.05
     """Coefficient of the KL penalty (2502.16944 v3: 0.05). In remax.py, 0 loads no reference."""
     kl_target: float = 0.0
-    """Mean KL per token, in nats, that an adaptive beta aims at (2502.16944 v1: 0.1, from beta 0.2). 0: beta
-    is fixed."""
+    """Mean KL per token, in nats, that an adaptive beta aims at (2502.16944 v1: 0.1, from beta 0.2). 0:
+    beta is fixed."""
     gamma: float = 1.0
     """Discount. A GVM and the script that uses it must have the same."""
     lam: float = 0.95
-    """Lambda of the returns (gvm_td.py) or of GAE: 0 is one step (2502.16944, equation 1), 1 is Monte Carlo;
-    the authors' released trainer uses 0.95."""
+    """Lambda of the returns (gvm_td.py) or of GAE: 0 is one step (2502.16944, equation 1), 1 is Monte
+    Carlo; the authors' released trainer uses 0.95."""
     clip: float = 0.2
-    """Clip range of the probability ratio around 1 (2502.16944: 0.2)."""
+    """Clip range of the probability ratio around 1 (2502.16944: 0.2); with `--clip-high`, below 1."""
     value_clip: float = 0.2
     """Clip range of the critic's change from its old value."""
     value_coef: float = 0.1

@@ -63,8 +63,8 @@ class Args:
     """Reward model (hub id or folder) or `module:function` that scores responses; in gvm_td.py its scores
     replace the data set's returns."""
     dataset: str = "reviews"
-    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns that
-    docs/data.md lists for this script. `reviews` is the embedded world."""
+    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns
+    that docs/data.md lists for this script. `reviews` is the embedded world."""
     split: str = "train"
     """Split of a hub data set; of a local file, the value that its column `split` must have."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -92,8 +92,8 @@ class Args:
     rollout_batch_size: int = 0
     """Prompts that one rank answers at once. 0: all of the step's."""
     rollout_engine: Literal["torch", "vllm"] = "torch"
-    """Who samples. torch: our own loop; vllm: vLLM in each process, with the policy's weights copied into it
-    before each rollout."""
+    """Who samples. torch: our own loop; vllm: vLLM in each process, with the policy's weights copied into
+    it before each rollout."""
     vllm_cache_gb: float = 4.0
     """GiB of keys and values that vLLM reserves on each GPU, in addition to its copy of the weights."""
     importance_cap: float = 2.0
@@ -118,10 +118,10 @@ class Args:
     beta: float = 0.05
     """Coefficient of the KL penalty (2502.16944 v3: 0.05). In remax.py, 0 loads no reference."""
     aggregation: Literal["grpo", "dr_grpo", "dapo"] = "dr_grpo"
-    """How token losses are averaged. grpo: over each response, then over responses; dapo: over all tokens at
-    once; dr_grpo: over a constant."""
+    """How token losses are averaged. grpo: over each response, then over responses; dapo: over all tokens
+    at once; dr_grpo: over a constant."""
     clip: float = 0.2
-    """Clip range of the probability ratio below 1."""
+    """Clip range of the probability ratio around 1 (2502.16944: 0.2); with `--clip-high`, below 1."""
     clip_high: float = 0.2
     """Clip range of the probability ratio above 1 (DAPO: 0.28)."""
     missing_eos_penalty: float = 0.0

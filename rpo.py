@@ -53,12 +53,13 @@ from common.tokenization import load_tokenizer, require_same_tokenizer, tokenize
 @dataclass
 class Args:
     model: str = "reviews"
-    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded one."""
+    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded
+    one."""
     ref_model: str = ""
     """Reference policy: a hub id or folder. By default it is `--model` as it starts."""
     dataset: str = "reviews"
-    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns that
-    docs/data.md lists for this script. `reviews` is the embedded world."""
+    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns
+    that docs/data.md lists for this script. `reviews` is the embedded world."""
     split: str = "train"
     """Split of a hub data set; of a local file, the value that its column `split` must have."""
     eval_dataset: str = ""
@@ -72,7 +73,8 @@ class Args:
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
-    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an experiment."""
+    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an
+    experiment."""
     skip_bad_rows: bool = False
     """Drop and count unusable rows instead of stopping at the first."""
     run_dir: str = "runs/rpo"
@@ -86,8 +88,8 @@ class Args:
     batch_size: int = 32
     """Responses (in preference data: pairs) per optimizer step, over all ranks."""
     micro_batch_size: int = 4
-    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not the
-    result."""
+    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not
+    the result."""
     max_prompt_length: int = 1024
     """Longest prompt, in tokens; longer ones are dropped and counted."""
     max_response_length: int = 1024
@@ -97,8 +99,8 @@ class Args:
     partition: bool = True
     """Subtract V(x) from the reward. `--no-partition` is the paper's ablation."""
     length_normalise: bool = False
-    """Use the mean log-probability per token in place of the sum, everywhere. The papers' equations have sums;
-    RPO's released code has means."""
+    """Use the mean log-probability per token in place of the sum, everywhere. The papers' equations have
+    sums; RPO's released code has means."""
     keep_responses: float = 1.0
     """Share of the responses of each prompt that is kept, at random (an ablation)."""
     reward_noise: float = 0.0
@@ -110,7 +112,8 @@ class Args:
     """Peak learning rate (2405.19107, 2506.13702: 1e-4 for T5 of 0.1 to 3 B parameters; docs/rpo.md on
     decoders of 7 B)."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a cosine."""
+    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a
+    cosine."""
     warmup_steps: int = 150
     """Steps over which the learning rate rises linearly to its peak."""
     max_grad_norm: float = 1.0

@@ -37,10 +37,11 @@ from common.tokenization import load_tokenizer, tokenize
 @dataclass
 class Args:
     model: str = "reviews"
-    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded one."""
+    """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded
+    one."""
     dataset: str = "reviews"
-    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns that
-    docs/data.md lists for this script. `reviews` is the embedded world."""
+    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns
+    that docs/data.md lists for this script. `reviews` is the embedded world."""
     split: str = "train"
     """Split of a hub data set; of a local file, the value that its column `split` must have."""
     eval_dataset: str = ""
@@ -54,7 +55,8 @@ class Args:
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
-    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an experiment."""
+    """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an
+    experiment."""
     skip_bad_rows: bool = False
     """Drop and count unusable rows instead of stopping at the first."""
     run_dir: str = "runs/sft"
@@ -68,8 +70,8 @@ class Args:
     batch_size: int = 16
     """Responses per optimizer step, over all ranks (2502.16944: 16)."""
     micro_batch_size: int = 4
-    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not the
-    result."""
+    """Responses (in preference data: pairs) per forward pass on one rank. It changes memory and speed, not
+    the result."""
     max_prompt_length: int = 1024
     """Longest prompt, in tokens; longer ones are dropped and counted."""
     max_response_length: int = 1024
@@ -77,7 +79,8 @@ class Args:
     lr: float = 2e-5
     """Peak learning rate (2502.16944: 2e-5)."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a cosine."""
+    """Course of the learning rate after the warm-up: constant, or down to 0 at the end on a line or a
+    cosine."""
     warmup_steps: int = 10
     """Steps over which the learning rate rises linearly to its peak."""
     max_grad_norm: float = 1.0

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from assets import reviews  # noqa: E402 (found by the line above)
+from assets import reviews
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"

@@ -58,16 +58,16 @@ from transformers import (
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT), str(ROOT / "benchmarks")]
-import scaling  # noqa: E402
+import scaling
 
-import grpo  # noqa: E402
-import ppo  # noqa: E402
-from common.batches import batch_indices, collate  # noqa: E402
-from common.cli import fail  # noqa: E402
-from common.data import prompt_hash  # noqa: E402
-from common.logprobs import response_logprobs  # noqa: E402
-from common.value_heads import response_values, sequence_scores  # noqa: E402
-from tools.jobs import commit  # noqa: E402
+import grpo
+import ppo
+from common.batches import batch_indices, collate
+from common.cli import fail
+from common.data import prompt_hash
+from common.logprobs import response_logprobs
+from common.value_heads import response_values, sequence_scores
+from tools.jobs import commit
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 # The rows of the table, and what each is compared with: TRL as it is installed (''), an older TRL, or our own

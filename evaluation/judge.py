@@ -64,11 +64,11 @@ class Judge:
     tries: int = 6
     """Tries per question, in one run of this command."""
     backoff: float = 1.0
-    """Longest wait, in seconds, before the second try (random down to half of it); doubled for each further
-    one."""
+    """Longest wait, in seconds, before the second try (random down to half of it); doubled for each
+    further one."""
     max_wait: float = 120.0
-    """Longest pause between two tries, in seconds. A server that asks for a longer one (Retry-After) gets no
-    further try."""
+    """Longest pause between two tries, in seconds. A server that asks for a longer one (Retry-After) gets
+    no further try."""
     retry_unparsable: bool = False
     """Ask again where the judge's answer had no verdict or score. At temperature 0 most answers stay the
     same."""
@@ -226,7 +226,7 @@ class Cache:
                 pass
         # Half a surrogate pair, which UTF-8 cannot hold, becomes JSON's \ud800. No `with`: the file stays
         # open until the command ends.
-        self.file = open(file, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        self.file = open(file, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (open until `close`)
         if text and not text.endswith("\n"):
             self.file.write("\n")  # behind a torn line
 

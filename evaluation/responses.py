@@ -43,16 +43,16 @@ class Responses:
     columns: dict[str, str] = field(default_factory=dict)
     """Our column names and yours, in pairs: `--columns prompt question response answer`."""
     reference: str = "reference"
-    """Column of the reference answers that some metrics compare with; `response`: the answers of an sft data
-    set."""
+    """Column of the reference answers that some metrics compare with; `response`: the answers of an sft
+    data set."""
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
     """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an
     experiment."""
     prompts: int = 0
-    """Number of prompts, those that ppo.py holds out with the same `--part` and `--eval-prompts`. 0: all, in
-    their order."""
+    """Number of prompts, those that ppo.py holds out with the same `--part` and `--eval-prompts`. 0: all,
+    in their order."""
     skip_bad_rows: bool = False
     """Drop and count unusable rows instead of stopping at the first."""
     metrics: tuple[Literal["rouge_l", "bleu", "meteor", "bertscore", "toxicity"], ...] = ()
@@ -68,8 +68,8 @@ class Responses:
     toxicity_label: str = "toxic"
     """Label of the classifier whose probability is reported."""
     run_dir: str = "runs/evaluate"
-    """Folder of responses.json and of a folder for each model. Finished responses are kept, unfinished ones
-    continued."""
+    """Folder of responses.json and of a folder for each model. Finished responses are kept, unfinished
+    ones continued."""
     overwrite: bool = False
     """Generate anew what is there already."""
     batch_size: int = 64

@@ -34,11 +34,11 @@ class Values:
     models: tuple[str, ...] = ("reviews",)
     """GVMs, PPO critics or reward models: hub ids or folders. Each reads the text by its own tokenizer."""
     like: str = ""
-    """Run of gvm_td.py or reward.py whose held-out pairs are judged, read as that run read them. By default
-    it is the first model's run."""
+    """Run of gvm_td.py or reward.py whose held-out pairs are judged, read as that run read them. By
+    default it is the first model's run."""
     dataset: str = ""
-    """Pairs or scored responses: a hub id, or a local .jsonl, .json or .parquet file (.gz too); RewardBench's
-    files are read as they are."""
+    """Pairs or scored responses: a hub id, or a local .jsonl, .json or .parquet file (.gz too);
+    RewardBench's files are read as they are."""
     source: Literal["preference", "scores"] = "preference"
     """What the data set holds. preference: prompt, chosen, rejected; scores: prompt, response, reward (all
     pairs of a prompt at least `--gap` apart)."""

@@ -12,8 +12,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )  # for the processes that tests start
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import helpers  # noqa: E402
-import pytest  # noqa: E402
+import helpers
+import pytest
 
 
 @pytest.fixture(scope="session")

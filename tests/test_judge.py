@@ -24,8 +24,8 @@ import pytest
 
 openai = pytest.importorskip("openai", reason="the judge needs openai: pip install openai")
 
-import evaluate  # noqa: E402
-from evaluation import judge as asking  # noqa: E402
+import evaluate
+from evaluation import judge as asking
 
 FAST = dict(judge_model="m", backoff=0.002, timeout=60.0, tries=4, concurrency=4)
 

@@ -9,15 +9,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 trl = pytest.importorskip("trl", reason="the peer of this comparison is optional: pip install trl")
-from datasets import Dataset  # noqa: E402
+from datasets import Dataset
 
-import dpo  # noqa: E402
-import grpo  # noqa: E402
-import kto  # noqa: E402
-from assets import reviews  # noqa: E402
-from common.batches import collate  # noqa: E402
-from common.logprobs import response_logprobs  # noqa: E402
-from common.tokenization import load_tokenizer  # noqa: E402
+import dpo
+import grpo
+import kto
+from assets import reviews
+from common.batches import collate
+from common.logprobs import response_logprobs
+from common.tokenization import load_tokenizer
 
 PLAIN = dict(
     bf16=False,

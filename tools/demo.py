@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from assets import reviews  # noqa: E402 (found by the path above)
+from assets import reviews
 
 OUT = Path("runs/demo")
 HALF = 10  # DVPO steps after which the reward must be up
