@@ -267,7 +267,6 @@ MAY_DIFFER = {
     },
     ("grpo", "remax"): {
         "docstring",
-        "imports",
         "Args.run_dir",
         "Args.group_size",
         "Args.scale_std",
