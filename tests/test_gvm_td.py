@@ -1,5 +1,5 @@
-"""gvm_td.py's data section, step by step: which rows it trains on, which pairs it evaluates, what it refuses; and what
-it writes at the end. (Its targets, its loss and its normalisation: test_math.py, test_worlds.py.)"""
+"""gvm_td.py's data section, step by step: which rows it trains on, which pairs it evaluates, what it refuses;
+and what it writes at the end. (Its targets, its loss and its normalisation: test_math.py, test_worlds.py.)"""
 
 import json
 
@@ -57,7 +57,7 @@ def prompts(rows):
     return {row["prompt"] for row in rows}
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 def test_a_source_is_read_as_what_it_holds(scored, pairs):
@@ -101,7 +101,8 @@ def test_training_and_held_out_prompts_do_not_meet(scored):
 
 
 def test_two_sources_hold_the_same_prompts_out(tmp_path):
-    """One data set read as scores to learn from and as pairs to evaluate on: the prompts are disjoint all the same."""
+    """One data set read as scores to learn from and as pairs to evaluate on: the prompts are disjoint all the
+    same."""
     both = [row | scored for row in PAIRS for scored in SCORED if scored["prompt"] == row["prompt"]]
     path = write(tmp_path, "both.jsonl", both)
     args = gvm_td.Args(dataset=path, source="scores", eval_source="preference", eval_fraction=0.5)
@@ -123,7 +124,7 @@ def test_an_evaluation_data_set_leaves_all_rows_to_learn_from(scored, pairs):
     assert [row["chosen"] for row in held_out] == [row["chosen"] for row in PAIRS]
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
+# --- rows ---------------------------------------------------------------------------------------------------
 
 
 def test_a_pair_becomes_two_responses():
@@ -184,7 +185,7 @@ def test_a_judge_replaces_the_rewards():
     assert [row["reward"] for row in rows] == [0.5, -0.5]
 
 
-# --- pairs -----------------------------------------------------------------------------------------------------------
+# --- pairs --------------------------------------------------------------------------------------------------
 
 
 def texts_of(pairs):
@@ -230,7 +231,7 @@ def test_at_most_so_many_pairs_are_drawn_and_always_the_same(monkeypatch):
     assert pairs == gvm_td.load_pairs(SCORED, gvm_td.Args(source="scores", seed=2))
 
 
-# --- scores ----------------------------------------------------------------------------------------------------------
+# --- scores -------------------------------------------------------------------------------------------------
 
 
 def test_scores_are_standardised():
@@ -256,7 +257,7 @@ def test_equal_scores_teach_nothing():
         gvm_td.standardised_scores([{"reward": 2.0}] * 3, gvm_td.Args(dataset="data.jsonl", source="scores"))
 
 
-# --- the end ---------------------------------------------------------------------------------------------------------
+# --- the end ------------------------------------------------------------------------------------------------
 
 
 def test_averages_and_baselines_by_hand():

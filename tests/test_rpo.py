@@ -1,4 +1,5 @@
-"""rpo.py's functions against loops, identities of the paper, and the closed-form optimum of an enumerable world."""
+"""rpo.py's functions against loops, identities of the paper, and the closed-form optimum of an enumerable
+world."""
 
 import itertools
 import math
@@ -10,18 +11,22 @@ import pytest
 import torch
 
 import rpo
+from common.reference import fingerprint
 
 
 def ragged(seed=0, prompts=7, low=1, high=6):
-    """Random (ref_logprobs, rewards, groups) of several responses a prompt, in mixed order."""
+    """Random (ref_logprobs, rewards, groups) of several responses to each prompt, in mixed order."""
     rng = random.Random(seed)
-    rows = [
-        (rng.uniform(-40, -5), rng.gauss(0, 1), x)
-        for x in range(prompts)
-        for _ in range(rng.randint(low, high))
-    ]
+    rows = []
+    for x in range(prompts):
+        for _ in range(rng.randint(low, high)):
+            ref_logprob = rng.uniform(-40, -5)
+            reward = rng.gauss(0, 1)
+            rows.append((ref_logprob, reward, x))
     rng.shuffle(rows)
-    ref, rewards, groups = (torch.tensor(column) for column in zip(*rows, strict=True))
+    ref = torch.tensor([ref_logprob for ref_logprob, _, _ in rows])
+    rewards = torch.tensor([reward for _, reward, _ in rows])
+    groups = torch.tensor([x for _, _, x in rows])
     return ref.double(), rewards.double(), groups
 
 
@@ -41,30 +46,31 @@ def test_targets_of_a_prompt_are_a_distribution():
     """sum_j exp(ref_logprob_j + (r_j - V) / tau) = 1 for every prompt."""
     ref, rewards, groups = ragged(1)
     targets = (rewards - rpo.partition_values(ref, rewards, groups, 0.5)) / 0.5
-    mass = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).scatter_add(
-        0, groups, (ref + targets).exp()
-    )
+    mass = torch.zeros(int(groups.max()) + 1, dtype=torch.float64)
+    mass = mass.scatter_add(0, groups, (ref + targets).exp())
     torch.testing.assert_close(mass, torch.ones_like(mass))
 
 
 def test_a_single_response_has_a_target_that_ignores_its_reward():
     """Its target is -ref_logprob, log pi = 0, whatever the reward: why such prompts are dropped."""
-    ref, groups = torch.tensor([-9.0]), torch.tensor([0])
+    ref = torch.tensor([-9.0])
+    groups = torch.tensor([0])
     for reward in (-3.0, 5.0):
-        r = torch.tensor([reward])
-        target = (r - rpo.partition_values(ref, r, groups, 0.7)) / 0.7
+        rewards = torch.tensor([reward])
+        target = (rewards - rpo.partition_values(ref, rewards, groups, 0.7)) / 0.7
         assert target.item() == pytest.approx(9.0, abs=1e-6)
 
 
 def test_no_underflow_for_long_responses():
-    """Summed log-probabilities of 2,000-token responses, in float32: exp of each is 0, V is finite and right."""
+    """Summed log-probabilities of 2,000-token responses, in float32: exp of each is 0, V is finite and
+    right."""
     ref = torch.tensor([-6000.0, -6001.0, -4000.0])
-    rewards, groups = torch.tensor([1.0, -1.0, 0.5]), torch.tensor([0, 0, 1])
+    rewards = torch.tensor([1.0, -1.0, 0.5])
+    groups = torch.tensor([0, 0, 1])
     assert ref.exp().eq(0).all()
     values = rpo.partition_values(ref, rewards, groups, 1.0)
-    assert values.tolist() == pytest.approx(
-        [-5999 + math.log1p(math.exp(-3)), -5999 + math.log1p(math.exp(-3)), -3999.5]
-    )
+    first = -5999 + math.log1p(math.exp(-3))
+    assert values.tolist() == pytest.approx([first, first, -3999.5])
 
 
 def test_loss_against_a_loop_and_without_broadcasting():
@@ -73,54 +79,67 @@ def test_loss_against_a_loop_and_without_broadcasting():
     logprobs, ref, targets = torch.randn(3, 6, generator=generator, dtype=torch.float64).unbind(0)
     logprobs.requires_grad_()
     loss = rpo.rpo_loss(logprobs, ref, targets)
-    expected = [p - q - t for p, q, t in zip(logprobs.tolist(), ref.tolist(), targets.tolist(), strict=True)]
-    assert loss.item() == pytest.approx(0.5 * sum(e * e for e in expected))
+    residuals = [logprobs[i].item() - ref[i].item() - targets[i].item() for i in range(len(ref))]
+    assert loss.item() == pytest.approx(0.5 * sum(residual**2 for residual in residuals))
     (gradient,) = torch.autograd.grad(loss, logprobs)
-    assert gradient.tolist() == pytest.approx(expected)
+    assert gradient.tolist() == pytest.approx(residuals)
 
 
 def test_reaches_the_closed_form_optimum_of_an_enumerable_world():
-    """With every response listed, training ends at pi_ref exp(r / tau) / Z: total variation below 0.02 for every prompt.
+    """With every response listed, training ends at pi_ref exp(r / tau) / Z: total variation below 0.02 for
+    every prompt.
 
-    The policy is autoregressive: a table of next-token logits for each prompt and prefix over two words and the end.
+    The policy is autoregressive: a table of next-token logits for each prompt and prefix over two words and
+    the end.
     """
-    texts = [y + (2,) for n in range(3) for y in itertools.product((0, 1), repeat=n)]
+    texts = []
+    for length in range(3):
+        for words in itertools.product((0, 1), repeat=length):
+            texts.append(words + (2,))
     texts += list(itertools.product((0, 1), repeat=3))  # cut off at 3
-    prefixes = {p: i for i, p in enumerate(sorted({y[:t] for y in texts for t in range(len(y))}))}
-    rng, prompts, tau = torch.Generator().manual_seed(3), 4, 0.5
+    every_prefix = {y[:t] for y in texts for t in range(len(y))}
+    prefixes = {prefix: i for i, prefix in enumerate(sorted(every_prefix))}
+    rng = torch.Generator().manual_seed(3)
+    prompts = 4
+    tau = 0.5
     ref_logits = torch.randn(prompts, len(prefixes), 3, generator=rng, dtype=torch.float64)
     rewards = torch.randn(prompts * len(texts), generator=rng, dtype=torch.float64)
     groups = torch.arange(prompts).repeat_interleave(len(texts))
 
     def logprobs(logits):
+        """log pi(y|x) of every response to every prompt, one prompt after the other."""
         table = logits.log_softmax(-1)
-        return torch.stack(
-            [
-                sum(table[x, prefixes[y[:t]], y[t]] for t in range(len(y)))
-                for x in range(prompts)
-                for y in texts
-            ]
-        )
+        sums = []
+        for x in range(prompts):
+            for y in texts:
+                sums.append(sum(table[x, prefixes[y[:t]], y[t]] for t in range(len(y))))
+        return torch.stack(sums)
 
     ref = logprobs(ref_logits)
-    assert ref.view(prompts, -1).exp().sum(1).tolist() == pytest.approx(
-        [1.0] * prompts
-    )  # all responses there are
+    mass = ref.view(prompts, -1).exp().sum(1)
+    assert mass.tolist() == pytest.approx([1.0] * prompts)  # these are all responses there are
     targets = (rewards - rpo.partition_values(ref, rewards, groups, tau)) / tau
     optimum = (ref + rewards / tau).view(prompts, -1).softmax(1)
     logits = ref_logits.clone().requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=0.05)
-    distance = lambda: 0.5 * (logprobs(logits.detach()).view(prompts, -1).exp() - optimum).abs().sum(1)
+
+    def distance():
+        """Total variation between the policy and the optimum, for each prompt."""
+        policy = logprobs(logits.detach()).view(prompts, -1).exp()
+        return 0.5 * (policy - optimum).abs().sum(1)
+
     assert distance().min() > 0.1
     for _ in range(400):
         optimizer.zero_grad()
-        (rpo.rpo_loss(logprobs(logits), ref, targets) / len(ref)).backward()
+        loss = rpo.rpo_loss(logprobs(logits), ref, targets) / len(ref)
+        loss.backward()
         optimizer.step()
     assert distance().max() < 0.02
 
 
 def test_implied_accuracy_by_hand():
-    """Pairs of one prompt with different rewards; a tie of log-ratios is not a win; other prompts do not count."""
+    """Pairs of one prompt with different rewards; a tie of log-ratios is not a win; other prompts do not
+    count."""
     log_ratios = torch.tensor([0.3, 0.1, 0.1, 5.0, -5.0])
     rewards = torch.tensor([2.0, 1.0, 0.0, -9.0, -9.0])
     groups = torch.tensor([0, 0, 0, 1, 1])
@@ -137,13 +156,30 @@ def test_distinct_2_by_hand():
 def test_thin_keeps_a_share_of_every_prompt():
     rows = [{"prompt": f"p{i % 3}", "n": i} for i in range(24)]
     kept = rpo.thin(rows, 0.25, 0)
-    assert [sum(row["prompt"] == f"p{i}" for row in kept) for i in range(3)] == [2, 2, 2]
-    assert [row["n"] for row in kept] == sorted(row["n"] for row in kept) and kept != rpo.thin(rows, 0.25, 1)
-    assert rpo.thin(rows, 1.0, 0) == rows and len(rpo.thin(rows, 0.01, 0)) == 3
+    for prompt in ("p0", "p1", "p2"):
+        assert sum(row["prompt"] == prompt for row in kept) == 2
+    order = [row["n"] for row in kept]
+    assert order == sorted(order)
+    assert kept != rpo.thin(rows, 0.25, 1)
+    assert rpo.thin(rows, 1.0, 0) == rows
+    assert len(rpo.thin(rows, 0.01, 0)) == 3
+
+
+def test_groups_number_the_prompts_as_they_appear():
+    """Prompts may be chat messages; two rows of one prompt need not follow each other."""
+    chat = [{"role": "user", "content": "q"}]
+    rows = [{"prompt": prompt} for prompt in ("b", chat, "a", "b", chat)]
+    assert rpo.prompt_groups(rows).tolist() == [0, 1, 2, 0, 1]
+
+
+def test_one_row_per_prompt_is_its_last():
+    rows = [{"prompt": prompt, "n": n} for n, prompt in enumerate(("b", "a", "b", "c"))]
+    assert [row["n"] for row in rpo.one_row_per_prompt(rows)] == [2, 1, 3]
 
 
 def test_kept_reference_is_used_on_resume_unless_it_is_of_something_else(world):
-    """With its key the file's numbers are taken (here moved by 100 nats, which moves the targets); with another they are not."""
+    """With its key the file's numbers are taken (here moved by 100 nats, which moves the targets); with
+    another they are not."""
     args = helpers.ARGS["rpo"] | dict(
         precompute_ref=True, save_every=1, steps=1, tau=1.0, lr_schedule="constant"
     )
@@ -152,38 +188,47 @@ def test_kept_reference_is_used_on_resume_unless_it_is_of_something_else(world):
         world.run("rpo", **args, run_dir=run_dir).ok()
         cache = world.path(run_dir) / "reference.npz"
         found = dict(np.load(cache))
-        np.savez(cache, **found | {"train": found["train"] + 100.0} | ({"key": key} if key else {}))
+        found["train"] = found["train"] + 100.0
+        if key:
+            found["key"] = key
+        np.savez(cache, **found)
         world.run("rpo", **args | dict(steps=2), run_dir=run_dir, resume=True).ok()
-        first, second = (
-            row["rpo/target"] for row in helpers.metrics(world.path(run_dir)) if "rpo/target" in row
-        )
+        logged = helpers.metrics(world.path(run_dir))
+        first, second = (row["rpo/target"] for row in logged if "rpo/target" in row)
         assert (abs(second - first) > 50) == moved
 
 
 def test_responses_of_2000_tokens_in_bf16(world):
-    """Nothing underflows: sums far below -104 give finite targets of their own size, and a step is made. Prompts with a single
-    response are dropped and counted."""
-    rng, rows = random.Random(0), []
-    for topic in ("soup", "fish", "cake", "rice"):
-        for _ in range(1 if topic == "rice" else 3):
+    """Nothing underflows: sums far below -104 give finite targets of their own size, and a step is made.
+    Prompts with a single response are dropped and counted."""
+    rng = random.Random(0)
+    rows = []
+    for topic, responses in (("soup", 3), ("fish", 3), ("cake", 3), ("rice", 1)):
+        for _ in range(responses):
             text = " ".join(rng.choice(["very", "warm", "soup", "and", "."]) for _ in range(2000))
             rows.append({"prompt": f"lunch : the {topic} ?", "response": text, "reward": rng.gauss(0, 1)})
     args = helpers.ARGS["rpo"] | dict(
-        dataset=world.write("endless.jsonl", rows), eval_dataset="scored.jsonl", eval_split="train"
-    )
-    args |= dict(
-        precision="bf16", batch_size=2, micro_batch_size=1, max_response_length=2048, steps=1, eval_prompts=0
+        dataset=world.write("endless.jsonl", rows),
+        eval_dataset="scored.jsonl",
+        eval_split="train",
+        precision="bf16",
+        batch_size=2,
+        micro_batch_size=1,
+        max_response_length=2048,
+        steps=1,
+        eval_prompts=0,
     )
     result = world.run("rpo", **args, run_dir="runs/endless").ok()
     assert "endless.jsonl: dropped 1 of 4 prompts with a single response" in result.output
     sums = np.load(world.path("runs/endless") / "reference.npz")["train"]
-    (row,) = (row for row in helpers.metrics(world.path("runs/endless")) if "rpo/target" in row)
-    assert sums.dtype == np.float64 and len(sums) == 9 and sums.max() < -2000
-    assert (
-        1000 < row["rpo/target"] < -sums.min() + 100
-        and math.isfinite(row["rpo/grad_norm"])
-        and row["rpo/grad_norm"] > 0
-    )
+    logged = helpers.metrics(world.path("runs/endless"))
+    (row,) = (row for row in logged if "rpo/target" in row)
+    assert sums.dtype == np.float64
+    assert len(sums) == 9
+    assert sums.max() < -2000
+    assert 1000 < row["rpo/target"] < -sums.min() + 100
+    assert math.isfinite(row["rpo/grad_norm"])
+    assert row["rpo/grad_norm"] > 0
 
 
 def test_fingerprint_is_of_the_weights(tmp_path):
@@ -193,5 +238,5 @@ def test_fingerprint_is_of_the_weights(tmp_path):
     found = set()
     for value in (0.0, 1.0, 1.0):
         save_file({"w": torch.full((2,), value)}, tmp_path / "model.safetensors")
-        found.add(rpo.fingerprint(str(tmp_path)))
+        found.add(fingerprint(str(tmp_path)))
     assert len(found) == 2
