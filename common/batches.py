@@ -20,8 +20,7 @@ def permutation(n: int, number: int, seed: int) -> list[int]:
 
 
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """The rows of batch `step` (0-based): epochs of fresh permutations, no state, the last short batch left
-    out."""
+    """The rows of batch `step` (0-based): fresh permutations, no state, no short last batch."""
     batches_per_epoch = max(1, n // batch_size)
     epoch, position = divmod(step, batches_per_epoch)
     order = permutation(n, epoch, seed)
@@ -63,8 +62,7 @@ def collate(sequences: list[Sequence], pad_id: int, device) -> dict[str, torch.T
 def micro_batches(
     indices: Iterable[int], lengths: list[int], size: int, rank: int, world: int
 ) -> list[list[int]]:
-    """This rank's micro-batches of a global batch: sorted by length (little padding, balanced ranks), dealt
-    out in turn.
+    """This rank's micro-batches of a global batch: sorted by length (little padding), dealt out in turn.
 
     Every rank gets the same number of them (collectives must match), the last ones empty if need be.
     """
@@ -94,11 +92,10 @@ def run_micro_batches(
     dtype: torch.dtype = torch.float32,
     model=None,
 ) -> torch.Tensor:
-    """[N, width] results of `forward(micro-batch) -> [b, t]` for all N global sequences, on every rank. No
-    gradient.
+    """[N, width] results of `forward(micro-batch) -> [b, t]` for all N global sequences, on every rank.
 
-    Each rank computes its share, length-sorted; the sum over ranks puts the rest in. `model`: which of those
-    that --offload-frozen parks is read.
+    Without gradient. Each rank computes its share, length-sorted; the sum over ranks puts the rest in.
+    `model`: which of those that --offload-frozen parks is read.
     """
     out = torch.zeros(len(sequences), width, dtype=dtype, device=distributed.device())
     lengths = [len(prompt) + len(response) for prompt, response in sequences]

@@ -13,8 +13,7 @@ from common import distributed, lora, sharding
 
 
 def _states(trained: dict) -> dict:
-    """{name: {"model": weights, "optimizer": moments}}, sharded as they are: of LoRA the adapters and a head
-    alone."""
+    """{name: {"model": weights, "optimizer": moments}}, as they are sharded: of LoRA the trained ones."""
     options = sd.StateDictOptions(ignore_frozen_params=True)
     states = {}
     for name, (model, optimizer) in trained.items():
@@ -62,8 +61,7 @@ def save_checkpoint(run_dir: str, step: int, trained: dict, extra: dict, keep: i
 
 
 def load_checkpoint(run_dir: str, trained: dict) -> dict:
-    """Restores the newest whole checkpoint in place; returns its `extra` with `step`, or {} where there is
-    none."""
+    """Restores the newest whole checkpoint in place; returns its `extra` with `step`; {} if there is none."""
     found = sorted(Path(run_dir, "checkpoints").glob("step-*/state.json"))
     if not found:
         return {}
@@ -88,8 +86,7 @@ def load_checkpoint(run_dir: str, trained: dict) -> dict:
 
 
 def export(model, tokenizer, folder: str, precision: str, **config) -> None:
-    """A Hugging Face folder: weights (compute type), config with the `config` entries, tokenizer, chat
-    template."""
+    """A Hugging Face folder: weights (compute type), config with `config`, tokenizer with its template."""
     sharding.reshard(model)
     options = sd.StateDictOptions(full_state_dict=True, cpu_offload=True)
     full = sd.get_model_state_dict(model, options=options)  # on rank 0

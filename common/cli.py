@@ -29,8 +29,10 @@ POSITIVE = (
 
 
 def fail(message: str) -> NoReturn:
-    """Stops with one line, without a traceback. Of several ranks rank 0 speaks first; torchrun then ends the
-    others."""
+    """Stops with one line, without a traceback.
+
+    Of several ranks rank 0 speaks first; torchrun then ends the others.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # no tidy end: others may wait in a collective
         if os.environ["RANK"] != "0":
             time.sleep(10)
@@ -46,8 +48,7 @@ def note(message: str) -> None:
 
 
 def parse(cls, reviews: dict, argv: list[str] | None = None):
-    """The command line as `cls`, a dataclass. On the embedded world the defaults are `cls`'s with `reviews`
-    on top.
+    """The command line as `cls`, a dataclass; on the embedded world its defaults have `reviews` on top.
 
     A flag wins over both. Ends with one line where a number is out of its range.
     """

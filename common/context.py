@@ -6,8 +6,7 @@ import random
 def add_context(
     rows: list[dict], k: int, pool: list[dict], tokenizer, max_pair_length: int, seed: int
 ) -> list[dict]:
-    """Policy conditioning (2502.16944 v1, section 3.2): the rows with `k` question-answer pairs before each
-    prompt.
+    """Policy conditioning (2502.16944 v1, section 3.2): `k` question-answer pairs before each prompt.
 
     The pairs are those of the same policy to *other* prompts, drawn from `pool` (rows with `prompt_ids`,
     `response_ids`, `policy`). A pair is cut at `max_pair_length` tokens; where the policy has fewer other

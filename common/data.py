@@ -50,8 +50,7 @@ def read_rows(
     split_seed: int = 0,
     skip_bad_rows: bool = False,
 ) -> list[dict]:
-    """Rows of `kind` (a key of KINDS) from `reviews`, a local .jsonl / .json / .parquet file (.gz too) or a
-    hub id.
+    """Rows of `kind` (a key of KINDS) from `reviews`, a .jsonl / .json / .parquet file (.gz too) or a hub id.
 
     `split`: the hub's, or the value to keep of a file's `split` column. `columns` maps our names to the
     file's. `part` keeps 2502.16944's share of the prompts, by a hash of each: disjoint whatever the order.
@@ -192,7 +191,7 @@ _check_row = check_row  # evaluation/judge.py still uses this name
 
 
 def rename_columns(row: dict, kind: str, columns: dict[str, str]) -> dict:
-    """A copy of the row in which our columns have our names; `columns` first, then our own name, then its
+    """A copy of the row in which our columns have our names; `columns` decide, then our own name, its
     alias."""
     row = dict(row)
     for ours in set(columns) | set(KINDS[kind]):
@@ -232,8 +231,10 @@ def is_ultrafeedback(row: dict) -> bool:
 
 
 def unfold_ultrafeedback(name: str, kind: str, numbered: list[tuple[int, dict]]) -> list[tuple[int, dict]]:
-    """Its rows as rows of ours, each with the number of the row that it comes from; prompts that give none
-    are counted."""
+    """Its rows as rows of ours, each with the number of the row that it comes from.
+
+    Prompts that give none are counted in a note.
+    """
     unfolded = []
     dropped = 0
     for i, row in numbered:
@@ -293,8 +294,7 @@ def prompt_hash(prompt: str | list[dict], seed: int) -> float:
 
 
 def hold_out_prompts(rows: list[dict], count: int, split_seed: int) -> tuple[list[dict], list[dict]]:
-    """(training rows, `count` held-out rows) of a file of prompts: the same prompts whatever their order in
-    it."""
+    """(training rows, `count` held-out rows) of a file of prompts: the same whatever their order in it."""
     order = sorted(rows, key=lambda row: prompt_hash(row["prompt"], split_seed + EVALUATION_SALT))
     return order[count:], order[:count]
 

@@ -32,8 +32,7 @@ def device() -> torch.device:
 
 
 def launch(main, args) -> None:
-    """Runs `main(args)` among the processes torchrun started, or alone. Ends with one line where the ranks do
-    not fit."""
+    """Runs `main(args)` among the processes torchrun started, or alone."""
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

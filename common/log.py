@@ -102,8 +102,7 @@ class Run:
         part.rename(path)
 
     def metrics(self, step: int, values: dict, show: tuple[str, ...] = ()) -> None:
-        """One line of metrics.jsonl and TensorBoard; `show` names those that stand next to the progress
-        bar."""
+        """One line of metrics.jsonl and TensorBoard; `show` names those for the progress bar."""
         if distributed.rank() != 0:
             return
         values = {key: float(value) for key, value in values.items()}

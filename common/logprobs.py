@@ -151,8 +151,8 @@ def sequence_logprobs(
     pad_id: int,
     temperature: float = 1.0,
 ) -> torch.Tensor:
-    """log pi(y | x) [N], summed over tokens, in float64, on every rank; `size` sequences per micro-batch. No
-    gradient."""
+    """log pi(y | x) [N], summed over tokens, in float64, on every rank, without gradient; `size` sequences at
+    once."""
 
     def forward(mb):
         logprobs, _ = model.response_logprobs(**mb, temperature=temperature)

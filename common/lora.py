@@ -1,5 +1,4 @@
-"""LoRA through peft (2106.09685): adapters inside the Hugging Face model, merged into its weights for the
-export."""
+"""LoRA through peft (2106.09685): adapters inside the Hugging Face model, merged for the export."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -119,8 +118,7 @@ def save(model, full: dict[str, torch.Tensor], folder: Path, compute: torch.dtyp
 
 
 def save_adapter(model, full: dict[str, torch.Tensor], folder: Path) -> None:
-    """The adapters (and a trained head) as peft opens them; the model's config, with our entries, lies next
-    to them."""
+    """The adapters (and a trained head) as peft opens them; the model's config, with our entries, too."""
     heads = model.lora.modules_to_save or ()
     weights = {}
     for key, value in full.items():

@@ -11,16 +11,18 @@ PERCENTILES = (1, 5, 10, 90, 95, 99)
 
 
 def response_statistics(values: list[float]) -> dict[str, float]:
-    """STATISTICS of one response's token values: mean, percentiles (linear interpolation), last (2502.16944
-    appendix E)."""
+    """STATISTICS of one response's token values: mean, percentiles (linear interpolation), last.
+
+    They are those of 2502.16944, appendix E.
+    """
     percentiles = np.percentile(values, PERCENTILES).tolist()
     numbers = [float(np.mean(values)), *percentiles, float(values[-1])]
     return dict(zip(STATISTICS, numbers, strict=True))
 
 
 def pair_accuracy(chosen: list[list[float]], rejected: list[list[float]]) -> dict[str, float]:
-    """Share of pairs whose chosen response has the strictly higher statistic of its token values; a tie is
-    not a win."""
+    """Share of pairs whose chosen response has the strictly higher statistic of token values (ties: no
+    win)."""
     pairs = [(response_statistics(c), response_statistics(r)) for c, r in zip(chosen, rejected, strict=True)]
     return {name: sum(c[name] > r[name] for c, r in pairs) / len(pairs) for name in STATISTICS}
 

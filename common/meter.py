@@ -1,5 +1,4 @@
-"""What a step costs: seconds, peak memory, and model FLOPs utilisation where the device's peak rate is
-known."""
+"""What a step costs: seconds, peak memory, and model FLOPs utilisation where the peak rate is known."""
 
 import resource
 import time
@@ -21,10 +20,10 @@ PEAK_BF16 = {  # dense FLOP/s, from the data sheets
 
 
 def mfu(model, tokens: int, seconds: float) -> dict[str, float]:
-    """Model FLOPs utilisation of an update of `tokens` (all ranks), as {"perf/mfu": ...}; empty where the
-    peak is unknown.
+    """Model FLOPs utilisation of an update of `tokens` (all ranks): {"perf/mfu": ...}.
 
-    6 N FLOPs per token of a model with N parameters: 2 in the forward pass, 4 in the backward pass.
+    Empty where the device's peak is unknown. 6 N FLOPs per token of a model with N parameters: 2 in the
+    forward pass, 4 in the backward pass.
     """
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     peaks = [flops for key, flops in PEAK_BF16.items() if key in name]

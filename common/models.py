@@ -103,7 +103,7 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
 
 
 def open_config(name: str):
-    """The model's configuration, with every dropout at 0: log-probabilities are of the distribution that was
+    """The model's configuration, without dropout: log-probabilities are of the distribution that was
     sampled."""
     config = load_pretrained("configuration", transformers.AutoConfig, name)
     for key, value in vars(config).items():
@@ -125,8 +125,7 @@ def kind_to_open(config, kind: str, name: str) -> str:
 
 
 def adjust_config(config, kind: str, tokenizer, trained: bool, layers: int) -> None:
-    """In place: one output for value and reward models, where a reward model is read, the first `layers`
-    alone."""
+    """In place: the one output of value and reward models, where they are read, the number of layers."""
     if kind not in POLICIES:
         config.num_labels = 1
         config.classifier_dropout = 0.0
@@ -139,10 +138,10 @@ def adjust_config(config, kind: str, tokenizer, trained: bool, layers: int) -> N
 
 
 def read_weights(kind: str, name: str, options: dict, trained: bool, cut: bool):
-    """The whole model with the folder's weights; a head that the folder lacks is zero. `cut`: to the first
-    layers.
+    """The whole model with the folder's weights; a head that the folder lacks is zero.
 
-    Ends with one line where other weights are missing, or the head of a model that is not to be trained.
+    `cut`: only the first layers are opened. Ends with one line where other weights are missing, or the head
+    of a model that is not to be trained.
     """
     source, info = load_pretrained(
         f"{kind} weights", AUTO[kind], name, use_safetensors=True, output_loading_info=True, **options
@@ -162,8 +161,7 @@ def read_weights(kind: str, name: str, options: dict, trained: bool, cut: bool):
 
 
 def check_unread(name: str, kind: str, keys: Iterable[str], cut: bool) -> None:
-    """Weights of a folder that the model has no place for, by their names `keys`, are not left out in
-    silence.
+    """Weights of a folder that the model has no place for, by their names `keys`, are named.
 
     An output layer is what a value model leaves behind of a policy; a policy from a value model is a mistake.
     `cut`: to the first layers, so that later ones are expected to be unread.
@@ -181,8 +179,7 @@ def check_unread(name: str, kind: str, keys: Iterable[str], cut: bool) -> None:
 
 
 def standardise_head(source, config) -> None:
-    """A value model from reward.py's folder starts at the *standardised* score: (score - score_mean) /
-    score_std."""
+    """A value model from reward.py's folder starts at its *standardised* score: (score - mean) / std."""
     if getattr(config, "score_std", None):
         layer = value_heads.head(source)
         layer.weight.data.div_(config.score_std)
@@ -191,8 +188,7 @@ def standardise_head(source, config) -> None:
 
 
 def prepare_modules(module, kind: str, name: str, args, master: torch.dtype, adapted: bool) -> None:
-    """What changes the modules: the same for rank 0's whole model and for the one that receives its
-    weights."""
+    """What changes the modules: the same for rank 0's model and for the one that gets its weights."""
     if kind in VALUES:
         value_heads.head(module).to(master)  # a bfloat16 has 3 digits: the head computes in full precision
     if adapted:

@@ -22,8 +22,7 @@ def park(models: list) -> None:
 
 
 def park_one(model) -> None:
-    """Sets `model.parked`, (storage on the device, its copy on the host) of each weight, and frees the
-    former."""
+    """Sets `model.parked`, (storage on the device, its copy on the host) of each weight; frees the former."""
     storages = {}  # by address: tied weights share one
     for parameter in model.parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter

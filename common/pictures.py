@@ -36,8 +36,9 @@ def mix(a: Rgb, b: Rgb, share: float) -> Rgb:
 
 
 def draw_values(texts: list[tuple[str, list[str], list[float]]], path: str) -> str:
-    """Colours each token by its value, as 2502.16944 Figure 3: writes path.html and path.png, returns it for
-    a terminal.
+    """Colours each token by its value, as 2502.16944 Figure 3: a page, a picture, text for a terminal.
+
+    Writes path.html and path.png, returns the third.
 
     `texts` holds (title, tokens, one value per token); the scale runs from the lowest (red) to the highest
     (green) of them all.
@@ -81,8 +82,7 @@ def as_page(coloured: list[tuple[str, list[Cell]]], low: float, high: float) -> 
 
 
 def lines_of_cells(coloured: list[tuple[str, list[Cell]]]) -> list[list]:
-    """Lines of (column, text, colour from 0 to 1 or None) of at most WIDTH characters: a title, then its
-    tokens."""
+    """Lines of (column, text, colour from 0 to 1 or None) of at most WIDTH characters: title, tokens."""
     lines = []
     for title, cells in coloured:
         lines.append([(0, title, None)])

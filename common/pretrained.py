@@ -24,8 +24,7 @@ def resolve(name: str, embedded: str = "policy") -> str:
 
 
 def load_pretrained(what: str, auto, name: str, **kwargs):
-    """`auto.from_pretrained(name, **kwargs)`; ends with one line where there is no such part (`what`, in
-    words)."""
+    """`auto.from_pretrained(name, **kwargs)`; ends with one line where there is no such `what`."""
     try:
         return auto.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:

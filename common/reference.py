@@ -15,8 +15,7 @@ from common.models import load_model
 
 
 def load_reference(policy, name: str, tokenizer, args):
-    """The frozen reference; with LoRA, where --ref-model names no other, the policy itself with its adapters
-    off."""
+    """The frozen reference; with LoRA, where --ref-model names no other, the policy with its adapters off."""
     if args.lora_rank and not args.ref_model:
         return lora.AdapterOff(policy)
     return load_model("policy", name, tokenizer, args, trained=False)
@@ -35,11 +34,11 @@ def fingerprint(name: str) -> str:
 
 
 def reference_logprobs(name: str, tokenizer, args, **sets) -> list[torch.Tensor]:
-    """log pi_ref(y|x) of the (prompt, response) tokens of each named set: [N] sums over tokens, in float64,
-    on every rank.
+    """log pi_ref(y|x) of the (prompt, response) tokens of each named set: [N] sums over tokens.
 
-    Computed once, before the policy is loaded: the reference is freed at the end. The run folder keeps them
-    for --resume, under a key of the tokens, the precision and the reference's weights.
+    In float64, on every rank. Computed once, before the policy is loaded: the reference is freed at the end.
+    The run folder keeps them for --resume, under a key of the tokens, the precision and the reference's
+    weights.
     """
     cache = Path(args.run_dir, "reference.npz")
     first = distributed.rank() == 0

@@ -54,8 +54,7 @@ class RoomyLayer(DynamicLayer):
     room = ()
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Appends the keys and values of new tokens, [B, heads, new tokens, head size]; returns all of
-        them."""
+        """Appends the keys and values of new tokens, [B, heads, new tokens, head size]; returns all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         used = self.get_seq_length()
@@ -68,8 +67,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def enlarge(self, key_states, value_states, used: int, end: int) -> None:
-        """New tensors with room for `end` columns, rounded up to a multiple of ROOM; the `used` ones are
-        copied."""
+        """New tensors with room for `end` columns, up to a multiple of ROOM; the `used` ones are copied."""
         if used:
             old = (self.keys, self.values)
         else:
@@ -108,8 +106,7 @@ def sample(
     any_greedy: bool = True,
     any_scaled: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [B] from logits [B, V] and their log-probabilities [B], by the inverse of the cumulative
-    distribution.
+    """Tokens [B] from logits [B, V] and their log-probabilities [B], by the inverse CDF.
 
     A token is the first whose cumulative probability passes the uniform number [B] of its row; at temperature
     0 it is the most likely one, and its log-probability is that at temperature 1. The numbers are drawn per
@@ -166,8 +163,7 @@ def cache_argument(policy: transformers.PreTrainedModel) -> str:
 
 
 def new_cache(policy: transformers.PreTrainedModel):
-    """An empty cache for a decoder. Ends with one line where a layer's state cannot follow the responses that
-    go on."""
+    """An empty cache for a decoder. Ends with one line where a layer cannot leave out ended responses."""
     cache = roomy(policy.config)
     for layer in cache.layers:
         if not hasattr(layer, "batch_select_indices"):
@@ -214,12 +210,11 @@ def decode(
     stops: list[int],
     pad: int,
 ) -> list[tuple[list[int], list[float]]]:
-    """A response to each of B prompts: (its tokens, their log-probabilities), of at most T tokens, from
-    `uniforms` [B, T].
+    """A response to each of B prompts: (its tokens, their log-probabilities), of at most T tokens.
 
-    `temperatures` [B]: 0 is greedy. A response ends with the first of `stops`, which belongs to it. Equal
-    prompts are read once; a response that has ended leaves the batch, so that a step costs what is
-    unfinished.
+    `uniforms` [B, T] are the random numbers. `temperatures` [B]: 0 is greedy. A response ends with the first
+    of `stops`, which belongs to it. Equal prompts are read once; a response that has ended leaves the batch,
+    so that a step costs what is unfinished.
     """
     device = uniforms.device
     takes = inspect.signature(policy.forward).parameters
@@ -343,8 +338,7 @@ def sample_all(
     stops: list[int],
     pad: int,
 ) -> tuple[list[list[int]], torch.Tensor]:
-    """What `rollout` returns, of any `stops`: each rank samples its share of the prompts, and all get all of
-    it."""
+    """What `rollout` returns, of any `stops`: each rank samples its share, and all get all of it."""
     device = distributed.device()
     temperatures = torch.as_tensor(temperature, dtype=torch.float64, device=device).expand(len(prompts))
     # prompts of similar length are sampled together: little padding
@@ -394,8 +388,7 @@ def check_sampler(
     max_new_tokens: int,
     temperature: float,
 ) -> None:
-    """Ends the run with one line, before its first update, where the sampler's log-probabilities are not the
-    policy's.
+    """Ends the run with one line, before its first update, where the sampler's numbers are not the policy's.
 
     Four of the `prompts`, two of them longer (so that there is padding), are answered twice: with the weights
     as they are, and with all trained ones disturbed. The second finds an engine that keeps older weights and
@@ -413,8 +406,7 @@ def check_sampler(
     limit = min(PROBE_TOKENS, max_new_tokens)
 
     def answer():
-        """Responses of exactly `limit` tokens: none ends early, so there are always some that read the
-        cache."""
+        """Responses of exactly `limit` tokens: none ends early, so that some always read the cache."""
         return sample_all(policy, asked, limit, temperature, (0, 0), 0, [], tokenizer.pad_token_id)
 
     responses, sampled = answer()
@@ -442,16 +434,14 @@ def check_sampler(
 
 
 def note_drift(policy, sampled: torch.Tensor, logprobs: torch.Tensor, mask: torch.Tensor, step: int) -> None:
-    """Names in the log a rollout whose log-probabilities `sampled` are not the policy's own `logprobs`; all
-    [N, T]."""
+    """Names in the log a rollout whose log-probabilities `sampled` [N, T] are not the policy's `logprobs`."""
     off = ((sampled - logprobs).abs() * mask).sum() / mask.sum()
     if not off <= tolerance(policy):
         note(f"step {step}: {disagreement(policy, off.item())}")
 
 
 def tolerance(policy) -> float:
-    """The mean |difference| that is still rounding, in nats per token, by the type in which the policy
-    computes."""
+    """The mean |difference| that is still rounding, in nats per token, by the type that computes."""
     return TOLERANCE[policy.compute_dtype]
 
 
@@ -462,8 +452,7 @@ def differences(
     sampled: torch.Tensor,
     temperature: float | list[float],
 ) -> list[torch.Tensor]:
-    """|sampler's - policy's log-probability| of each token: a tensor [T_i] for each response, on every
-    rank."""
+    """|sampler's - policy's log-probability| of each token: [T_i] for each response, on every rank."""
     temperatures = torch.as_tensor(temperature, dtype=torch.float64).expand(len(prompts)).tolist()
     found = [None] * len(prompts)
     for heat in sorted(set(temperatures)):
@@ -500,8 +489,7 @@ def require_agreement(policy, prompts, off: list[torch.Tensor]) -> None:
 
 
 def likeliest_cause(policy, prompts, off: list[torch.Tensor]) -> str:
-    """In words, by which tokens disagree: all of them, those after the first, or those of prompts that have
-    padding."""
+    """In words, by which tokens disagree: all of them, those after the first, or those of padded prompts."""
     if getattr(policy, "engine", None):
         return "vLLM's weights or layers are not the policy's; sample with --rollout-engine torch"
     width = max(map(len, prompts))

@@ -40,8 +40,7 @@ def shard(model, compute: torch.dtype, shard_size: int, frozen: bool) -> None:
 
 
 def load_full(model, source) -> None:
-    """Fills a sharded model on the meta device from rank 0's whole one; `source` is None on the other
-    ranks."""
+    """Fills a sharded model on the meta device from rank 0's whole one; `source` is None on the others."""
     model.to_empty(device=distributed.device())
     model.tie_weights()
     options = sd.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -55,8 +54,7 @@ def load_full(model, source) -> None:
 
 @contextmanager
 def gathered(model):
-    """Every parameter stays gathered inside: one all-gather per rollout, not one per token, and no rank waits
-    for another."""
+    """Every parameter stays gathered inside: one all-gather per rollout, not per token; no rank waits."""
     for unit in units(model):
         unit.unshard()
         unit.set_reshard_after_forward(False, recurse=False)

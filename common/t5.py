@@ -1,5 +1,4 @@
-"""What differs for encoder-decoder policies (the T5 family): the encoder reads the prompt, the decoder the
-response."""
+"""What differs for encoder-decoder policies (the T5 family): the encoder reads the prompt alone."""
 
 import torch
 import transformers

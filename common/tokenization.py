@@ -36,8 +36,8 @@ def require_same_tokenizer(tokenizer, name: str, flag: str) -> None:
 
 
 def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
-    """Prompt tokens, ready for an answer: through the chat template where there is one, else plain text with
-    one BOS.
+    """Prompt tokens, ready for an answer: by the chat template where there is one, else plain text with one
+    BOS.
 
     Messages without a template are joined by line ends. An encoder reads its input with the eos it was
     trained with; a decoder goes on from the text, so an eos that its tokenizer appends is taken off.
@@ -57,7 +57,7 @@ def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
 
 
 def stop_token(tokenizer) -> int:
-    """The token that ends an answer: what the chat template writes after one (Gemma's is not its eos), else
+    """The token that ends an answer: what the chat template writes after one (Gemma: not its eos), else
     eos."""
     if tokenizer.chat_template:
         # the template's rendering of an answer "zq", which no template contains: what follows it is the end

@@ -13,8 +13,7 @@ def head(model) -> torch.nn.Module:
 def response_values(
     model, input_ids: torch.Tensor, prompt_lengths: torch.Tensor, response_mask: torch.Tensor
 ) -> torch.Tensor:
-    """[B, T + 1]: V(s_1) at the last prompt token, then Q(s_t, a_t) at each response token; zero where
-    masked."""
+    """[B, T + 1]: V(s_1) at the last prompt token, then Q(s_t, a_t) at each response token; masked: zero."""
     values = model(input_ids=input_ids, use_cache=False).logits.squeeze(-1)  # [B, L]
     positions = response_positions(prompt_lengths, response_mask, input_ids.shape[1])
     values = values.gather(1, positions)  # [B, T + 1]

@@ -40,8 +40,7 @@ def start(policy, name: str, args):
 
 
 class Engine:
-    """vLLM's `LLM` in this process, one per rank: each generates its own share of the prompts, so nothing is
-    sent."""
+    """vLLM's `LLM` in this process, one per rank: each generates its own share of the prompts."""
 
     def __init__(self, policy, name: str, args):
         if policy.config.is_encoder_decoder:
@@ -83,8 +82,7 @@ class Engine:
         self.llm.llm_engine.engine_core._finalizer.detach()
 
     def load(self, policy) -> None:
-        """Copies the gathered policy's weights (of LoRA the merged ones) into vLLM's, and drops what it
-        cached under the old.
+        """Copies the gathered policy's weights (of LoRA the merged ones) into vLLM's, which drops its cache.
 
         Ends with one line where vLLM names a layer otherwise.
         """
@@ -108,8 +106,7 @@ class Engine:
         limit: int,
         stops: list[int],
     ) -> list[tuple[list[int], list[float]]]:
-        """As `rollout.decode`: (tokens, their log-probabilities) for each prompt; random numbers by a seed
-        for each."""
+        """As `rollout.decode`: (tokens, their log-probabilities) for each prompt; a seed for each."""
         with sharding.gathered(policy):
             self.load(policy)
         if not prompts:
