@@ -1,7 +1,8 @@
 """The pages in docs/ say what the code says: quoted lines, metric names, flags, links.
 
-A page refers to code as [`ppo.py: main`](../ppo.py) followed by a quote of a line there, in backticks: the file, the
-function or class (none: the whole file), the code. No line number, so that an edit of one file does not rewrite twenty pages.
+A page refers to code as [`ppo.py: main`](../ppo.py) followed by a quote of a line there, in backticks: the
+file, the function or class (none: the whole file), the code. There is no line number, so that an edit of one
+file does not rewrite twenty pages.
 """
 
 import ast
@@ -46,7 +47,7 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-# --- references to code ----------------------------------------------------------------------------------------------
+# --- references to code
 
 
 def read_source(file: str) -> str | None:
@@ -111,7 +112,7 @@ def test_a_reference_that_is_wrong_is_found():
         assert len(wrong_references(wrong, source)) == 1, wrong
 
 
-# --- metrics ---------------------------------------------------------------------------------------------------------
+# --- metrics
 
 
 def pattern(node) -> str | None:
@@ -156,7 +157,8 @@ def explained() -> dict[str, list[str]]:
 
 
 def test_metrics_are_found_in_the_source():
-    source = 'o = {"a/b": 1, **{f"a/c_{k}": v for k, v in x}}\no["a/d"] = 1\nrun.metrics(1, o | {"runs": "runs/f"})\n'
+    source = 'o = {"a/b": 1, **{f"a/c_{k}": v for k, v in x}}\no["a/d"] = 1\n'
+    source += 'run.metrics(1, o | {"runs": "runs/f"})\n'
     assert logged(source) == {"a/b", "a/c_<>", "a/d"}
     for file, names in all_logged().items():
         assert len(names) >= (1 if "/" in file else 8), (
@@ -179,12 +181,12 @@ def test_every_metric_is_explained():
         )
 
 
-# --- flags -----------------------------------------------------------------------------------------------------------
+# --- flags
 
 
 @functools.cache
 def args_of(script: str, name: str = "Args") -> dict[str, str]:
-    """Flags of a script (of evaluate.py: of the command with that class) and their defaults, as in the source."""
+    """Flags and defaults of a script (of evaluate.py: of the command with that class), from the source."""
     tree = ast.parse(read_source(f"{script}.py"))
     body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name).body
     fields = [node for node in body if isinstance(node, ast.AnnAssign)]
@@ -196,7 +198,7 @@ def args_of(script: str, name: str = "Args") -> dict[str, str]:
 
 @functools.cache
 def flags_of(script: str, name: str = "Args") -> frozenset[str]:
-    """All flags of a script: those of `args_of`, and tyro's opposites `--no-x` of the ones that are true or false."""
+    """All flags of a script: those of `args_of`, and tyro's `--no-x` for the ones that are true or false."""
     opposites = {
         f"--no-{flag.removeprefix('--')}"
         for flag, default in args_of(script, name).items()
@@ -206,8 +208,7 @@ def flags_of(script: str, name: str = "Args") -> frozenset[str]:
 
 
 def flags_in(source: str) -> set[str]:
-    """The flags of a program as its source says them: argparse's add_argument, or the fields of the dataclass that
-    tyro.cli gets."""
+    """The flags in a source: those of argparse's add_argument, or the fields of tyro.cli's dataclass."""
     tree = ast.parse(source)
     flags = set()
     for node in ast.walk(tree):
@@ -368,7 +369,7 @@ def test_no_page_has_a_gap():
         assert not re.search("PENDING|TODO|FIXME", page.read_text(encoding="utf-8")), name_of(page)
 
 
-# --- links -----------------------------------------------------------------------------------------------------------
+# --- links
 
 
 def anchors(text: str) -> set[str]:
@@ -378,7 +379,7 @@ def anchors(text: str) -> set[str]:
 
 
 def dead_links(text: str, page: Path) -> list[str]:
-    """The links of a page that lead nowhere: no such file (seen from the page's folder) or no such heading."""
+    """The links of a page that lead nowhere: no such file (from the page's folder) or no such heading."""
     dead = []
     for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", text)):
         if "://" in target or target.startswith("mailto:"):
@@ -404,7 +405,8 @@ def test_links_lead_somewhere():
 
 def test_a_link_that_is_dead_is_found():
     page = ROOT / "docs/results/page.md"
-    right = "# A b\n[x](../rpo.md#equations) [y](#a-b) [z](https://a.b/c) ![p](../online.png)\n```\n[q](gone)\n```\n"
+    right = "# A b\n[x](../rpo.md#equations) [y](#a-b) [z](https://a.b/c) ![p](../online.png)\n"
+    right += "```\n[q](gone)\n```\n"
     assert dead_links(right, page) == []
     for wrong in ("kto.md", "../rpo.md#nothing", "#nothing", "../../docs/gone.png"):
         assert len(dead_links(f"[x]({wrong})", page)) == 1, wrong
@@ -442,11 +444,11 @@ def test_the_index_names_every_page():
     assert "](docs/README.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-# --- results ---------------------------------------------------------------------------------------------------------
+# --- results
 
 
 def missing_numbers(row: str, details: str) -> list[str]:
-    """The numbers in the fourth cell of a row of the table of claims (here) that the page with the details lacks."""
+    """The numbers in the cell "here" of a row of the table of claims that the page with the details lacks."""
     here = row.split("|")[4]
     return [number for number in re.findall(r"[+-]?\d+\.\d+", here) if number.lstrip("+") not in details]
 
