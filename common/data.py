@@ -123,9 +123,6 @@ def read_file(name: str, split: str) -> list[dict]:
     return rows
 
 
-_read = read_file  # evaluation/judge.py still uses this name
-
-
 def read_hub(name: str, split: str) -> list[dict]:
     """The rows of a data set on the hub. Ends with one line where there is none."""
     try:
@@ -185,9 +182,6 @@ def check_row(row: dict, kind: str, columns: dict[str, str]) -> dict:
                 raise ValueError(f"{column} is empty")
             row[column] = text
     return row
-
-
-_check_row = check_row  # evaluation/judge.py still uses this name
 
 
 def rename_columns(row: dict, kind: str, columns: dict[str, str]) -> dict:

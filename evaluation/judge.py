@@ -21,9 +21,8 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from common import data
 from common.cli import fail, note
-from common.data import prompt_hash
+from common.data import check_row, prompt_hash, read_file
 
 Z95 = statistics.NormalDist().inv_cdf(0.975)  # 1.96
 
@@ -428,7 +427,7 @@ def read_responses(file: str) -> dict[str, str]:
     it. Ends the run at a row without prompt or response."""
     if not Path(file).is_file():
         fail(f"{file}: no such file")
-    rows = data._read(file, "")
+    rows = read_file(file, "")
     responses = {}
     for number, row in enumerate(rows, 1):
         if "instruction" in row and "prompt" not in row:  # alpaca_eval's
@@ -436,7 +435,7 @@ def read_responses(file: str) -> dict[str, str]:
         empty = isinstance(row.get("response"), str) and not row["response"].strip()
         kind = "prompts" if empty else "responses"  # of "prompts" no response is checked
         try:
-            row = data._check_row(row, kind, {})
+            row = check_row(row, kind, {})
         except ValueError as error:
             why = str(error).split("; name yours")[0]  # this command has no --columns
             fail(f"{file}, row {number}: {why}")

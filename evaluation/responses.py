@@ -414,11 +414,9 @@ def responses(args: Responses) -> None:
     kept = distributed.all_gather_object(kept)[0]
 
     # --- models that score
-    rewards = [Reward(name_or_function, tokenizers[0], args) for name_or_function in args.reward]
-    for reward in rewards:
-        # A reward model reads the text by its own template, never a policy's tokens: then its scores are the
-        # same numbers for policies of any tokenizer.
-        reward.same = False
+    # A reward model reads the text by its own template, never a policy's tokens: then its scores are the same
+    # numbers for policies of any tokenizer.
+    rewards = [Reward(name, tokenizers[0], args, by_text=True) for name in args.reward]
 
     # --- rollout and reward
     numbers = {}  # model -> column -> mean, ci95 and n over its responses

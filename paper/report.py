@@ -3,6 +3,7 @@ seeds, and returns markdown; `TABLES` says which jobs it reads. A claim holds wh
 claimed sign in every seed."""
 
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -736,23 +737,28 @@ def provenance(out: Path, seeds: list[int], name: str) -> str:
 
 
 def write(out: Path, seeds: list[int], names: list[str], docs: Path | None) -> None:
-    """Each table to out/table-NAME.md; with `docs` also between its marks in docs/results.md, and the
-    pictures there."""
-    text = ""
-    if docs:
-        text = (docs / "results.md").read_text(encoding="utf-8")
+    """Each table to out/table-NAME.md; with `docs` also between its marks in the pages of docs/results/, and the
+    pictures to `docs`."""
     for name in names:
         found = TABLES[name].make(out, seeds)
         found += f"\n\n{provenance(out, seeds, name)}\n"
         (out / f"table-{name}.md").write_text(found, encoding="utf-8")
         print(f"\n## {name}\n\n{found}", flush=True)
-        first = f"<!-- table {name} -->\n"
-        last = f"<!-- end {name} -->"
+        if docs:
+            put_between_marks(sorted((docs / "results").glob("*.md")), name, found)
+    if docs:
+        for picture in out.glob("*.png"):
+            (docs / picture.name).write_bytes(picture.read_bytes())
+
+
+def put_between_marks(pages: list[Path], name: str, table: str) -> None:
+    """Replaces what stands between the marks of the table `name` in the page that has them; pictures lie one folder up."""
+    first = f"<!-- table {name} -->\n"
+    last = f"<!-- end {name} -->"
+    table = re.sub(r"\]\((\w+\.png)\)", r"](../\1)", table)
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
         if first in text:
             before, rest = text.split(first)
             _, after = rest.split(last, 1)
-            text = before + first + found + last + after
-    if docs:
-        (docs / "results.md").write_text(text, encoding="utf-8")
-        for picture in out.glob("*.png"):
-            (docs / picture.name).write_bytes(picture.read_bytes())
+            page.write_text(before + first + table + last + after, encoding="utf-8")
