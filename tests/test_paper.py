@@ -1,0 +1,233 @@
+"""paper/: the commands of the papers' tables, on the embedded world and on your own data; verdicts, and
+tables put into a page."""
+
+import dataclasses
+import gzip
+import importlib
+import json
+import types
+from pathlib import Path
+
+import helpers
+import pytest
+
+import evaluate
+from common.cli import parse
+from paper import real_policies, real_values, report, tables, variants
+from tools.jobs import Jobs
+
+
+def parsed(words: list[str]):
+    """The arguments of a command of one of our scripts, as the script would read them."""
+    name, *flags = words
+    if name == "evaluate.py":
+        command, *flags = flags
+        arguments, defaults, _ = evaluate.COMMANDS[command]
+        return parse(arguments, defaults, flags)
+    script = importlib.import_module(name.removesuffix(".py"))
+    return parse(script.Args, script.REVIEWS, flags)
+
+
+# --- on the embedded world ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_commands_of_the_papers_tables(quick, tmp_path):
+    """Each table's jobs exist, what they need too, and every command is one its script accepts."""
+    commands = tables.commands(quick)
+    wanted = [(0, job) for table in report.TABLES.values() for job in table.jobs]
+    jobs = Jobs(tmp_path, commands, wanted, set())
+    names = {job.name for job in jobs.order}
+    assert names == set(commands), set(commands) - names  # no job is made for nothing
+    for job in jobs.order:
+        words = jobs.words(job)
+        for word in words:
+            if str(tmp_path) in word and "/data/" not in word:
+                folder = Path(word).relative_to(tmp_path)
+                needed = folder.parts[1] if folder.parts[0] == "seed0" else folder.parts[0]
+                assert needed in commands, word
+        if words[0] == "paper/tables.py":
+            continue
+        args = parsed([*words, "--run-dir", "x"])
+        if words[0] != "evaluate.py":
+            assert dataclasses.asdict(args)["steps"] > 0
+    timed = tables.timed(commands["ppo"])
+    assert timed[timed.index("--steps") + 1] == "6"
+    assert timed[timed.index("--eval-every") + 1] == "0"
+
+
+@pytest.mark.parametrize("broken", ["", "sft", "dvpo"])
+def test_the_tables_end_with_an_error_where_nothing_was_learned(broken, tmp_path):
+    before = {"step": 0, "eval/reward": -0.1, "eval/grammatical": 0.98}
+    after = {"step": 20, "eval/reward": 2.3, "eval/grammatical": 0.97}
+    garbage = {"step": 20, "eval/reward": 0.1, "eval/grammatical": 0.0}
+    last = {"sft": after, "seed0/dvpo": after, "seed1/dvpo": after}
+    if broken == "sft":
+        last["sft"] = garbage
+    elif broken == "dvpo":
+        last["seed1/dvpo"] = garbage
+    for folder, row in last.items():
+        (tmp_path / folder).mkdir(parents=True)
+        rows = [before, row, {"step": 20, "sft/loss": 1.0}]
+        (tmp_path / folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    messages = {"sft": "sft: 0 % of the reviews", "dvpo": "dvpo, seed 1: the true reward rose by"}
+    if broken:
+        message = f"^error: this installation does not work: {messages[broken]}"
+        with pytest.raises(SystemExit, match=message):
+            tables.require_sound(tmp_path, [0, 1], ["dvpo", "reward"])
+    else:
+        tables.require_sound(tmp_path, [0, 1], ["dvpo", "reward"])
+
+
+def test_scripts_of_the_variants_exist():
+    assert all((helpers.ROOT / method.script).exists() for method in variants.METHODS.values())
+
+
+# --- on your own model and data -----------------------------------------------------------------------------
+
+
+def test_data_and_commands_of_the_real_values(tmp_path):
+    """No answer of a held-out policy is trained on; pairs are --gap apart, in the right order, and few of a
+    prompt; every command is one its script accepts."""
+    rows = []
+    for i, split in enumerate(["train"] * 6 + ["test"] * 2):
+        for j in range(6):
+            row = {"prompt": f"q{i}", "response": f"answer {j}", "reward": float(j), "policy": f"p{j}"}
+            rows.append(row | {"split": split})
+    file = tmp_path / "scored.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = types.SimpleNamespace(
+        scored=file,
+        held_out=["p4", "p5"],
+        gap=2.0,
+        max_characters=50,
+        run_dir=tmp_path,
+        out=tmp_path,
+        all_policies=True,
+        model="m",
+        layers=2,
+        lr=1e-4,
+        epochs=1,
+        batch_size=8,
+        max_prompt_length=8,
+        max_response_length=8,
+        critic="",
+        context_pairs=[0, 1],
+    )
+    real_values.write_data(args)
+
+    def written(name):
+        text = gzip.decompress((tmp_path / f"{name}.jsonl.gz").read_bytes())
+        return [json.loads(line) for line in text.splitlines()]
+
+    known = written("known")
+    assert {row["policy"] for row in known} == {"p0", "p1", "p2", "p3"}
+    assert len(known) == 24
+    test_pairs = written("known_test_pairs")
+    assert {row["prompt"] for row in test_pairs} == {"q6", "q7"}
+    assert len(test_pairs) == 2 * 3
+    assert len(written("known_train_pairs")) == 6 * 2
+    assert not written("strange_pairs")  # p4 and p5 are 1 apart
+    for name in ("known_train_pairs", "all_test_pairs"):
+        for row in written(name):
+            assert int(row["chosen"][-1]) - int(row["rejected"][-1]) >= 2
+
+    commands, judging = real_values.commands(args)
+    jobs = Jobs(tmp_path, commands, [(0, job) for job in judging], {"data"})
+    assert {job.name for job in jobs.order} == set(commands)
+    for job in jobs.order:
+        words = jobs.words(job)
+        if words[0] != "paper/real_values.py":
+            parsed(words)
+
+
+@pytest.mark.parametrize("scored", ["s.jsonl", ""])
+def test_commands_of_the_real_policies(tmp_path, scored):
+    """Every command is one its script accepts, each part of the data goes to one stage, and all that is
+    measured is trained."""
+    args = types.SimpleNamespace(
+        model="m",
+        pairs="p.jsonl",
+        scored=scored,
+        reward=["a:b"],
+        only=[*real_policies.NAMES],
+        steps=3,
+        rl_steps=2,
+        threshold=0.0,
+        prompts=4,
+        flags="--max-response-length 8",
+        offline_flags="",
+        rl_flags="--epochs 1",
+    )
+    commands, wanted = real_policies.commands(args)
+    assert wanted == [name for name in real_policies.NAMES if scored or name not in ("kto", "dro", "rpo")]
+    jobs = Jobs(tmp_path, commands, [(0, "measured")], set())
+    assert {job.name for job in jobs.order} == {*wanted, "reward", "gvm", "measured"}
+    for job in jobs.order:
+        found = parsed(jobs.words(job))
+        if job.name == "measured":
+            assert found.max_response_length == 8
+            assert found.part == "rl"
+        elif job.name == "sft":
+            assert found.part == "sft"
+        elif job.name in real_policies.ONLINE:
+            assert found.part == "rl"
+        else:
+            assert found.part == "value"
+
+
+# --- the report ---------------------------------------------------------------------------------------------
+
+
+def test_verdict():
+    """By the sign in every seed; one seed against the others leaves it open."""
+    assert report.verdict([0.1, 0.2]).startswith("**holds**")
+    assert report.verdict([-0.1, 0.0]).startswith("**does not hold**")
+    assert report.verdict([0.5, -0.1, 0.2]) == "not separated: 2 of 3 seeds (+0.2, 3 seeds)"
+    assert "1 seed)" in report.verdict([1.0])
+
+
+def test_tables_go_between_their_marks(tmp_path, monkeypatch, capsys):
+    """And nothing else of the page changes; a table without marks stays with the runs."""
+
+    def one(out, seeds):
+        return f"| {seeds} |"
+
+    def two(out, seeds):
+        return "x"
+
+    monkeypatch.setattr(
+        report, "TABLES", {"one": report.Table(one, ["job"]), "two": report.Table(two, ["job"])}
+    )
+    record = {"command": [], "seconds": 1, "commit": "abc", "date": "2026-01-01"}
+    (tmp_path / "seed0/job").mkdir(parents=True)
+    (tmp_path / "seed0/job/job.json").write_text(json.dumps(record))
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs/results.md"
+    page.write_text("before\n<!-- table one -->\nold\n<!-- end one -->\nafter\n")
+    for _ in range(2):
+        report.write(tmp_path, [0], ["one", "two"], tmp_path / "docs")
+        text = page.read_text()
+        assert text.startswith("before\n<!-- table one -->\n| [0] |\n")
+        assert text.endswith("<!-- end one -->\nafter\n")
+        assert "old" not in text
+        assert "abc" in text
+        assert text.count("| [0] |") == 1
+    assert (tmp_path / "table-two.md").read_text().startswith("x\n")
+
+
+def test_the_tables_of_value_models_have_their_own_columns(tmp_path):
+    """Those of `evaluate.py values`, which are not those of the offline methods."""
+    shares = dict.fromkeys(report.STATISTICS, 0.5)
+    names = ["gvm_pairs/model", "gvm_true/model", "gvm_scores/model", "reward/model", "ppo/critic"]
+    found = {f"{tmp_path}/seed0/{name}": {"all": shares} for name in names}
+    found["baseline: the longer one"] = {"all": {"score": 0.5}}
+    found["baseline: the better policy"] = {"all": {"score": 0.75}}
+    (tmp_path / "seed0/judged").mkdir(parents=True)
+    (tmp_path / "seed0/judged/values.json").write_text(json.dumps({"accuracy": found}))
+    lines = report.values(tmp_path, [0]).splitlines()
+    assert lines[0] == "| share of held-out pairs | " + " | ".join(report.STATISTICS) + " |"
+    assert lines[2] == "| GVM from preferences | " + " | ".join(["0.500"] * 10) + " |"
+    last = [cell.strip() for cell in lines[8].split("|")]
+    assert last[1] == "the better author wins"
+    assert last[2:-1] == [""] * 9 + ["0.750"]
