@@ -191,7 +191,7 @@ def test_tables_go_between_their_marks(tmp_path, monkeypatch, capsys):
     """And nothing else of the page changes; a table without marks stays with the runs."""
 
     def one(out, seeds):
-        return f"| {seeds} |"
+        return f"| {seeds} | ![curve](curve.png)"
 
     def two(out, seeds):
         return "x"
@@ -202,13 +202,13 @@ def test_tables_go_between_their_marks(tmp_path, monkeypatch, capsys):
     record = {"command": [], "seconds": 1, "commit": "abc", "date": "2026-01-01"}
     (tmp_path / "seed0/job").mkdir(parents=True)
     (tmp_path / "seed0/job/job.json").write_text(json.dumps(record))
-    (tmp_path / "docs").mkdir()
-    page = tmp_path / "docs/results.md"
+    (tmp_path / "docs/results").mkdir(parents=True)
+    page = tmp_path / "docs/results/page.md"
     page.write_text("before\n<!-- table one -->\nold\n<!-- end one -->\nafter\n")
     for _ in range(2):
         report.write(tmp_path, [0], ["one", "two"], tmp_path / "docs")
         text = page.read_text()
-        assert text.startswith("before\n<!-- table one -->\n| [0] |\n")
+        assert text.startswith("before\n<!-- table one -->\n| [0] | ![curve](../curve.png)\n")  # a folder up
         assert text.endswith("<!-- end one -->\nafter\n")
         assert "old" not in text
         assert "abc" in text
