@@ -1,5 +1,5 @@
 """gvm_td.py's data section, step by step: which rows it trains on, which pairs it evaluates, what it refuses;
-and what it writes at the end. (Its targets, its loss and its normalisation: test_math.py, test_worlds.py.)"""
+and what it writes at the end. (Its targets, its loss and its normalisation: test_temporal_differences.py, test_worlds.py.)"""
 
 import json
 
