@@ -1,4 +1,5 @@
-"""benchmarks/speed.py: the order of the data, the model that ends responses where their prompts say, the table, one real pair."""
+"""benchmarks/speed.py: the order of the data, the model that ends responses where their prompts say, the
+table, one real pair."""
 
 import json
 import sys
@@ -41,10 +42,14 @@ def test_a_run_in_numbers():
 
 
 def test_ratios_are_of_pairs():
-    """The median of the pairs' ratios, not the ratio of medians: a machine that slows down hits both sides of a pair."""
-    numbers = lambda seconds: dict(seconds=seconds, cpu_seconds=seconds / 2, peak_mb=50.0)
+    """The median of the pairs' ratios, not the ratio of medians: a machine that slows down hits both sides of
+    a pair."""
+
+    def numbers(seconds):
+        return {"seconds": seconds, "cpu_seconds": seconds / 2, "peak_mb": 50.0}
+
     times = [(1, 2), (10, 20), (30, 20)]
-    row = speed.compared([dict(ours=numbers(a), trl=numbers(b)) for a, b in times])
+    row = speed.compared([{"ours": numbers(ours), "trl": numbers(theirs)} for ours, theirs in times])
     assert row["ratio_seconds"] == [0.5, 0.5, 1.5] and row["ours_seconds"] == 10 and row["trl_seconds"] == 20
     rows = [dict(name="sft", losses=[1.25, 1.25], ours_update_tokens_s=9, trl_update_tokens_s=8, **row)]
     text = speed.table(rows)
@@ -66,26 +71,28 @@ def test_a_row_whose_losses_differ_is_refused():
 @pytest.mark.parametrize("algorithm", ["sft", "grpo"])
 def test_trl_gets_the_rows_in_the_order_ours_are_drawn(algorithm, tmp_path, paths):
     """Through the functions that the scripts call."""
-    size = dict(prompt=5, response=LIMIT, batch=4, micro=2, group=2)
+    size = {"prompt": 5, "response": LIMIT, "batch": 4, "micro": 2}
+    kind = "sft"
+    if algorithm == "grpo":
+        size["group"] = 2
+        kind = "prompts"
+    a_step = speed.rows_per_step(size)
     rows = speed.make_rows(algorithm, size, 3, SHAPE["vocab_size"], LIMIT)
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    a_step, kind = (2, "prompts") if algorithm == "grpo" else (4, "sft")
-    if algorithm == "sft":
-        rows = speed.make_rows(algorithm, size | dict(group=1), 3, SHAPE["vocab_size"], LIMIT)
-        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    speed.write_rows(tmp_path / "rows.jsonl", rows)
     read = data.read_rows(str(tmp_path / "rows.jsonl"), kind)
     if kind == "prompts":
         read.sort(key=lambda row: data.prompt_hash(row["prompt"], 1))
-    drawn = [
-        read[i]["prompt"] for step in range(3) for i in batches.batch_indices(len(read), a_step, step, 0)
-    ]
+    drawn = []
+    for step in range(3):
+        drawn += [read[i]["prompt"] for i in batches.batch_indices(len(read), a_step, step, 0)]
     assert [row["prompt"] for row in speed.in_drawn_order(rows, algorithm, a_step)] == drawn
     assert drawn != [row["prompt"] for row in rows] and len(set(drawn)) == len(rows)
 
 
 def test_responses_end_where_their_prompts_say(paths):
     """Sampled: n tokens with eos after a prompt that ends in kind n; to the limit after a plain word."""
-    tokenizer, model = load_tokenizer(paths["policy"]), AutoModelForCausalLM.from_pretrained(paths["policy"])
+    tokenizer = load_tokenizer(paths["policy"])
+    model = AutoModelForCausalLM.from_pretrained(paths["policy"])
     kinds = speed.token_kinds(SHAPE["vocab_size"], LIMIT)
     assert max(kinds) == LIMIT and kinds.count(0) > 60
     torch.manual_seed(0)
@@ -102,24 +109,36 @@ def test_responses_end_where_their_prompts_say(paths):
 
 
 def small_run(monkeypatch, out, pairs):
-    small = dict(prompt=8, response=24, batch=4, micro=2)
-    monkeypatch.setitem(speed.SIZES, "tiny", dict(model=SHAPE, grpo=dict(response=LIMIT), offline=small))
+    offline = {"prompt": 8, "response": 24, "batch": 4, "micro": 2}
+    tiny = {"model": SHAPE, "grpo": {"response": LIMIT}, "offline": offline}
+    monkeypatch.setitem(speed.SIZES, "tiny", tiny)
     return speed.Args(size="tiny", pairs=pairs, steps=2, out=str(out), device="cpu")
 
 
 def test_no_ratio_where_the_first_losses_or_the_versions_differ(monkeypatch, tmp_path):
     """One pair is enough to refuse; what a side says when it fails is the row's reason."""
-    sides, args = [], small_run(monkeypatch, tmp_path, 2)
-    made = dict(logged={"loss": [1.2]}, first={}, trl="1", versions=dict(torch="2.0+cpu"))
-    monkeypatch.setattr(speed, "python_with_trl", lambda *_: "python")
-    monkeypatch.setattr(
-        speed, "run_side", lambda python, spec, log: sides.append(spec["side"]) or a_run([1, 2, 3], **made)
-    )
+    args = small_run(monkeypatch, tmp_path, 2)
+    made = {"logged": {"loss": [1.2]}, "first": {}, "trl": "1", "versions": {"torch": "2.0+cpu"}}
+    sides = []
+
+    def run_side(python, spec, log):
+        sides.append(spec["side"])
+        return a_run([1, 2, 3], **made)
+
+    def run_that_fails(python, spec, log):
+        return {"error": "trl failed: no memory"}
+
+    def this_python(*_):
+        return "python"
+
+    monkeypatch.setattr(speed, "python_with_trl", this_python)
+    monkeypatch.setattr(speed, "run_side", run_side)
     assert speed.measure("sft", args, "cpu") == dict(name="sft", refused="not comparable: losses 1 and 1.2")
     assert sides == ["ours", "trl"]
     made["logged"] = {"loss": [1.0]}
-    assert "refused" not in speed.measure("sft", args, "cpu") and sides[2:] == ["ours", "trl", "trl", "ours"]
-    monkeypatch.setattr(speed, "run_side", lambda python, spec, log: {"error": "trl failed: no memory"})
+    assert "refused" not in speed.measure("sft", args, "cpu")
+    assert sides[2:] == ["ours", "trl", "trl", "ours"]
+    monkeypatch.setattr(speed, "run_side", run_that_fails)
     assert speed.measure("sft", args, "cpu")["refused"] == "trl failed: no memory"
 
 
@@ -127,23 +146,29 @@ def test_one_pair(tmp_path, monkeypatch):
     """SFT, both sides for real: the losses agree."""
     pytest.importorskip("trl", reason="the peer of this comparison is optional: pip install trl")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("PYTHONPATH")  # the tests' own: a user has none
     row = speed.measure("sft", small_run(monkeypatch, tmp_path, 1), "cpu")
     assert "refused" not in row
-    assert row["losses"][0] == pytest.approx(row["losses"][1], rel=1e-3) and row["losses"][0] > 3
-    assert (
-        row["ours_seconds"] > 0
-        and row["trl_peak_mb"] > 0
-        and row["ratio_seconds"][1] == row["ratio_seconds"][2]
-    )
+    our_loss, their_loss = row["losses"]
+    assert our_loss == pytest.approx(their_loss, rel=1e-3)
+    assert our_loss > 3
+    assert row["ours_seconds"] > 0
+    assert row["trl_peak_mb"] > 0
+    _, least, most = row["ratio_seconds"]
+    assert least == most  # of a single pair
     assert json.loads((tmp_path / "tiny/sft-0-trl.json").read_text())["steps"][2]["at"] > 0
     assert "| sft |" in speed.table([row])
 
 
 def test_cost_that_grows_faster_than_its_formula_is_named(tmp_path):
-    """Twice the work at 2.6 times the cost is; overhead, which makes cost grow slower, is not. And the picture is drawn."""
+    """Twice the work at 2.6 times the cost is; overhead, which makes cost grow slower, is not. And the
+    picture is drawn."""
     assert speed.scaling.too_fast([1, 2.4, 4.8], [1, 2, 4]) == []
     assert speed.scaling.too_fast([1, 1.1, 2.9], [1, 2, 4]) == [2]
-    point = lambda seconds, flops: dict(seconds=seconds, gflops=flops, peak_mb=10.0, formula_mb=5.0)
+
+    def point(seconds, gflops):
+        return {"seconds": seconds, "gflops": gflops, "peak_mb": 10.0, "formula_mb": 5.0}
+
     found = {
         ("batch", "grpo"): [(8, point(1, 1)), (16, point(2.6, 2))],
         ("batch", "ppo"): [(8, point(1, 1)), (16, point(2, 2))],
@@ -155,7 +180,8 @@ def test_cost_that_grows_faster_than_its_formula_is_named(tmp_path):
 
 
 def test_the_formulas_of_scaling():
-    """Written out for GRPO and PPO at one point; group size is no term, twice the batch is twice the arithmetic."""
+    """Written out for GRPO and PPO at one point; group size is no term, twice the batch is twice the
+    arithmetic."""
     at = dict(width=16, layers=2, vocab=100, batch=8, group=4, prompt=6, response=10, micro=2)
     weights = 2 * (4 * 16 * 16 + 3 * 16 * 40)
     assert speed.scaling.trunk(at) == weights
