@@ -242,9 +242,8 @@ def decode(
 
     tokens = torch.full_like(uniforms, pad, dtype=torch.long)  # [B, T]
     logprobs = torch.zeros_like(uniforms)  # [B, T]
-    alive = torch.arange(
-        len(prompts), device=device
-    )  # [b]: the responses that go on, by their place among the B
+    # the responses that go on, by their place among the B: [b]
+    alive = torch.arange(len(prompts), device=device)
     for t in range(uniforms.shape[1]):
         if encoder_decoder:
             logits, cache, encoder_states = encoder_decoder_logits(

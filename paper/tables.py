@@ -4,7 +4,7 @@ embedded world.
     python paper/tables.py                      # make tables: everything, 3 seeds, about an hour on 2 cores
     python paper/tables.py --quick              # make tables QUICK=1: one seed, a tenth of the steps
     python paper/tables.py --only beta          # one table and what it needs
-    python paper/tables.py --docs docs          # also puts tables and pictures into docs/results.md
+    python paper/tables.py --docs docs          # also puts tables and pictures into docs/results/
 
 Resumes where it was stopped. All runs lie below runs/tables (commands in their job.json), tables there as
 table-*.md. Each table has a column with the paper's figure or claim, on its own models, and one that says

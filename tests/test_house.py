@@ -147,9 +147,8 @@ def test_the_order_to_read_names_every_file_of_common():
 
 # Nested functions of one name that differ, by the groups of scripts in which they are the same, and why.
 GROUPS = {
-    "evaluate": [  # what is evaluated is the script's own
+    "evaluate": [  # what is evaluated is the script's own; grpo and remax have `evaluate_kl_optional`
         {"dvpo", "ppo"},
-        {"grpo", "remax"},
         {"rpo", "dro"},
         {"kto"},
         {"dpo"},
