@@ -145,19 +145,6 @@ def test_the_order_to_read_names_every_file_of_common():
 
 # --- copies -------------------------------------------------------------------------------------------------------------
 
-# Nested functions of one name that differ, by the groups of scripts in which they are the same, and why.
-GROUPS = {
-    "evaluate": [  # what is evaluated is the script's own; grpo and remax have `evaluate_kl_optional`
-        {"dvpo", "ppo"},
-        {"rpo", "dro"},
-        {"kto"},
-        {"dpo"},
-        {"sft"},
-        {"reward"},
-        {"gvm_td"},
-    ],
-}
-
 
 def functions(text: str, nested: bool) -> list[tuple[str, str]]:
     """(name, exact source) of the functions of a file but `main`, decorators included; `nested`: also those inside others."""
@@ -173,18 +160,17 @@ def functions(text: str, nested: bool) -> list[tuple[str, str]]:
 
 
 def different_copies(sources: dict[str, str]) -> list[str]:
-    """Names of functions that are not the same text in every script that has them (of GROUPS: in every script of a group)."""
+    """Names of functions that are not the same text in every script that has them."""
     copies = {}
-    for script, text in sources.items():
+    for text in sources.values():
         for name, code in functions(text, nested=True):
-            groups = GROUPS.get(name, [set(sources)])
-            group = next(i for i, scripts in enumerate(groups) if script in scripts)
-            copies.setdefault((name, group), set()).add(code)
-    return sorted({name for (name, _), texts in copies.items() if len(texts) > 1})
+            copies.setdefault(name, set()).add(code)
+    return sorted(name for name, texts in copies.items() if len(texts) > 1)
 
 
 def test_copies_of_a_function_are_identical_byte_for_byte():
-    """A function that two scripts hold, nested ones too, is the same text in both, so that a fix reaches every copy."""
+    """A function that two scripts hold, nested ones too, is the same text in both, so that a fix reaches every copy.
+    What must differ has two names."""
     sources = {script: source(f"{script}.py") for script in SCRIPTS}
     shared = {}
     for script, text in sources.items():
