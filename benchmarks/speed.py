@@ -58,7 +58,7 @@ from transformers import (
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT), str(ROOT / "benchmarks")]
-import scaling  # noqa: E402
+import scaling  # noqa: E402 (found by the path above, as all below)
 
 import grpo  # noqa: E402
 import ppo  # noqa: E402
