@@ -13,7 +13,7 @@ test: $(VENV)/installed-test
 
 # the same code with the newest versions that pip finds (torch as pinned), on the tests that touch other libraries' insides;
 # make test-newest WITH="transformers==5.23.0": with those
-INSIDES = $(addprefix tests/test_,models.py rollout.py lora.py t5.py offload.py resume.py data.py trl.py)
+INSIDES = $(addprefix tests/test_,models.py logprobs.py value_heads.py rewards.py rollout.py lora.py t5.py offload.py checkpoints.py resume.py data.py trl.py)
 test-newest:
 	rm -rf $(NEWEST)
 	$(PYTHON) -m venv $(NEWEST)
