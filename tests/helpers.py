@@ -298,14 +298,21 @@ def assert_same(run_a, run_b, weights=1e-10, numbers=1e-6, norms=1e-9):
 # --- faults and watches: patches of a child ---------------------------------------------------------------------------
 
 
+def replace_load_model(module, load_model):
+    """In the script and in every room that has the function by its own name."""
+    from common import models, reference, rewards
+
+    for holder in (module, models, reference, rewards):
+        holder.load_model = load_model
+
+
 def no_models(module):
     """What can be checked without a model must be: loading one fails."""
-    from common import models
 
     def load_model(*_, **__):
         raise AssertionError("a model was loaded")
 
-    module.load_model = models.load_model = load_model
+    replace_load_model(module, load_model)
 
 
 def watch_frozen(module, log):
@@ -340,7 +347,7 @@ def watch_frozen(module, log):
         Path(f"{log}-{distributed.rank()}").write_text(json.dumps(found))
         export(*args, **kwargs)
 
-    module.load_model = models.load_model = watched_load
+    replace_load_model(module, watched_load)
     module.adamw, module.export = watched_adamw, watched_export
 
 
