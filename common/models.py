@@ -5,8 +5,7 @@ attribute that it sets on the object. These are all of them:
 
     model.response_logprobs   logprobs.response_logprobs as a method of a policy.
                               Set by load_model; called by scripts, logprobs, rollout and lora.
-    model.forbidden_token     the pad token, which a policy must not sample, or None where pad is a stop
-    token.
+    model.forbidden_token     the pad token, which a policy must not sample, or None where pad is a stop.
                               Set by load_model; read by logprobs, rollout and vllm.
     model.compute_dtype       the type in which a policy computes: what is rounding, and what is not.
                               Set by load_model; read by rollout.
@@ -20,8 +19,6 @@ attribute that it sets on the object. These are all of them:
                               Set by offload.park; read by offload.on_device.
     model.engine              vLLM's engine, or None for the loop in rollout.
                               Set by the online scripts; read by rollout.
-    model.sampler_checked     True once a rollout agreed with the policy's own log-probabilities.
-                              Set and read by rollout; also set by tools/plan_memory.py, which checks nothing.
     tokenizer.of_encoder_decoder   whether its model is one.
                               Set by tokenization.load_tokenizer; read by tokenization.encode_prompt.
 """

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import weakref
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +15,9 @@ from common import distributed, sharding
 from common.batches import run_micro_batches
 from common.cli import fail, note
 from common.tokenization import stop_token
+
+# Policies whose first rollout was compared with them, and agreed.
+COMPARED = weakref.WeakSet()
 
 # The names that a decoder's forward has for its key-value cache: transformers from 5.24 on, and before.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -316,12 +320,12 @@ def rollout(
     responses, sampled = sample_all(
         policy, prompts, max_new_tokens, temperature, seed, size, stops, tokenizer.pad_token_id
     )
-    first = not getattr(policy, "sampler_checked", False)
+    first = policy not in COMPARED
     if responses and (first or compare):
         off = differences(policy, prompts, responses, sampled, temperature)
         if first:
             require_agreement(policy, prompts, off)
-            policy.sampler_checked = True
+            COMPARED.add(policy)
         elif not mean_of(off) <= tolerance(policy):
             note(f"a rollout: {disagreement(policy, mean_of(off))}")
     return responses, sampled

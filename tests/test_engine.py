@@ -18,7 +18,7 @@ from assets import reviews
 from common import vllm
 from common.batches import run_micro_batches
 from common.models import load_model
-from common.rollout import check_sampler, rollout
+from common.rollout import COMPARED, check_sampler, rollout
 from common.tokenization import load_tokenizer
 
 needs_vllm = pytest.mark.skipif(
@@ -253,7 +253,7 @@ def test_engine_is_the_policy(group, folder):
     policy.engine.load = lambda policy: None  # weights that do not arrive are found out
     with pytest.raises(SystemExit, match="weights"):
         check_sampler(policy, tokenizer, prompts, 16, 1.0)
-    policy.sampler_checked = False
+    COMPARED.discard(policy)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1.5)

@@ -567,7 +567,7 @@ class Replacements:
     def rollout(self, policy, tokenizer, prompts, max_new_tokens, temperature, seed, size=0, compare=True):
         """The script's rollout, unchecked. A plan's generates the first token and, with a long cache, the
         last; of many chunks it makes the first two."""
-        policy.sampler_checked = True
+        rollout_room.COMPARED.add(policy)
         if not self.fake:
             return self.real_rollout(
                 policy, tokenizer, prompts, max_new_tokens, temperature, seed, size, compare=False
