@@ -119,7 +119,8 @@ def sample(
     0 nor 1. A caller who knows that none is saves a pass over the logits; asking the device here would wait
     for it at each token.
     """
-    # float32 is what the policy's own log-probabilities are computed in, too
+    # float32 is what the policy's own log-probabilities are computed in, too. A softmax in float64 would draw
+    # the same tokens from small vocabularies; of 32,000 entries one draw in some thousands is another.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=forbidden is not None)
     if forbidden is not None:
         logits[:, forbidden] = -torch.inf
