@@ -358,8 +358,10 @@ def main(args: Args) -> None:
         """
         prompts = [row["prompt_ids"] for row in eval_rows]
         seed = (0, 0)  # no training step has it: theirs are (--seed, 1), (--seed, 2), ...
-        responses, _ = rollout(
-            policy, tokenizer, prompts, limit, args.temperature, seed, args.rollout_batch_size
+        # with a reference the policy's log-probabilities are at hand below, and note_drift compares them
+        compare = reference is None
+        responses, sampler_logprobs = rollout(
+            policy, tokenizer, prompts, limit, args.temperature, seed, args.rollout_batch_size, compare
         )
         sequences = list(zip(prompts, responses, strict=True))
         mask = response_mask(responses, device)  # [N, T]
@@ -371,6 +373,7 @@ def main(args: Args) -> None:
         metrics["eval/length"] = mask.sum(1).float().mean()
         if reference is not None:
             logprobs = logprobs_of(policy, sequences)  # [N, T]
+            note_drift(policy, sampler_logprobs, logprobs, mask, step)
             ref_logprobs = logprobs_of(reference, sequences)  # [N, T]
             kl, _ = kl_estimates(logprobs, ref_logprobs, mask)  # [N, T]
             numbers["kl"] = kl.sum(1)

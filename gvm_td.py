@@ -27,7 +27,6 @@ docs/gvm_td.md explains the rest.
 
 import gc
 import json
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,7 +43,14 @@ from common.cli import fail, note, parse
 from common.context import add_context
 from common.data import hold_out, read_rows
 from common.log import Run
-from common.measures import make_pairs, pair_accuracy
+from common.measures import (
+    MAX_PAIRS,
+    better_policy_wins,
+    longer_wins,
+    make_pairs,
+    pair_accuracy,
+    sample_pairs,
+)
 from common.meter import mfu, peak_memory_gb, state_bytes
 from common.models import load_model
 from common.optimizer import accumulated, adamw, backward, learning_rate, optimizer_step
@@ -177,9 +183,6 @@ REVIEWS = dict(
     eval_every=250,
     save_every=100,
 )
-
-# Held-out pairs that are evaluated; evaluation/values.py takes as many.
-MAX_PAIRS = 2000
 
 
 def td_targets(
@@ -370,8 +373,7 @@ def load_pairs(held_out: list[dict], args: Args) -> list[tuple[dict, dict]]:
         pairs = make_pairs(held_out, args.eval_gap)
     if not pairs:
         fail(no_pair_message(args))
-    # The seed is fixed, so that runs with other seeds are compared on the same pairs.
-    return random.Random(0).sample(pairs, min(len(pairs), MAX_PAIRS))
+    return sample_pairs(pairs, MAX_PAIRS)
 
 
 def standardised_scores(rows: list[dict], args: Args) -> tuple[torch.Tensor, float, float]:
@@ -407,16 +409,9 @@ def baseline_accuracies(
     pairs: list[tuple[dict, dict]], averages: dict[str | None, float]
 ) -> dict[str, float]:
     """Share of the pairs that two rules order rightly: the longer response wins; the better policy's wins."""
-    longer_wins = []
-    better_policy_wins = []
-    for chosen, rejected in pairs:
-        longer_wins.append(len(chosen["response"]) > len(rejected["response"]))
-        chosen_average = averages.get(chosen.get("policy"), 0)
-        rejected_average = averages.get(rejected.get("policy"), 0)
-        better_policy_wins.append(chosen_average > rejected_average)
     return {
-        "baseline_length": float(np.mean(longer_wins)),
-        "baseline_policy": float(np.mean(better_policy_wins)),
+        "baseline_length": longer_wins(pairs),
+        "baseline_policy": better_policy_wins(pairs, averages),
     }
 
 

@@ -387,12 +387,13 @@ def main(args: Args) -> None:
         """Answers the held-out prompts, with the same random numbers each time; logs rewards, KL, length."""
         prompts = [row["prompt_ids"] for row in eval_rows]
         seed = (0, 0)  # no training step has it: theirs are (--seed, 1), (--seed, 2), ...
-        responses, _ = rollout(
-            policy, tokenizer, prompts, limit, args.temperature, seed, args.rollout_batch_size
+        responses, sampler_logprobs = rollout(
+            policy, tokenizer, prompts, limit, args.temperature, seed, args.rollout_batch_size, compare=False
         )
         sequences = list(zip(prompts, responses, strict=True))
         mask = response_mask(responses, device)  # [N, T]
         logprobs = logprobs_of(policy, sequences)  # [N, T]
+        note_drift(policy, sampler_logprobs, logprobs, mask, step)
         ref_logprobs = logprobs_of(reference, sequences)  # [N, T]
         kl, _ = kl_estimates(logprobs, ref_logprobs, mask)  # [N, T]
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)

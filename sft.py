@@ -211,9 +211,8 @@ def main(args: Args) -> None:
         """Held-out loss, and rewards and lengths of sampled responses; into the logs."""
         eval_lengths = [len(response) for _, response in eval_sequences]
         width = max(eval_lengths)  # T of the longest
-        logprobs = run_micro_batches(
-            held_out_logprobs, eval_sequences, args.micro_batch_size, pad, width
-        )  # [N, T]
+        # [N, T]
+        logprobs = run_micro_batches(held_out_logprobs, eval_sequences, args.micro_batch_size, pad, width)
         metrics = {"eval/loss": -logprobs.sum() / sum(eval_lengths)}
         # The seed is the same in every evaluation, so that what differs comes from the policy.
         responses, _ = rollout(

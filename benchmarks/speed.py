@@ -239,9 +239,8 @@ def make_models(out: Path, shape: dict, limit: int) -> dict[str, str]:
     clamped on both sides (TRL takes it of a micro-batch, we of the batch: the losses would differ).
     """
     paths = {name: str(out / name) for name in ("policy", "reference", "reward", "gvm")}
-    key = json.dumps(
-        [shape, limit, 3]
-    )  # the 3 is this function's own version: models made by another are made anew
+    # the 3 is this function's own version: models made by another are made anew
+    key = json.dumps([shape, limit, 3])
     if (out / "key").exists() and (out / "key").read_text() == key:
         return paths
     vocab = shape["vocab_size"]

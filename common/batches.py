@@ -25,9 +25,8 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> list[int]:
     epoch, position = divmod(step, batches_per_epoch)
     order = permutation(n, epoch, seed)
     start = position * batch_size
-    return [
-        order[i % n] for i in range(start, start + batch_size)
-    ]  # % n: a batch may be larger than the data
+    # % n: a batch may be larger than the data
+    return [order[i % n] for i in range(start, start + batch_size)]
 
 
 def response_mask(responses: list[list[int]], device) -> torch.Tensor:
@@ -45,17 +44,14 @@ def collate(sequences: list[Sequence], pad_id: int, device) -> dict[str, torch.T
     """
     sequences = sequences or [([pad_id], [])]
     prompt_lengths = torch.tensor([len(prompt) for prompt, _ in sequences])
-    response_lengths = torch.tensor([len(response) for _, response in sequences])
-    width = max(2, int((prompt_lengths + response_lengths).max()))
+    width = max(2, *(len(prompt) + len(response) for prompt, response in sequences))
     input_ids = torch.full((len(sequences), width), pad_id)
     for i, (prompt, response) in enumerate(sequences):
         input_ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
-    longest = max(1, int(response_lengths.max()))
-    mask = torch.arange(longest) < response_lengths[:, None]
     return {
         "input_ids": input_ids.to(device),
         "prompt_lengths": prompt_lengths.to(device),
-        "response_mask": mask.to(device),
+        "response_mask": response_mask([response for _, response in sequences], device),
     }
 
 

@@ -57,9 +57,8 @@ class Run:
     def write_arguments(self) -> None:
         """args.json; says which arguments differ from those that a resumed run began with."""
         file = self.dir / "args.json"
-        now = json.loads(
-            json.dumps(dataclasses.asdict(self.args))
-        )  # as a file gives them back: tuples as lists
+        # as a file gives them back: tuples as lists
+        now = json.loads(json.dumps(dataclasses.asdict(self.args)))
         before = dict(now)  # what the file does not say has not changed
         if file.exists():
             before |= json.loads(file.read_text())

@@ -121,9 +121,8 @@ def response_logprobs(
         hidden, prompt = t5.hidden_states(self, input_ids, prompt_lengths, tokens)
     else:
         hidden = self.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        before = positions[:, :-1, None].expand(
-            -1, -1, hidden.shape[-1]
-        )  # what is read just before each token
+        # what is read just before each token
+        before = positions[:, :-1, None].expand(-1, -1, hidden.shape[-1])
         hidden = hidden.gather(1, before)  # [B, T, H]
         prompt = hidden[:, 0]
     layer = self.get_output_embeddings()

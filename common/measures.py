@@ -2,12 +2,14 @@
 
 import json
 import math
+import random
 
 import numpy as np
 import torch
 
 STATISTICS = ("mean", "p1", "p5", "p10", "p90", "p95", "p99", "last")
 PERCENTILES = (1, 5, 10, 90, 95, 99)
+MAX_PAIRS = 2000  # of a run of gvm_td.py, and where evaluate.py judges the pairs of such a run
 
 
 def response_statistics(values: list[float]) -> dict[str, float]:
@@ -28,15 +30,10 @@ def pair_accuracy(chosen: list[list[float]], rejected: list[list[float]]) -> dic
 
 
 def make_pairs(rows: list[dict], gap: float) -> list[tuple[dict, dict]]:
-    """All (better, worse) pairs of responses to one prompt, at least `gap` of reward apart and never equal.
-
-    Where rows came in pairs (they have `pair`, its number), a response is compared with the other of its pair
-    alone.
-    """
+    """All (better, worse) pairs of responses to one prompt, at least `gap` of reward apart and never equal."""
     groups = {}
     for row in rows:
-        key = row.get("pair", json.dumps(row["prompt"]))
-        groups.setdefault(key, []).append(row)
+        groups.setdefault(json.dumps(row["prompt"]), []).append(row)
     pairs = []
     for group in groups.values():
         for a in group:
@@ -44,6 +41,27 @@ def make_pairs(rows: list[dict], gap: float) -> list[tuple[dict, dict]]:
                 if a["reward"] - b["reward"] >= max(gap, 1e-9):
                     pairs.append((a, b))
     return pairs
+
+
+def sample_pairs(pairs: list[tuple[dict, dict]], most: int) -> list[tuple[dict, dict]]:
+    """At most so many of the pairs, in random order. The seed is fixed: all runs are judged on the same."""
+    return random.Random(0).sample(pairs, min(len(pairs), most))
+
+
+def longer_wins(pairs: list[tuple[dict, dict]]) -> float:
+    """Baseline that reads no text: share of pairs whose chosen response has more characters."""
+    return float(np.mean([len(chosen["response"]) > len(rejected["response"]) for chosen, rejected in pairs]))
+
+
+def better_policy_wins(pairs: list[tuple[dict, dict]], averages: dict[str | None, float]) -> float:
+    """Baseline that reads no text: share of pairs whose chosen response is by the policy with the higher
+    average reward in training. A policy that training did not see has 0."""
+    wins = []
+    for chosen, rejected in pairs:
+        chosen_average = averages.get(chosen.get("policy"), 0.0)
+        rejected_average = averages.get(rejected.get("policy"), 0.0)
+        wins.append(chosen_average > rejected_average)
+    return float(np.mean(wins))
 
 
 def implied_accuracy(log_ratios: torch.Tensor, rewards: torch.Tensor, groups: torch.Tensor) -> float:

@@ -207,9 +207,8 @@ def prepare_policy(model, source, tokenizer, compute: torch.dtype) -> None:
     # For the export: a rollout reads nothing of it, least of all a repetition penalty.
     generation = source.generation_config
     generation.eos_token_id = stops if len(stops) > 1 else stops[0]
-    if (
-        not generation.do_sample
-    ):  # transformers saves a changed config only without settings that it would not use
+    # transformers saves a changed config only without settings that it would not use
+    if not generation.do_sample:
         generation.update(temperature=None, top_p=None, top_k=None)
     model.generation_config = generation
 

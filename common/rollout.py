@@ -3,6 +3,7 @@
 import inspect
 import math
 import weakref
+from collections.abc import Collection
 from contextlib import contextmanager
 
 import torch
@@ -37,9 +38,8 @@ TOLERANCE = {
 # that is enough.
 PROBE_TOKENS = 16
 DISTURBANCES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)
-PROBE_SIZE = (
-    8  # sequences per forward pass when log-probabilities are compared: without gradient, so little memory
-)
+# Sequences per forward pass when log-probabilities are compared: without gradient, so little memory.
+PROBE_SIZE = 8
 
 
 # --- the key-value cache ------------------------------------------------------------------------------------
@@ -144,14 +144,12 @@ def tested_versions() -> str:
     return f"{installed}, requirements.txt has the version that is tested"
 
 
-def cache_argument(policy: transformers.PreTrainedModel) -> str:
-    """The name under which the policy's forward takes its key-value cache.
+def cache_argument(takes: Collection[str], kind: str) -> str:
+    """The name under which a model's forward, with parameters named `takes`, takes its key-value cache.
 
     Ends with one line where it takes none by a known name, or no attention mask: without them the model would
     run, and sample garbage.
     """
-    takes = inspect.signature(policy.forward).parameters
-    kind = policy.config.model_type
     if "attention_mask" not in takes:
         fail(
             f"a {kind} model's forward takes no attention_mask, so padded prompts cannot be read; "
@@ -223,7 +221,7 @@ def decode(
     """
     device = uniforms.device
     takes = inspect.signature(policy.forward).parameters
-    cache_name = cache_argument(policy)
+    cache_name = cache_argument(takes, policy.config.model_type)
     encoder_decoder = policy.config.is_encoder_decoder
     heats = set(temperatures.tolist())
     any_greedy = 0.0 in heats
@@ -523,10 +521,12 @@ def disturbed(policy, amount: float):
     """Inside, each trained weight is off by about `amount` of its tensor's root mean square (of 0.01 where
     that is 0)."""
     sharding.reshard(policy)  # or a root that is still gathered would keep the weights of before
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    trained = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in trained]
-    kept = [weight.clone() for weight in trained]
-    for weight in trained:
+    weights = []  # this rank's part of each
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            weights.append(parameter.to_local() if isinstance(parameter, DTensor) else parameter)
+    kept = [weight.clone() for weight in weights]
+    for weight in weights:
         if weight.numel():
             size = weight.square().mean().sqrt()
             size = torch.where(size > 0, size, 0.01)
@@ -537,5 +537,5 @@ def disturbed(policy, amount: float):
         yield
     finally:
         sharding.reshard(policy)
-        for weight, before in zip(trained, kept, strict=True):
+        for weight, before in zip(weights, kept, strict=True):
             weight.copy_(before)

@@ -4,7 +4,6 @@ The numbers are those of 2502.16944 appendix E; docs/evaluate.md explains them."
 
 import gc
 import json
-import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -18,7 +17,15 @@ from common.batches import run_micro_batches
 from common.cli import fail, note
 from common.context import add_context
 from common.data import hold_out, read_rows
-from common.measures import STATISTICS, make_pairs, pair_accuracy
+from common.measures import (
+    MAX_PAIRS,
+    STATISTICS,
+    better_policy_wins,
+    longer_wins,
+    make_pairs,
+    pair_accuracy,
+    sample_pairs,
+)
 from common.models import load_model
 from common.pictures import draw_values, token_texts
 from common.pretrained import resolve
@@ -119,13 +126,6 @@ FLAGS_OF_THE_RUN = (
     "seed",
 )
 
-# gvm_td.py judges a random sample of so many pairs at most.
-GVM_MAX_PAIRS = 2000
-
-# Rows that came as pairs need no gap: with these rewards any --gap lets them pass.
-CHOSEN_REWARD = 1e9
-REJECTED_REWARD = -1e9
-
 
 # --- numbers -------------------------------------------------------------------------------------------
 
@@ -158,21 +158,14 @@ def score_accuracy(pairs: list[tuple[list[float], list[float]]]) -> dict[str, fl
     return {"score": sum(wins) / len(wins)}
 
 
-def longer_wins(pairs: list[tuple[dict, dict]]) -> dict[str, float]:
-    """Baseline that reads no text: share of pairs (of rows) whose chosen response has more characters."""
-    wins = [len(chosen["response"]) > len(rejected["response"]) for chosen, rejected in pairs]
-    return {"score": float(np.mean(wins))}
+def length_baseline(pairs: list[tuple[dict, dict]]) -> dict[str, float]:
+    """The table's column of a baseline, for pairs of rows."""
+    return {"score": longer_wins(pairs)}
 
 
-def better_policy_wins(pairs: list[tuple[dict, dict]], averages: dict[str, float]) -> dict[str, float]:
-    """Baseline that reads no text: share of pairs (of rows) whose chosen response is by the policy with the
-    higher average reward in training. A policy that training did not see has 0."""
-    wins = []
-    for chosen, rejected in pairs:
-        chosen_average = averages.get(chosen.get("policy"), 0.0)
-        rejected_average = averages.get(rejected.get("policy"), 0.0)
-        wins.append(chosen_average > rejected_average)
-    return {"score": float(np.mean(wins))}
+def policy_baseline(pairs: list[tuple[dict, dict]], averages: dict[str, float]) -> dict[str, float]:
+    """As `length_baseline`, of the policies' average rewards in training."""
+    return {"score": better_policy_wins(pairs, averages)}
 
 
 def by_subset(measure, pairs: list, subsets: list[str | None], *settings) -> dict[str, dict[str, float]]:
@@ -247,7 +240,7 @@ def as_the_run(args: Values) -> tuple[Values, dict[str, float]]:
         scale = 1
         found["source"] = run["eval_source"] or run["source"]
         found["gap"] = run["eval_gap"]
-        found["max_pairs"] = GVM_MAX_PAIRS
+        found["max_pairs"] = MAX_PAIRS
     # The run's own micro-batches: the same sums in the same order, so the same digits.
     found["micro_batch_size"] = run["micro_batch_size"] * scale
     return replace(args, **found), averages
@@ -263,18 +256,12 @@ def drop_long(rows: list[dict], args: Values) -> list[dict]:
 
 
 def responses_of_pairs(rows: list[dict]) -> list[dict]:
-    """Preference rows to two rows each, one per response, the chosen one first; `pair` numbers the pairs."""
+    """Preference rows to two rows each, one per response, the chosen one first."""
     responses = []
-    for number, row in enumerate(rows):
-        for side, reward in (("chosen", CHOSEN_REWARD), ("rejected", REJECTED_REWARD)):
-            response = {
-                **row,
-                "response": row[side],
-                "policy": row.get(f"{side}_policy") or row.get(f"{side}_model"),  # RewardBench's name for it
-                "pair": number,
-                "reward": reward,
-            }
-            responses.append(response)
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            policy = row.get(f"{side}_policy") or row.get(f"{side}_model")  # RewardBench's name for it
+            responses.append({**row, "response": row[side], "policy": policy})
     return responses
 
 
@@ -325,13 +312,19 @@ def with_rewards(rows: list[dict], tokenizer, args: Values) -> list[dict]:
 
 
 def choose_pairs(rows: list[dict], args: Values) -> list[tuple[dict, dict]]:
-    """The (chosen, rejected) pairs of rows to judge, at most `--max-pairs`. Ends the run without one."""
-    pairs = make_pairs(rows, args.gap)
+    """The (chosen, rejected) pairs of rows to judge, at most `--max-pairs`. Ends the run without one.
+
+    Preference data are pairs already, whatever `--gap` says.
+    """
+    if args.source == "preference":
+        # A prompt that is too long has left with both of its rows: they still alternate.
+        pairs = list(zip(rows[::2], rows[1::2], strict=True))
+    else:
+        pairs = make_pairs(rows, args.gap)
     if not pairs:
         fail(f"{args.dataset}: no two responses to a prompt with --gap between them")
     if args.max_pairs:
-        # The seed is not --seed: all runs judge the same sample, which is also gvm_td.py's.
-        pairs = random.Random(0).sample(pairs, min(len(pairs), args.max_pairs))
+        pairs = sample_pairs(pairs, args.max_pairs)
     return pairs
 
 
@@ -388,10 +381,10 @@ def baseline_tables(
     pairs: list[tuple[dict, dict]], subsets: list[str | None], averages: dict[str, float]
 ) -> dict[str, dict]:
     """The baselines' tables by name. The one by policy is left out where no policy's average is known."""
-    tables = {"baseline: the longer one": by_subset(longer_wins, pairs, subsets)}
+    tables = {"baseline: the longer one": by_subset(length_baseline, pairs, subsets)}
     policies = {row.get("policy") for pair in pairs for row in pair}
     if policies & set(averages):
-        tables["baseline: the better policy"] = by_subset(better_policy_wins, pairs, subsets, averages)
+        tables["baseline: the better policy"] = by_subset(policy_baseline, pairs, subsets, averages)
     return tables
 
 

@@ -40,9 +40,8 @@ CONTEXT.set_forkserver_preload(
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 120
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-PORTS = itertools.cycle(
-    random.SystemRandom().sample(range(20_000 + WORKER, 32_000, 64), 187)
-)  # at random: two suites at once
+# at random: two suites at once
+PORTS = itertools.cycle(random.SystemRandom().sample(range(20_000 + WORKER, 32_000, 64), 187))
 if sys.argv[0] == "-c":  # in the server: a table that every process would compile for its first load
     with contextlib.suppress(ImportError):
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping

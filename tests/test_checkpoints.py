@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from random_models import ARGS, BOS, EOS, PAD, make_folders, plain, sample_sequences
+from random_models import ARGS, BOS, EOS, PAD, plain, sample_sequences
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
@@ -21,20 +21,10 @@ from common.checkpoints import export
 from common.models import load_model
 from common.optimizer import adamw, backward, optimizer_step
 from common.rollout import rollout
-from common.tokenization import encode_prompt, load_tokenizer, stop_token
+from common.tokenization import encode_prompt, stop_token
 from common.value_heads import response_values
 
 pytestmark = pytest.mark.usefixtures("group")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return make_folders(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folders):
-    return load_tokenizer(folders["policy"])
 
 
 OPEN = """

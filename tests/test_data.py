@@ -312,9 +312,8 @@ def test_add_context_takes_other_prompts_of_the_same_policy(k):
     stays."""
     tokenizer = word_tokenizer()
     pool = []
-    for i in range(
-        40
-    ):  # tokens tell prompt (100 + i), policy (200 or 201); four rows a prompt, two by each policy
+    # tokens tell prompt (100 + i), policy (200 or 201); four rows a prompt, two by each policy
+    for i in range(40):
         prompt = [0, 100 + i // 4]
         policy = "xy"[i % 2]
         pool.append({"prompt_ids": prompt, "response_ids": [200 + i % 2, 300 + i, 9, 9], "policy": policy})
@@ -337,9 +336,8 @@ def test_add_context_takes_other_prompts_of_the_same_policy(k):
     )
     assert add_context(pool, 0, pool, tokenizer, 4, seed=0) == pool
     alone = [{"prompt_ids": [0, 5], "response_ids": [6], "policy": "z"}]
-    assert (
-        add_context(alone, k, alone + pool, tokenizer, 4, seed=0) == alone
-    )  # fewer other prompts than k: a shorter prefix
+    # fewer other prompts than k: a shorter prefix
+    assert add_context(alone, k, alone + pool, tokenizer, 4, seed=0) == alone
 
 
 # --- batches ------------------------------------------------------------------------------------------------
@@ -388,9 +386,8 @@ def test_batch_indices_covers_each_epoch_once():
     ]
     for epoch in epochs:
         assert len(set(epoch)) == 20 and set(epoch) <= set(range(23))
-    assert (
-        len(set(map(tuple, epochs))) == 8 and len(set().union(*epochs)) == 23
-    )  # no row is left out for good
+    # no row is left out for good
+    assert len(set(map(tuple, epochs))) == 8 and len(set().union(*epochs)) == 23
     assert batch_indices(23, 4, 7, 0) == epochs[1][8:12] and batch_indices(23, 4, 7, 1) != batch_indices(
         23, 4, 7, 0
     )
@@ -463,9 +460,8 @@ def test_reviews_data_is_grammatical_consistent_and_in_vocabulary():
     ids = encode_prompt(tokenizer, prompts[0])
     assert tokenizer.decode(ids) == f"<bos> <user> {prompts[0]} <writer>"
     assert encode(tokenizer, responses[0], 99)[-1] == tokenizer.eos_token_id == stop_token(tokenizer)
-    assert (
-        max(len(encode_prompt(tokenizer, p)) for p in set(prompts)) <= 16
-    )  # the scripts' limits for this world
+    # the scripts' limits for this world
+    assert max(len(encode_prompt(tokenizer, p)) for p in set(prompts)) <= 16
     assert max(len(r.split()) + 1 for r in responses) <= 32
 
 

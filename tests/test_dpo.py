@@ -7,7 +7,7 @@ from itertools import combinations
 import helpers
 import pytest
 import torch
-from test_worlds import RESPONSES, World, logprobs_of
+from worlds import RESPONSES, World, logprobs_of
 
 import dpo
 

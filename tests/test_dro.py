@@ -4,8 +4,8 @@ first step by hand."""
 import helpers
 import pytest
 import torch
-from test_worlds import World, logprobs_of
 from transformers import LlamaConfig, LlamaForTokenClassification
+from worlds import World, logprobs_of
 
 import dro
 from common.batches import collate

@@ -229,9 +229,8 @@ def test_engine_is_the_policy(group, folder):
     first = check(0.7)
     assert len({len(r) for r in first}) > 2 and first[:12] != first[12:]
     assert check(0.7) == first and check(0.7, (0, 2)) != first and check(1.0) != first
-    assert (
-        rollout(policy, tokenizer, prompts[:3], 16, 0.7, (0, 1))[0] == first[:3]
-    )  # whatever else is in the batch
+    # whatever else is in the batch
+    assert rollout(policy, tokenizer, prompts[:3], 16, 0.7, (0, 1))[0] == first[:3]
     mixed = rollout(policy, tokenizer, prompts, 16, [0.7] * 12 + [0.0] * 12, (0, 1))[0]
     assert mixed[:12] == first[:12] and mixed[12:] == plain[12:]
     assert rollout(policy, tokenizer, prompts, 16, 0.0, (3, 3))[0] == plain

@@ -8,7 +8,8 @@ from itertools import product
 import helpers
 import pytest
 import torch
-from test_worlds import LIMIT, MASK, RESPONSES, STATES, World, exact_gradient, kl_of, logprobs_of
+from random_tensors import INF, NAN, noise, ragged
+from worlds import LIMIT, MASK, RESPONSES, STATES, World, exact_gradient, kl_of, logprobs_of
 
 import grpo
 import remax
@@ -20,16 +21,6 @@ from common.rollout import rollout
 from common.tokenization import load_tokenizer, tokenize
 
 AGGREGATIONS = ["grpo", "dapo", "dr_grpo"]
-NAN = float("nan")
-INF = float("inf")
-
-
-def ragged(lengths, width=None):
-    return torch.arange(width or max(lengths))[None] < torch.tensor(lengths)[:, None]
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # --- advantages ---------------------------------------------------------------------------------------------
@@ -268,9 +259,8 @@ def test_remax_gradient_is_the_exact_policy_gradient(beta):
     loss, _ = remax.surrogate_loss(logprobs, logprobs.detach(), advantages, weights, MASK, 0.2, 0.2)
     exact = exact_gradient(world, beta)
     assert exact.abs().max() > 0.05
-    torch.testing.assert_close(
-        -torch.autograd.grad(loss, logits)[0], exact, rtol=0, atol=1e-7
-    )  # weights are float32
+    # weights are float32
+    torch.testing.assert_close(-torch.autograd.grad(loss, logits)[0], exact, rtol=0, atol=1e-7)
 
 
 # --- the greedy half ----------------------------------------------------------------------------------------

@@ -246,9 +246,8 @@ def test_fill_leaves_braces_of_answers_alone():
         assert "{" not in filled
         assert filled.count("P\n")
         assert "\nR\n" in filled
-        assert (
-            asking.parse_verdict(mode, filled) is None
-        )  # a judge that repeats its instructions has said nothing
+        # a judge that repeats its instructions has said nothing
+        assert asking.parse_verdict(mode, filled) is None
 
 
 # --- numbers -------------------------------------------------------------------------------------------

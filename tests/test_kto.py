@@ -8,8 +8,8 @@ from types import MethodType
 import helpers
 import pytest
 import torch
-from test_worlds import RESPONSES, World, logprobs_of
 from transformers import AutoModelForCausalLM
+from worlds import RESPONSES, World, logprobs_of
 
 import kto
 from assets import reviews

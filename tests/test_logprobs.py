@@ -5,31 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from random_models import ARGS, BOS, PAD, expected_logprobs, make_folders, plain, sample_sequences
+from random_models import ARGS, BOS, PAD, expected_logprobs, plain, sample_sequences
 
 from common.batches import collate, run_micro_batches
 from common.logprobs import TokenLogprobs, token_logprobs
 from common.models import load_model
 from common.optimizer import backward
 from common.rollout import rollout
-from common.tokenization import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("group")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return make_folders(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folders):
-    return load_tokenizer(folders["policy"])
-
-
-@pytest.fixture(scope="module")
-def policy(folders, tokenizer):
-    return load_model("policy", folders["policy"], tokenizer, ARGS, trained=True)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 12, 100])

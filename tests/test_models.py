@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from random_models import ARGS, EOS, PAD, make_folders, plain, sample_sequences
+from random_models import ARGS, EOS, PAD, plain, sample_sequences
 from transformers import AutoTokenizer
 
 from common.batches import collate
@@ -13,16 +13,6 @@ from common.tokenization import load_tokenizer
 from common.value_heads import response_values
 
 pytestmark = pytest.mark.usefixtures("group")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return make_folders(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folders):
-    return load_tokenizer(folders["policy"])
 
 
 def test_a_value_model_is_no_policy(folders, tokenizer):

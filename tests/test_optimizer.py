@@ -4,24 +4,13 @@ import math
 
 import pytest
 import torch
-from random_models import ARGS, PAD, make_folders, sample_sequences
+from random_models import ARGS, PAD, sample_sequences
 
 from common.batches import collate
 from common.models import load_model
 from common.optimizer import adamw, backward, optimizer_step
-from common.tokenization import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("group")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return make_folders(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folders):
-    return load_tokenizer(folders["policy"])
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(folders, tokenizer):

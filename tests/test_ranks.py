@@ -44,9 +44,8 @@ def alone(world):
 
 
 CASES = [(script, processes, 1) for script in helpers.SCRIPTS for processes in (0, 4)]
-CASES += [
-    (script, 2, 3) for script in helpers.SCRIPTS if script not in VARIANTS
-]  # the others' variants are on 2 ranks
+# the others' variants are on 2 ranks
+CASES += [(script, 2, 3) for script in helpers.SCRIPTS if script not in VARIANTS]
 
 
 @pytest.mark.parametrize(("script", "processes", "micro"), CASES)

@@ -174,9 +174,8 @@ def test_bertscore(encoders, group):
             output = model(**encoded, output_hidden_states=True)
         return torch.nn.functional.normalize(output.hidden_states[2][0], dim=-1)  # [tokens, hidden], layer 2
 
-    table = (
-        states(" " + pairs[0][0]) @ states(" " + pairs[0][1]).T
-    )  # bert-score puts a space before RoBERTa's texts
+    # bert-score puts a space before RoBERTa's texts
+    table = states(" " + pairs[0][0]) @ states(" " + pairs[0][1]).T
     precision = table.max(1).values[1:-1].mean()
     recall = table.max(0).values[1:-1].mean()
     expected = [(2 * precision * recall / (precision + recall)).item(), 0.0, 1.0]
@@ -386,9 +385,8 @@ def test_a_kill_loses_the_batch_at_hand(world, run, monkeypatch):
     file = world.path("runs/ev-killed/reviews/responses.jsonl")
     assert lines(file) == lines(whole)[:14]
     with open(file, "a") as torn:
-        torn.write(
-            lines(whole)[14]["response"] + '\n{"row": 1, "resp'
-        )  # part of a batch, and a line without an end
+        # part of a batch, and a line without an end
+        torn.write(lines(whole)[14]["response"] + '\n{"row": 1, "resp')
     numbers = []
     generate = answers.answer
 

@@ -16,15 +16,13 @@ ARGS = {
     for script, args in helpers.ARGS.items()
 }
 ARGS["gvm_td"] |= dict(normalise_values=True, context_pairs=1, context_length=8)
-ARGS["dvpo"] |= dict(
-    kl_target=0.1, beta=0.2, gvm="runs/context", log_odds=True
-)  # beta and the pool of answers are restored
+# beta and the pool of answers are restored
+ARGS["dvpo"] |= dict(kl_target=0.1, beta=0.2, gvm="runs/context", log_odds=True)
 ARGS["ppo"] |= dict(kl_target=0.1, beta=0.2)
 ARGS["dro"] |= dict(precompute_ref=True)
 ARGS["grpo"] |= dict(epochs=2)
-ARGS["rpo"] |= dict(
-    precompute_ref=True, reward_noise=0.5, keep_responses=0.75
-)  # the reference's log-probabilities are kept
+# the reference's log-probabilities are kept
+ARGS["rpo"] |= dict(precompute_ref=True, reward_noise=0.5, keep_responses=0.75)
 KILLS = range(EVERY + 1, 5)  # steps logged when the kill comes: after the first checkpoint, before the last
 
 

@@ -4,22 +4,12 @@ import copy
 
 import pytest
 import torch
-from random_models import ARGS, EOS, make_folders, plain, sample_sequences
+from random_models import ARGS, EOS, plain, sample_sequences
 
 from common.rewards import Reward
-from common.tokenization import load_tokenizer, tokenize
+from common.tokenization import tokenize
 
 pytestmark = pytest.mark.usefixtures("group")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return make_folders(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folders):
-    return load_tokenizer(folders["policy"])
 
 
 def test_a_frozen_reward_model_is_read_where_its_own_config_says(folders, tokenizer, tmp_path):

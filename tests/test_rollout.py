@@ -13,7 +13,7 @@ import helpers
 import pytest
 import torch
 import transformers
-from random_models import EOS, PAD, make_folders, plain, sample_sequences
+from random_models import EOS, PAD, plain, sample_sequences
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -48,21 +48,6 @@ OFFLINE = ("sft", "rpo", "dro", "kto", "dpo")
 
 
 # --- one token, one batch, all prompts
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return make_folders(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folders):
-    return load_tokenizer(folders["policy"])
-
-
-@pytest.fixture(scope="module")
-def policy(folders, tokenizer):
-    return load_model("policy", folders["policy"], tokenizer, ARGS, trained=True)
 
 
 def test_inverse_cdf_over_a_grid_of_uniforms_has_the_softmax_frequencies():
@@ -632,15 +617,28 @@ def drift_later(module):
     sampler.sample_all = sample_all
 
 
-@pytest.mark.parametrize("script", [*ONLINE, *OFFLINE])
-def test_later_rollouts_that_drift_are_named(world, script):
-    args = helpers.ARGS[script] | dict(steps=4, eval_every=1, run_dir=f"runs/drift-{script}")
-    output = world.run(script, patch=drift_later, **args).ok().output
+# Calls of sample_all: two of check_sampler, an evaluation before the first step (not of sft.py), one after each of
+# the four steps, and of the online scripts a rollout per step. All after the fourth are off.
+DRIFTING = dict.fromkeys(ONLINE, 7) | dict.fromkeys(OFFLINE, 3) | {"sft": 2}
+
+
+@pytest.mark.parametrize("script, args", [*((script, {}) for script in DRIFTING), ("grpo", {"beta": 0.0})])
+def test_later_rollouts_that_drift_are_named(world, script, args):
+    """Each of them, by its step where the script has the policy's log-probabilities at hand. (Not in an evaluation
+    without a reference.)"""
+    args = helpers.ARGS[script] | dict(steps=4, eval_every=1, overwrite=True) | args
+    output = world.run(script, patch=drift_later, **args, run_dir=f"runs/drift-{script}").ok().output
     named = [line for line in output.splitlines() if "0.693 nats a token off the policy's" in line]
-    assert named and all("rounding in float32" in line for line in named)
-    assert any(line.startswith("step ") for line in named) == (script in ONLINE)
-    assert any(line.startswith("a rollout: ") for line in named)
-    sound = world.run(script, **args | dict(run_dir=f"runs/sound-{script}")).ok().output
+    assert len(named) == DRIFTING[script]
+    assert all("rounding in float32" in line for line in named)
+    by_step = [line for line in named if line.startswith("step ")]
+    if script in OFFLINE:
+        assert not by_step
+    elif args.get("beta") == 0:
+        assert len(by_step) == 3
+    else:
+        assert len(by_step) == 7
+    sound = world.run(script, **args, run_dir=f"runs/sound-{script}").ok().output
     assert "nats a token off" not in sound
 
 

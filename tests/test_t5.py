@@ -146,9 +146,8 @@ def alone(world):
 
 def args_of(script):
     sizes = dict(max_prompt_length=80, max_response_length=40, precision="fp64", model="runs/t5", steps=2)
-    hot = (
-        dict(temperature=5.0) if script in helpers.ONLINE else {}
-    )  # this model is so sure that a sample is the greedy answer
+    # this model is so sure that a sample is the greedy answer
+    hot = dict(temperature=5.0) if script in helpers.ONLINE else {}
     return (
         helpers.ARGS[script]
         | sizes

@@ -215,9 +215,8 @@ def test_kto_loss_is_trls_on_our_mismatched_pairs(folders, tokenizer, tmp_path):
 def test_trls_mismatched_pairs_are_not_ours(folders, tokenizer, tmp_path):
     """On purpose: TRL rotates the completions by one within a batch, so neighbouring responses to one prompt are paired with that
     prompt; ours are drawn over the whole data and never are."""
-    rows = sorted(
-        TEXTS, key=lambda row: row["prompt"]
-    )  # responses to one prompt side by side, as data sets are
+    # responses to one prompt side by side, as data sets are
+    rows = sorted(TEXTS, key=lambda row: row["prompt"])
     trainer = kto_trainer(folders, tokenizer, tmp_path, rows)
     found = list(trainer.train_dataset)
     completions = [row["completion_ids"] for row in found]
@@ -322,9 +321,8 @@ def test_grpo_loss_is_trls(generation, theirs, ours, clips):
     logged, count = trainer._metrics["train"], mask.sum()
     assert logged["entropy"][-1] == pytest.approx((entropy.sum() / count).item(), abs=1e-5)
     k3 = grpo.kl_estimates(logprobs.detach(), ref, mask)[1]
-    assert logged["kl"][-1] == pytest.approx(
-        (k3.sum() / count).item(), rel=1e-5
-    )  # a number near 10, in float32
+    # a number near 10, in float32
+    assert logged["kl"][-1] == pytest.approx((k3.sum() / count).item(), rel=1e-5)
 
 
 def test_trls_kl_term_has_another_gradient_by_default(generation):

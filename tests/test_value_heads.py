@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from random_models import ARGS, EOS, PAD, make_folders, plain, sample_sequences
+from random_models import ARGS, EOS, PAD, plain, sample_sequences
 
 from assets import reviews
 from common.batches import collate, run_micro_batches
@@ -12,20 +12,9 @@ from common.checkpoints import export
 from common.models import load_model
 from common.optimizer import backward
 from common.rewards import Reward
-from common.tokenization import load_tokenizer
 from common.value_heads import response_values, sequence_scores
 
 pytestmark = pytest.mark.usefixtures("group")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return make_folders(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folders):
-    return load_tokenizer(folders["policy"])
 
 
 def test_response_values_alignment(folders, tokenizer):
@@ -43,9 +32,8 @@ def test_response_values_alignment(folders, tokenizer):
         for t in range(1, len(response) + 1):
             torch.testing.assert_close(values[i, t], outputs[len(prompt) + t - 1], rtol=0, atol=2e-5)
         assert (values[i, len(response) + 1 :] == 0).all()
-    batch = collate(
-        [], PAD, "cpu"
-    )  # a rank with nothing to do: one masked sequence, all zero in spite of the head's bias
+    # a rank with nothing to do: one masked sequence, all zero in spite of the head's bias
+    batch = collate([], PAD, "cpu")
     assert (response_values(model, **batch) == 0).all()
 
 
@@ -97,9 +85,8 @@ def test_a_critic_from_a_reward_model_starts_at_its_standardised_score(folders, 
         values.gather(1, mask.sum(1, keepdim=True)).squeeze(1), scores, rtol=0, atol=2e-5
     )
     export(critic, tokenizer, str(tmp_path / "out"), "fp32")
-    again = load_model(
-        "value", str(tmp_path / "out"), tokenizer, ARGS, trained=False
-    )  # not standardised a second time
+    # not standardised a second time
+    again = load_model("value", str(tmp_path / "out"), tokenizer, ARGS, trained=False)
     torch.testing.assert_close(
         response_values(again, **collate(sequences, PAD, "cpu")), values, rtol=0, atol=2e-5
     )

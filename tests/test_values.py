@@ -59,10 +59,11 @@ def test_a_reward_model_and_a_critic_on_the_pairs_of_a_run(runs):
     found = table(runs, "runs/v-like")
     reward = found["runs/v-reward/model"]["all"]
     gvm = found["runs/v-pairs/model"]["all"]
+    # float32 there
     assert reward == {
         "score": pytest.approx(logged["accuracy"], abs=1e-7),
         "pairs": logged["pairs"],
-    }  # float32 there
+    }
     assert gvm["pairs"] == logged["pairs"]
     assert "score" not in gvm
     assert found["baseline: the longer one"]["all"]["score"] == logged["baseline_length"]

@@ -7,13 +7,24 @@ expectation is a finite sum.
 """
 
 import gc
-from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
+from worlds import (
+    LIMIT,
+    MASK,
+    RESPONSES,
+    STATES,
+    World,
+    dynamic_programming,
+    exact_gradient,
+    kl_of,
+    logprobs_of,
+    table_of,
+)
 
 import dvpo
 import gvm_td
@@ -25,65 +36,6 @@ from common.models import load_model
 from common.optimizer import adamw, backward, optimizer_step
 from common.tokenization import load_tokenizer
 from common.value_heads import response_values
-
-LIMIT = 3
-TEXTS = [y for n in range(1, LIMIT + 1) for y in product(range(3), repeat=n)]
-RESPONSES = [y for y in TEXTS if 0 not in y[:-1] and (y[-1] == 0 or len(y) == LIMIT)]
-STATES = [()] + [y for n in range(1, LIMIT) for y in product((1, 2), repeat=n)]
-MASK = torch.tensor([[t < len(y) for t in range(LIMIT)] for y in RESPONSES])
-
-
-class World:
-    """Scores of the responses, and a behaviour: probabilities of the next token in each state; both drawn at
-    random."""
-
-    def __init__(self, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-
-        def random(*shape):
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        self.scores = random(len(RESPONSES))
-        self.logits = 1.5 * random(len(STATES), 3)
-        self.ref_logits = random(len(STATES), 3)
-
-
-def logprobs_of(logits):
-    """[B, T] log-probabilities of the responses' tokens under a table of logits [states, 3]; 0 on padding."""
-    table = logits.log_softmax(-1)
-    zero = logits.new_zeros(())
-    rows = [
-        [table[STATES.index(y[:t]), y[t]] if t < len(y) else zero for t in range(LIMIT)] for y in RESPONSES
-    ]
-    return torch.stack([torch.stack(row) for row in rows])
-
-
-def dynamic_programming(logits, final, gamma=1.0, step=None):
-    """{prefix: value} backwards from the ends: `final` is the reward with the last token, `step` {(state,
-    token): reward}."""
-    probabilities = logits.softmax(-1)
-    values = {y: final[i].item() for i, y in enumerate(RESPONSES)}
-    for state in sorted(STATES, key=len, reverse=True):
-        values[state] = 0.0
-        for token in range(3):
-            after = (*state, token)
-            # Q(state, token): the final reward as it is, or the discounted value of the next state
-            q = values[after] * (gamma if after in STATES else 1.0) + (step[state, token] if step else 0.0)
-            values[state] += probabilities[STATES.index(state), token].item() * q
-    return values
-
-
-def table_of(values, gamma=1.0):
-    """[B, T + 1] as a value model gives them: V(s_1), then Q(s_t, a_t), which is gamma * V(s_{t+1}) before
-    the end."""
-
-    def read(y, t):
-        if t > len(y):
-            return 0.0
-        return values[y[:t]] * (gamma if 0 < t < len(y) else 1.0)
-
-    return torch.tensor([[read(y, t) for t in range(LIMIT + 1)] for y in RESPONSES], dtype=torch.float64)
-
 
 # --- temporal differences -----------------------------------------------------------------------------------
 
@@ -166,16 +118,6 @@ def test_a_transformer_gvm_approaches_the_dynamic_programming_value(group, tmp_p
 # --- policy gradients ---------------------------------------------------------------------------------------
 
 
-def exact_gradient(world, beta):
-    """d/dlogits of E[S] - beta * KL(pi || ref), both by enumeration."""
-    logits = world.logits.clone().requires_grad_()
-    logprobs = logprobs_of(logits)
-    p = logprobs.sum(1).exp()
-    kl = (logprobs - logprobs_of(world.ref_logits)).sum(1)
-    (slope,) = torch.autograd.grad((p * (world.scores - beta * kl)).sum(), logits)
-    return slope
-
-
 def estimated_gradient(script, world, advantages):
     """The expected gradient of a script's policy_loss at ratio 1, minus sign taken off: the loss is linear in
     A, so that weighting A by the response's probability gives the expectation over responses drawn from the
@@ -186,11 +128,6 @@ def estimated_gradient(script, world, advantages):
     loss, _ = script.policy_loss(logprobs, logprobs.detach(), advantages * p[:, None], MASK, 0.2)
     (slope,) = torch.autograd.grad(loss, logits)
     return -slope
-
-
-def kl_of(world):
-    logprobs = logprobs_of(world.logits)
-    return dvpo.kl_estimates(logprobs, logprobs_of(world.ref_logits), MASK)[0]
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
