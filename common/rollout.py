@@ -25,7 +25,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 # The sampler reads a response token by token, from a cache and beside padding; training reads it whole. The
 # two log-probabilities of a token are equal but for rounding. What the mean |difference| may be, in nats per
-# token, by the type that computes: a right run measures 1e-6 in float32 and up to 0.05 in bfloat16, whose
+# token, by the type that computes: a right run measures up to 1e-5 in float32 and 0.05 in bfloat16, whose
 # logits between 16 and 32 are 0.125 apart; the faults known give 0.3 to 7 (docs/metrics.md, "Is what samples
 # what trains?").
 TOLERANCE = {
