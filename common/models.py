@@ -10,7 +10,7 @@ attribute that it sets on the object. These are all of them:
     model.compute_dtype       the type in which a policy computes: what is rounding, and what is not.
                               Set by load_model; read by rollout.
     model.frozen              whether it is not trained.
-                              Set by sharding.shard; read by sharding, offload and tools/plan_memory.py.
+                              Set by sharding.shard; read by sharding, offload, rollout and tools/plan_memory.py.
     model.lora                peft's configuration; only a model with adapters has it.
                               Set by lora.add; read by lora, checkpoints and vllm.
     model.lora_merge          whether its export merges the adapters into the weights.

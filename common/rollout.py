@@ -309,9 +309,10 @@ def rollout(
     `temperature`: a number, or one for each prompt; 0 is greedy. `seed`: two numbers, the run's and the
     step's. `size` prompts at a time (0: all of this rank's).
 
-    The log-probabilities of a policy's first rollout are compared with the policy's own, and end the run
-    where they differ by more than rounding. In later ones a difference is named in the log; with
-    `compare=False` that is left to the caller, who has the policy's log-probabilities at hand (`note_drift`).
+    The log-probabilities of a policy's first rollout, and of every rollout of a frozen one, are compared with
+    the policy's own, and end the run where they differ by more than rounding. In later ones of a trained
+    policy a difference is named in the log; with `compare=False` that is left to the caller, who has the
+    policy's log-probabilities at hand (`note_drift`).
     """
     # two of them, because a policy may end an answer by its template's end of turn or, as it was pretrained,
     # by eos
@@ -322,7 +323,7 @@ def rollout(
     first = policy not in COMPARED
     if responses and (first or compare):
         off = differences(policy, prompts, responses, sampled, temperature)
-        if first:
+        if first or policy.frozen:
             require_agreement(policy, prompts, off)
             COMPARED.add(policy)
         elif not mean_of(off) <= tolerance(policy):

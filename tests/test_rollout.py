@@ -480,6 +480,36 @@ def with_fault(module, name, args):
     distributed.launch(getattr(importlib.import_module(module), name), args)
 
 
+def fault_in_second_batch(module, name, args):
+    """From the second batch on the sampler says that it drew each token with half its probability."""
+    real = sampler.sample_all
+    calls = []
+
+    def sample_all(*given):
+        responses, sampled = real(*given)
+        calls.append(1)
+        if len(calls) > 1:
+            sampled = sampled + torch.tensor(0.5).log()
+        return responses, sampled
+
+    sampler.sample_all = sample_all
+    distributed.launch(getattr(importlib.import_module(module), name), args)
+
+
+def test_every_batch_of_a_frozen_policy_is_right_or_refused(world):
+    """`evaluate.py responses`: a fault that the first batch does not show (all its prompts of one length, say)."""
+    from evaluate import COMMANDS
+
+    kind, defaults, command = COMMANDS["responses"]
+    given = dict(models=(reviews.folder("policy"),), dataset="scored.jsonl", run_dir="runs/second-batch")
+    args = kind(**defaults | given | dict(part="all", max_prompt_length=32, batch_size=4, prompts=12))
+    call = functools.partial(fault_in_second_batch, command.__module__, command.__name__, args)
+    line = helpers.Job(world.folder, call, 0).wait().error()
+    assert "0.693 nats a token off the policy's" in line
+    (file,) = world.path("runs/second-batch").rglob("responses.jsonl")
+    assert len(file.read_text().splitlines()) == 4  # the batch before it
+
+
 def leave_adapters_out(module):
     """The sampler's forward passes alone are without them."""
     real = sampler.decode
