@@ -26,13 +26,14 @@ from common import distributed
 from common.batches import batch_indices, collate, micro_batches
 from common.checkpoints import export, load_checkpoint, save_checkpoint
 from common.cli import fail, note, parse
-from common.data import hold_out, read_rows
+from common.data import hold_out, prompt_key, read_rows
 from common.log import Run
 from common.logprobs import sequence_logprobs
 from common.measures import distinct_2
 from common.meter import mfu, peak_memory_gb, state_bytes
 from common.models import load_model
 from common.optimizer import accumulated, adamw, backward, learning_rate, optimizer_step
+from common.positions import longest_of
 from common.pretrained import resolve
 from common.reference import load_reference, reference_logprobs
 from common.rewards import Reward
@@ -48,7 +49,8 @@ class Args:
     ref_model: str = ""
     """Reference policy: a hub id or folder. By default it is `--model` as it starts."""
     dataset: str = "reviews"
-    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns
+    """Data to train on: a hub id (`id:configuration` where it has several), a folder, or local .jsonl, .json or
+    .parquet files (.gz too; several with commas between), with the columns
     that docs/data.md lists for this script. `reviews` is the embedded world."""
     split: str = "train"
     """Split of a hub data set; of a local file, the value that its column `split` must have."""
@@ -60,6 +62,9 @@ class Args:
     """Share of the prompts that is held out where no `--eval-dataset` is given."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our column names and yours, in pairs: `--columns prompt question response answer`."""
+    template_arguments: dict[str, str] = field(default_factory=dict)
+    """Arguments for the chat template and their values, in pairs: `--template-arguments enable_thinking
+    false`."""
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
@@ -134,6 +139,9 @@ class Args:
     """Recompute activations in the backward pass: less memory, a third more time."""
     shard_size: int = 0
     """Number of ranks that a model is sharded over (HSDP: replicas of it across nodes). 0: all."""
+    timeout_minutes: float = 60.0
+    """Minutes after which a rank that waits for another gives up: longer than the slowest rollout, load or
+    reward of one rank."""
 
 
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
@@ -176,7 +184,7 @@ def one_row_per_prompt(rows: list[dict]) -> list[dict]:
     """The last row of each prompt, in the order in which the prompts first appear."""
     last = {}
     for row in rows:
-        last[str(row["prompt"])] = row
+        last[prompt_key(row["prompt"])] = row
     return list(last.values())
 
 
@@ -192,7 +200,7 @@ def main(args: Args) -> None:
     rank = distributed.rank()
     world = distributed.world()
     name = resolve(args.model)
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, args.template_arguments)
     ref_name = resolve(args.ref_model or args.model)
     require_same_tokenizer(tokenizer, ref_name, "--ref-model")
     pad = tokenizer.pad_token_id
@@ -218,22 +226,24 @@ def main(args: Args) -> None:
     if not rows or not held_out:
         counts = f"{len(rows)} rows to learn from, {len(held_out)} held out"
         fail(f"{args.dataset}: {counts}; change --eval-fraction or give --eval-dataset")
-    eval_name = args.eval_dataset or args.dataset
+    eval_name = args.eval_dataset or f"{args.dataset}, held out"
     max_lengths = (args.max_prompt_length, args.max_response_length)
-    rows = tokenize(rows, tokenizer, ("chosen", "rejected"), *max_lengths, args.dataset)
-    held_out = tokenize(held_out, tokenizer, ("chosen", "rejected"), *max_lengths, eval_name)
+    rows = tokenize(rows, tokenizer, ("chosen", "rejected"), *max_lengths, args.dataset, args.skip_bad_rows)
+    held_out = tokenize(
+        held_out, tokenizer, ("chosen", "rejected"), *max_lengths, eval_name, args.skip_bad_rows
+    )
     chosen = [(row["prompt_ids"], row["chosen_ids"]) for row in rows]
     rejected = [(row["prompt_ids"], row["rejected_ids"]) for row in rows]
     eval_chosen = [(row["prompt_ids"], row["chosen_ids"]) for row in held_out]
     eval_rejected = [(row["prompt_ids"], row["rejected_ids"]) for row in held_out]
     eval_rows = one_row_per_prompt(held_out)[: args.eval_prompts]
-    eval_prompts = [row["prompt_ids"] for row in eval_rows]
+    eval_prompts = [row["opening_ids"] for row in eval_rows]
     lengths = []  # of both sequences of a pair
     for row in rows:
         both_prompts = 2 * len(row["prompt_ids"])
         lengths.append(both_prompts + len(row["chosen_ids"]) + len(row["rejected_ids"]))
     steps = args.steps or args.epochs * max(1, len(rows) // args.batch_size)
-    note(f"{len(rows)} pairs to learn from, {len(held_out)} held out, {steps} steps")
+    note(f"{len(rows)} pairs to learn from, {len(held_out)} held out")
 
     def scale(sequences):
         """What a summed log-probability is divided by, [N]: the response's length in tokens, or 1."""
@@ -244,7 +254,9 @@ def main(args: Args) -> None:
         return torch.tensor(divisors, dtype=torch.float64, device=device)
 
     # --- models
-    judges = [Reward(reward_name, tokenizer, args) for reward_name in args.eval_reward]
+    written = [*chosen, *rejected, *eval_chosen, *eval_rejected]
+    longest = longest_of(written, eval_prompts, args.max_response_length)
+    judges = [Reward(reward_name, tokenizer, args, eval_rows) for reward_name in args.eval_reward]
     chosen_sums, rejected_sums, eval_chosen_sums, eval_rejected_sums = reference_logprobs(
         ref_name,
         tokenizer,
@@ -258,9 +270,9 @@ def main(args: Args) -> None:
     ref_rejected = rejected_sums / scale(rejected)  # [N]
     eval_ref_chosen = eval_chosen_sums / scale(eval_chosen)  # [M]
     eval_ref_rejected = eval_rejected_sums / scale(eval_rejected)  # [M]
-    policy = load_model("policy", name, tokenizer, args, trained=True)
+    policy = load_model("policy", name, tokenizer, args, trained=True, longest=longest)
     optimizer = adamw(policy, args.lr)
-    reference = None if args.precompute_ref else load_reference(policy, ref_name, tokenizer, args)
+    reference = None if args.precompute_ref else load_reference(policy, ref_name, tokenizer, args, longest)
     trained = {"policy": (policy, optimizer)}
     models = [policy]
     optimizers = [optimizer]
@@ -269,7 +281,7 @@ def main(args: Args) -> None:
     state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
     check_sampler(policy, tokenizer, eval_prompts, args.max_response_length, args.temperature)
-    run.start(start, steps)
+    run.start(start, steps, rows)
 
     def summed_logprobs_of(model, sequences, temperature=1.0):
         """log pi(y | x) [N], summed over the response's tokens, on every rank; no gradient."""
@@ -372,7 +384,7 @@ def main(args: Args) -> None:
             save_checkpoint(args.run_dir, done, trained, {}, args.keep)
     evaluate_pairs(steps)
     export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
-    run.close()
+    run.close(f"python evaluate.py responses --models {args.run_dir}/model --dataset YOUR_PROMPTS")
 
 
 if __name__ == "__main__":

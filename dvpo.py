@@ -35,6 +35,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from common import distributed, offload, vllm
 from common.batches import (
@@ -53,11 +54,12 @@ from common.log import Run
 from common.meter import Phases, state_bytes
 from common.models import load_model
 from common.optimizer import accumulated, adamw, backward, learning_rate, optimizer_step
-from common.pretrained import resolve
+from common.positions import longest_of
+from common.pretrained import load_pretrained, resolve
 from common.reference import load_reference
 from common.rewards import Reward
 from common.rollout import check_sampler, note_drift, rollout
-from common.tokenization import load_tokenizer, require_same_tokenizer, stop_token, tokenize
+from common.tokenization import load_tokenizer, require_same_tokenizer, tokenize, were_cut
 from common.value_heads import response_values
 
 
@@ -72,12 +74,16 @@ class Args:
     """Global Value Model from gvm_td.py, frozen: a hub id or folder with the policy's tokenizer. `reviews`
     is the embedded one."""
     dataset: str = "reviews"
-    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns
+    """Data to train on: a hub id (`id:configuration` where it has several), a folder, or local .jsonl, .json or
+    .parquet files (.gz too; several with commas between), with the columns
     that docs/data.md lists for this script. `reviews` is the embedded world."""
     split: str = "train"
     """Split of a hub data set; of a local file, the value that its column `split` must have."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our column names and yours, in pairs: `--columns prompt question response answer`."""
+    template_arguments: dict[str, str] = field(default_factory=dict)
+    """Arguments for the chat template and their values, in pairs: `--template-arguments enable_thinking
+    false`."""
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
@@ -179,6 +185,9 @@ class Args:
     """Keep frozen models in the host's memory except during the passes that read them."""
     shard_size: int = 0
     """Number of ranks that a model is sharded over (HSDP: replicas of it across nodes). 0: all."""
+    timeout_minutes: float = 60.0
+    """Minutes after which a rank that waits for another gives up: longer than the slowest rollout, load or
+    reward of one rank."""
 
 
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
@@ -230,15 +239,15 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def whiten(x: Tensor, mask: Tensor, centre: bool = True, eps: float = 1e-8) -> Tensor:
-    """x [B, T] divided by its standard deviation over the unmasked entries of all rows; 0 where masked.
+    """x [B, T] divided by the root mean square of the unmasked entries of all rows; 0 where masked.
 
-    With `centre` their mean is subtracted before.
+    With `centre` their mean is subtracted before, so that this is their standard deviation. Without it the
+    deviation would be no measure of size: of entries that are nearly equal it is nearly 0.
     """
-    mean = x[mask].mean()
-    std = ((x[mask] - mean) ** 2).mean().sqrt()
     if centre:
-        x = x - mean
-    return torch.where(mask, x / (std + eps), 0.0)
+        x = x - x[mask].mean()
+    size = (x[mask] ** 2).mean().sqrt()
+    return torch.where(mask, x / (size + eps), 0.0)
 
 
 def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
@@ -304,6 +313,21 @@ def next_beta(beta: float, kl: float, target: float, batch_size: int, horizon: i
     return beta * (1 + error * batch_size / horizon)
 
 
+def read_gvm_config(name: str, args: Args):
+    """The configuration of the GVM in `name`, into which gvm_td.py writes how it was trained: its discount, and
+    by which mean and deviation scores became returns. Ends with one line where `args` take it to be another."""
+    config = load_pretrained("configuration", AutoConfig, name)
+    if getattr(config, "gamma", args.gamma) != args.gamma:
+        fail(f"--gamma {args.gamma}, but {args.gvm} was trained with {config.gamma}")
+    of_signs = getattr(config, "return_mean", None) == 0 and getattr(config, "return_std", None) == 1
+    if args.log_odds and not (of_signs and args.gamma == 1):
+        fail(
+            f"--log-odds is for a GVM whose returns were +1 and -1 (gvm_td.py --source preference) with "
+            f"--gamma 1, and {args.gvm} is none"
+        )
+    return config
+
+
 def main(args: Args) -> None:
     # Shapes: B is --batch-size, the responses of a step, and T the length of the longest of them, in tokens.
     # Every rank holds the [B, T] tensors whole and computes its share of what is in them. A micro-batch has
@@ -317,16 +341,14 @@ def main(args: Args) -> None:
     rank = distributed.rank()
     world = distributed.world()  # number of ranks
     policy_name = resolve(args.model)
-    tokenizer = load_tokenizer(policy_name)
+    tokenizer = load_tokenizer(policy_name, args.template_arguments)
     ref_name = resolve(args.ref_model or args.model)
     require_same_tokenizer(tokenizer, ref_name, "--ref-model")
     pad = tokenizer.pad_token_id
     limit = args.max_response_length
-    # Either of two tokens ends a response: what the chat template writes after an answer is not always the
-    # tokenizer's end of sequence (Gemma's is not), and a policy may end with the one or the other.
-    stops = {stop_token(tokenizer), tokenizer.eos_token_id}
     gvm_name = resolve(args.gvm, "value")
     require_same_tokenizer(tokenizer, gvm_name, "--gvm")
+    gvm_config = read_gvm_config(gvm_name, args)
 
     # --- data
     rows = read_rows(
@@ -339,7 +361,9 @@ def main(args: Args) -> None:
         skip_bad_rows=args.skip_bad_rows,
     )
     response_fields = ()  # the rows are prompts alone
-    rows = tokenize(rows, tokenizer, response_fields, args.max_prompt_length, limit, args.dataset)
+    rows = tokenize(
+        rows, tokenizer, response_fields, args.max_prompt_length, limit, args.dataset, args.skip_bad_rows
+    )
     rows, eval_rows = hold_out_prompts(rows, args.eval_prompts, args.split_seed)
     if not rows:
         fail(
@@ -347,21 +371,21 @@ def main(args: Args) -> None:
         )
 
     # --- models
-    eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
-    policy = load_model("policy", policy_name, tokenizer, args, trained=True)
+    longest = longest_of((), [row["opening_ids"] for row in [*rows, *eval_rows]], limit)
+    eval_rewards = [Reward(name, tokenizer, args, eval_rows) for name in args.eval_reward]
+    policy = load_model("policy", policy_name, tokenizer, args, trained=True, longest=longest)
     # By default the engine is None, so that rollout samples with our own loop from the policy itself, and
     # the cap is 0, which makes every importance weight 1. Only --rollout-engine vllm, which rounds
     # differently, has both.
     engine, importance_cap = vllm.start(policy, policy_name, args)
     policy.engine = engine  # where rollout looks for it
     optimizer = adamw(policy, args.lr)
-    gvm = load_model("value", gvm_name, tokenizer, args, trained=False)
-    if getattr(gvm.config, "gamma", args.gamma) != args.gamma:
-        fail(f"--gamma {args.gamma}, but {args.gvm} was trained with {gvm.config.gamma}")
     # written by gvm_td.py; 0 pairs unless the GVM was trained to read the policy's other answers first
-    context_pairs = getattr(gvm.config, "context_pairs", 0)
-    context_length = getattr(gvm.config, "context_length", 0)
-    reference = load_reference(policy, ref_name, tokenizer, args)
+    context_pairs = getattr(gvm_config, "context_pairs", 0)
+    context_length = getattr(gvm_config, "context_length", 0)
+    longest_for_gvm = longest + context_pairs * context_length
+    gvm = load_model("value", gvm_name, tokenizer, args, trained=False, longest=longest_for_gvm)
+    reference = load_reference(policy, ref_name, tokenizer, args, longest)
     models = [policy, gvm, reference]  # those in memory: counted in the log, and parked if frozen
     optimizers = [optimizer]
     # what a checkpoint holds
@@ -370,10 +394,11 @@ def main(args: Args) -> None:
         offload.park(models + [eval_reward.model for eval_reward in eval_rewards])
     state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
-    beta = state.get("beta", args.beta)
+    # an adaptive beta goes on where it was; a fixed one is what the command line says
+    beta = state.get("beta", args.beta) if args.kl_target else args.beta
     pool = state.get("pool", [])  # the policy's answers of the step before, for a GVM that reads context
-    check_sampler(policy, tokenizer, [row["prompt_ids"] for row in rows], limit, args.temperature)
-    run.start(start, args.steps)
+    check_sampler(policy, tokenizer, [row["opening_ids"] for row in rows], limit, args.temperature)
+    run.start(start, args.steps, rows)
 
     def logprobs_of(model, sequences):
         """Log-probabilities [n, T] of n responses' tokens under a policy, on every rank; 0 where masked."""
@@ -393,7 +418,7 @@ def main(args: Args) -> None:
 
     def evaluate(step):
         """Answers the held-out prompts, with the same random numbers each time; logs rewards, KL, length."""
-        prompts = [row["prompt_ids"] for row in eval_rows]
+        prompts = [row["opening_ids"] for row in eval_rows]
         seed = (0, 0)  # no training step has it: theirs are (--seed, 1), (--seed, 2), ...
         responses, sampler_logprobs = rollout(
             policy, tokenizer, prompts, limit, args.temperature, seed, args.rollout_batch_size, compare=False
@@ -433,7 +458,7 @@ def main(args: Args) -> None:
         phases = Phases()
         drawn = batch_indices(len(rows), args.batch_size, step, args.seed)
         batch = [rows[i] for i in drawn]
-        prompts = [row["prompt_ids"] for row in batch]  # B token lists
+        prompts = [row["opening_ids"] for row in batch]  # B token lists
         seed = (args.seed, step + 1)  # other random numbers in each step; + 1, since (0, 0) is evaluation's
         # B token lists, and the log-probabilities [B, T] with which the sampler drew the tokens; note_drift
         # compares them with the policy's below, when these are at hand, so compare=False
@@ -443,7 +468,7 @@ def main(args: Args) -> None:
         sequences = list(zip(prompts, responses, strict=True))  # B (prompt tokens, response tokens)
         lengths = [len(prompt) + len(response) for prompt, response in sequences]  # B
         mask = response_mask(responses, device)  # [B, T] True at the tokens of the responses
-        is_truncated = [response[-1] not in stops for response in responses]
+        is_truncated = were_cut(tokenizer, responses)
         truncated = torch.tensor(is_truncated, device=device)  # [B]
         phases.end("rollout")
 
@@ -572,7 +597,7 @@ def main(args: Args) -> None:
     if args.eval_every and eval_rows:
         evaluate(args.steps)
     export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
-    run.close()
+    run.close(f"python evaluate.py responses --models {args.run_dir}/model --dataset YOUR_PROMPTS")
 
 
 if __name__ == "__main__":

@@ -50,14 +50,17 @@ from common.measures import (
     make_pairs,
     pair_accuracy,
     sample_pairs,
+    whole_pairs,
 )
 from common.meter import mfu, peak_memory_gb, state_bytes
 from common.models import load_model
 from common.optimizer import accumulated, adamw, backward, learning_rate, optimizer_step
-from common.pictures import draw_values, token_texts
+from common.pictures import draw_values, valued_texts
+from common.positions import longest_of
 from common.pretrained import resolve
 from common.rewards import Reward
-from common.tokenization import load_tokenizer, tokenize
+from common.templates import text_of
+from common.tokenization import load_tokenizer, tokenize, were_cut
 from common.value_heads import response_values
 
 
@@ -67,7 +70,8 @@ class Args:
     """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded
     one."""
     dataset: str = "reviews"
-    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns
+    """Data to train on: a hub id (`id:configuration` where it has several), a folder, or local .jsonl, .json or
+    .parquet files (.gz too; several with commas between), with the columns
     that docs/data.md lists for this script. `reviews` is the embedded world."""
     source: Literal["preference", "scores"] = "preference"
     """What the data set holds. preference: prompt, chosen, rejected (returns +1 and -1); scores: prompt,
@@ -90,6 +94,9 @@ class Args:
     """Share of the prompts that is held out where no `--eval-dataset` is given."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our column names and yours, in pairs: `--columns prompt question response answer`."""
+    template_arguments: dict[str, str] = field(default_factory=dict)
+    """Arguments for the chat template and their values, in pairs: `--template-arguments enable_thinking
+    false`."""
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
@@ -166,6 +173,9 @@ class Args:
     """Recompute activations in the backward pass: less memory, a third more time."""
     shard_size: int = 0
     """Number of ranks that a model is sharded over (HSDP: replicas of it across nodes). 0: all."""
+    timeout_minutes: float = 60.0
+    """Minutes after which a rank that waits for another gives up: longer than the slowest rollout, load or
+    reward of one rank."""
 
 
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
@@ -279,7 +289,7 @@ def read_source(dataset: str, split: str, source: str, part: str, args: Args) ->
     )
     if not args.max_characters:
         return rows
-    kept = [row for row in rows if all(len(row[text]) <= args.max_characters for text in texts)]
+    kept = [row for row in rows if all(len(text_of(row[text])) <= args.max_characters for text in texts)]
     dropped = f"{len(rows) - len(kept)} of {len(rows)} rows"
     note(f"{dataset}: dropped {dropped}: response over --max-characters {args.max_characters}")
     if not kept:
@@ -310,11 +320,11 @@ def two_responses(pairs: list[dict]) -> list[dict]:
     """Two rows for each preference pair, chosen before rejected: each with its `response`, its `policy`, and
     as `reward` the return +1 or -1."""
     rows = []
-    for pair in pairs:
+    for i, pair in enumerate(pairs):
         chosen = {"response": pair["chosen"], "reward": 1.0, "policy": pair.get("chosen_policy")}
         rejected = {"response": pair["rejected"], "reward": -1.0, "policy": pair.get("rejected_policy")}
-        rows.append({**pair, **chosen})
-        rows.append({**pair, **rejected})
+        rows.append({**pair, **chosen, "pair": i})
+        rows.append({**pair, **rejected, "pair": i})
     return rows
 
 
@@ -327,7 +337,7 @@ def load_training_rows(training: list[dict], tokenizer, args: Args) -> list[dict
         fail(f"{args.dataset}: every prompt is held out; lower --eval-fraction")
     rows = two_responses(training) if args.source == "preference" else training
     max_lengths = (args.max_prompt_length, args.max_response_length)
-    return tokenize(rows, tokenizer, ("response",), *max_lengths, args.dataset)
+    return tokenize(rows, tokenizer, ("response",), *max_lengths, args.dataset, args.skip_bad_rows)
 
 
 def no_pair_message(args: Args) -> str:
@@ -347,13 +357,18 @@ def load_held_out_rows(held_out: list[dict], tokenizer, args: Args) -> list[dict
     eval_source = args.eval_source or args.source
     rows = two_responses(held_out) if eval_source == "preference" else held_out
     max_lengths = (args.max_prompt_length, args.max_response_length)
-    return tokenize(rows, tokenizer, ("response",), *max_lengths, args.eval_dataset or args.dataset)
+    eval_name = args.eval_dataset or f"{args.dataset}, held out"
+    return tokenize(rows, tokenizer, ("response",), *max_lengths, eval_name, args.skip_bad_rows)
 
 
-def judge_rows(rows: list[dict], judge: Callable) -> None:
-    """Replaces the `reward` of each row by the judge's, in place."""
+def judge_rows(rows: list[dict], judge: Callable, tokenizer) -> None:
+    """Replaces the `reward` of each row by the judge's, in place; of a response that was cut, as it is now."""
+    cut = were_cut(tokenizer, [row["response_ids"] for row in rows])
+    texts = []
+    for row, unfinished in zip(rows, cut, strict=True):
+        shortened = tokenizer.decode(row["response_ids"], skip_special_tokens=True)
+        texts.append(shortened if unfinished else row["response"])
     sequences = [(row["prompt_ids"], row["response_ids"]) for row in rows]
-    texts = [row["response"] for row in rows]
     rewards = judge(rows, sequences, texts).tolist()
     for row, reward in zip(rows, rewards, strict=True):
         row["reward"] = reward
@@ -367,8 +382,7 @@ def load_pairs(held_out: list[dict], args: Args) -> list[tuple[dict, dict]]:
     """
     eval_source = args.eval_source or args.source
     if eval_source == "preference":
-        # A prompt that is too long has left with both of its rows: they still alternate.
-        pairs = list(zip(held_out[::2], held_out[1::2], strict=True))
+        pairs = whole_pairs(held_out)
     else:
         pairs = make_pairs(held_out, args.eval_gap)
     if not pairs:
@@ -389,7 +403,7 @@ def standardised_scores(rows: list[dict], args: Args) -> tuple[torch.Tensor, flo
     else:
         mean = scores.mean().item()
         std = scores.std().item()
-    if not std > 0:
+    if scores.max() == scores.min():  # their deviation need not be 0: 0.1 has no exact mean
         fail(f"{args.dataset}: all rewards are {scores[0].item()}; there is nothing to learn")
     return (scores - mean) / std, mean, std
 
@@ -408,11 +422,12 @@ def policy_averages(rows: list[dict]) -> dict[str | None, float]:
 def baseline_accuracies(
     pairs: list[tuple[dict, dict]], averages: dict[str | None, float]
 ) -> dict[str, float]:
-    """Share of the pairs that two rules order rightly: the longer response wins; the better policy's wins."""
-    return {
-        "baseline_length": longer_wins(pairs),
-        "baseline_policy": better_policy_wins(pairs, averages),
-    }
+    """Share of the pairs that two rules order rightly: the longer response wins; the better policy's wins, where
+    rows name policies."""
+    shares = {"baseline_length": longer_wins(pairs)}
+    if any(policy is not None for policy in averages):
+        shares["baseline_policy"] = better_policy_wins(pairs, averages)
+    return shares
 
 
 def write_table(path: Path, shares: dict[str, float], pairs: int, averages: dict[str | None, float]) -> None:
@@ -434,7 +449,7 @@ def write_pictures(path: str, rows: list[dict], values: list[list[float]], token
     for i, row in enumerate(rows[:4]):  # two pairs
         side = "chosen" if i % 2 == 0 else "rejected"
         title = f"{side}: {json.dumps(row['prompt'], ensure_ascii=False)[:80]}"
-        texts.append((title, token_texts(tokenizer, row["response_ids"]), values[i]))
+        texts.append((title, valued_texts(tokenizer, row["response_ids"], values[i])))
     note(draw_values(texts, path))
 
 
@@ -456,7 +471,7 @@ def main(args: Args) -> None:
     rank = distributed.rank()
     world = distributed.world()
     name = resolve(args.model)
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, args.template_arguments)
     pad = tokenizer.pad_token_id
 
     # --- data
@@ -464,10 +479,10 @@ def main(args: Args) -> None:
     rows = load_training_rows(training, tokenizer, args)
     held_out_rows = load_held_out_rows(held_out, tokenizer, args)
     if args.reward:
-        judge = Reward(args.reward, tokenizer, args)
-        judge_rows(rows, judge)
+        judge = Reward(args.reward, tokenizer, args, [*rows, *held_out_rows])
+        judge_rows(rows, judge, tokenizer)
         if (args.eval_source or args.source) == "scores":  # pairs have their order already
-            judge_rows(held_out_rows, judge)
+            judge_rows(held_out_rows, judge, tokenizer)
         del judge
         gc.collect()  # sharded modules are in reference cycles
     pairs = load_pairs(held_out_rows, args)
@@ -487,17 +502,18 @@ def main(args: Args) -> None:
     eval_sequences = [(row["prompt_ids"], row["response_ids"]) for row in eval_rows]
     lengths = [len(prompt) + len(response) for prompt, response in sequences]
     steps = args.steps or args.epochs * max(1, len(rows) // args.batch_size)
-    note(f"{len(rows)} responses to learn from, {len(pairs)} held-out pairs, {steps} steps")
+    note(f"{len(rows)} responses to learn from, {len(pairs)} held-out pairs")
 
     # --- models
-    model = load_model("value", name, tokenizer, args, trained=True, layers=args.layers)
+    longest = longest_of([*sequences, *eval_sequences])
+    model = load_model("value", name, tokenizer, args, trained=True, layers=args.layers, longest=longest)
     optimizer = adamw(model, args.lr)
     trained = {"model": (model, optimizer)}
     state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
     value_mean = state.get("value_mean", 0.0)  # of the last batch, with --normalise-values
     value_std = state.get("value_std", 1.0)
-    run.start(start, steps)
+    run.start(start, steps, rows)
 
     def micro_batch_values(mb):
         """Values [B, T + 1] of a micro-batch."""
@@ -590,6 +606,7 @@ def main(args: Args) -> None:
         shares = accuracy | baseline_accuracies(pairs, averages)
         write_table(Path(args.run_dir, "accuracy.json"), shares, len(pairs), averages)
         write_pictures(f"{args.run_dir}/values", eval_rows, values, tokenizer)
+        run.picture("values", f"{args.run_dir}/values.png", steps)
     if args.normalise_values:
         fold_normalisation(model, value_mean, value_std)
     export(
@@ -603,7 +620,7 @@ def main(args: Args) -> None:
         context_pairs=args.context_pairs,
         context_length=args.context_length,
     )
-    run.close()
+    run.close(f"python dvpo.py --model YOUR_POLICY --gvm {args.run_dir}/model")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ where it falls far below 0 with the other, the policy runs away from all of the 
 docs/kto.md explains the rest.
 """
 
-import json
 import math
 import random
 import time
@@ -36,13 +35,14 @@ from common import distributed
 from common.batches import batch_indices, collate, micro_batches
 from common.checkpoints import export, load_checkpoint, save_checkpoint
 from common.cli import fail, note, parse
-from common.data import hold_out, read_rows
+from common.data import hold_out, prompt_key, read_rows
 from common.log import Run
 from common.logprobs import sequence_logprobs
 from common.measures import auc, distinct_2, implied_accuracy
 from common.meter import mfu, peak_memory_gb, state_bytes
 from common.models import load_model
 from common.optimizer import accumulated, adamw, backward, learning_rate, optimizer_step
+from common.positions import longest_of
 from common.pretrained import resolve
 from common.reference import load_reference, reference_logprobs
 from common.rewards import Reward
@@ -58,7 +58,8 @@ class Args:
     ref_model: str = ""
     """Reference policy: a hub id or folder. By default it is `--model` as it starts."""
     dataset: str = "reviews"
-    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns
+    """Data to train on: a hub id (`id:configuration` where it has several), a folder, or local .jsonl, .json or
+    .parquet files (.gz too; several with commas between), with the columns
     that docs/data.md lists for this script. `reviews` is the embedded world."""
     split: str = "train"
     """Split of a hub data set; of a local file, the value that its column `split` must have."""
@@ -72,6 +73,9 @@ class Args:
     """Share of the prompts that is held out where no `--eval-dataset` is given."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our column names and yours, in pairs: `--columns prompt question response answer`."""
+    template_arguments: dict[str, str] = field(default_factory=dict)
+    """Arguments for the chat template and their values, in pairs: `--template-arguments enable_thinking
+    false`."""
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
@@ -149,6 +153,9 @@ class Args:
     """Recompute activations in the backward pass: less memory, a third more time."""
     shard_size: int = 0
     """Number of ranks that a model is sharded over (HSDP: replicas of it across nodes). 0: all."""
+    timeout_minutes: float = 60.0
+    """Minutes after which a rank that waits for another gives up: longer than the slowest rollout, load or
+    reward of one rank."""
 
 
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
@@ -215,7 +222,7 @@ def prompt_groups(rows: list[dict]) -> torch.Tensor:
     numbers = {}
     groups = []
     for row in rows:
-        prompt = json.dumps(row["prompt"])
+        prompt = prompt_key(row["prompt"])
         if prompt not in numbers:
             numbers[prompt] = len(numbers)
         groups.append(numbers[prompt])
@@ -226,7 +233,7 @@ def one_row_per_prompt(rows: list[dict]) -> list[dict]:
     """The last row of each prompt, in the order in which the prompts first appear."""
     last = {}
     for row in rows:
-        last[str(row["prompt"])] = row
+        last[prompt_key(row["prompt"])] = row
     return list(last.values())
 
 
@@ -243,7 +250,7 @@ def main(args: Args) -> None:
     rank = distributed.rank()
     world = distributed.world()
     name = resolve(args.model)
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, args.template_arguments)
     ref_name = resolve(args.ref_model or args.model)
     require_same_tokenizer(tokenizer, ref_name, "--ref-model")
     pad = tokenizer.pad_token_id
@@ -273,10 +280,10 @@ def main(args: Args) -> None:
     if not rows or not held_out:
         counts = f"{len(rows)} rows to learn from, {len(held_out)} held out"
         fail(f"{args.dataset}: {counts}; change --eval-fraction or give --eval-dataset")
-    eval_name = args.eval_dataset or args.dataset
+    eval_name = args.eval_dataset or f"{args.dataset}, held out"
     max_lengths = (args.max_prompt_length, args.max_response_length)
-    rows = tokenize(rows, tokenizer, ("response",), *max_lengths, args.dataset)
-    held_out = tokenize(held_out, tokenizer, ("response",), *max_lengths, eval_name)
+    rows = tokenize(rows, tokenizer, ("response",), *max_lengths, args.dataset, args.skip_bad_rows)
+    held_out = tokenize(held_out, tokenizer, ("response",), *max_lengths, eval_name, args.skip_bad_rows)
     labels = torch.tensor([row["label"] for row in rows], device=device)  # [N]
     good = int(labels.sum())
     bad = int((~labels).sum())
@@ -299,11 +306,11 @@ def main(args: Args) -> None:
     others = mismatched([row["prompt_ids"] for row in rows], args.seed)
     mismatches = [(rows[i]["prompt_ids"], rows[j]["response_ids"]) for i, j in enumerate(others)]
     eval_rows = one_row_per_prompt(held_out)[: args.eval_prompts]
-    eval_prompts = [row["prompt_ids"] for row in eval_rows]
+    eval_prompts = [row["opening_ids"] for row in eval_rows]
     lengths = [len(prompt) + len(response) for prompt, response in sequences]
     steps = args.steps or args.epochs * max(1, len(rows) // args.batch_size)
     learned_from = f"{good} desirable and {bad} undesirable responses to learn from"
-    note(f"{learned_from}, {len(held_out)} held out, {steps} steps")
+    note(f"{learned_from}, {len(held_out)} held out")
 
     def scale(sequences):
         """What a summed log-probability is divided by, [N]: the response's length in tokens, or 1."""
@@ -314,16 +321,17 @@ def main(args: Args) -> None:
         return torch.tensor(divisors, dtype=torch.float64, device=device)
 
     # --- models
-    judges = [Reward(reward_name, tokenizer, args) for reward_name in args.eval_reward]
+    longest = longest_of([*sequences, *eval_sequences, *mismatches], eval_prompts, args.max_response_length)
+    judges = [Reward(reward_name, tokenizer, args, eval_rows) for reward_name in args.eval_reward]
     ref_sums, eval_ref_sums, mismatched_ref_sums = reference_logprobs(
         ref_name, tokenizer, args, train=sequences, held_out=eval_sequences, mismatched=mismatches
     )
     ref_logprobs = ref_sums / scale(sequences)  # [N]
     eval_ref_logprobs = eval_ref_sums / scale(eval_sequences)  # [M]
     mismatched_ref_logprobs = mismatched_ref_sums / scale(mismatches)  # [N]
-    policy = load_model("policy", name, tokenizer, args, trained=True)
+    policy = load_model("policy", name, tokenizer, args, trained=True, longest=longest)
     optimizer = adamw(policy, args.lr)
-    reference = None if args.precompute_ref else load_reference(policy, ref_name, tokenizer, args)
+    reference = None if args.precompute_ref else load_reference(policy, ref_name, tokenizer, args, longest)
     trained = {"policy": (policy, optimizer)}
     models = [policy]
     optimizers = [optimizer]
@@ -332,7 +340,7 @@ def main(args: Args) -> None:
     state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
     check_sampler(policy, tokenizer, eval_prompts, args.max_response_length, args.temperature)
-    run.start(start, steps)
+    run.start(start, steps, rows)
 
     def summed_logprobs_of(model, sequences, temperature=1.0):
         """log pi(y | x) [N], summed over the response's tokens, on every rank; no gradient."""
@@ -445,7 +453,7 @@ def main(args: Args) -> None:
             save_checkpoint(args.run_dir, done, trained, {}, args.keep)
     evaluate_labelled(steps)
     export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
-    run.close()
+    run.close(f"python evaluate.py responses --models {args.run_dir}/model --dataset YOUR_PROMPTS")
 
 
 if __name__ == "__main__":

@@ -42,11 +42,12 @@ from common.log import Run
 from common.meter import Phases, state_bytes
 from common.models import load_model
 from common.optimizer import accumulated, adamw, backward, learning_rate, optimizer_step
+from common.positions import longest_of
 from common.pretrained import resolve
 from common.reference import load_reference
 from common.rewards import Reward
 from common.rollout import check_sampler, note_drift, rollout
-from common.tokenization import load_tokenizer, require_same_tokenizer, stop_token, tokenize
+from common.tokenization import load_tokenizer, require_same_tokenizer, tokenize, were_cut
 from common.value_heads import response_values
 
 
@@ -64,12 +65,16 @@ class Args:
     """What the critic starts from. By default it is the reward model where that is a model, else the
     policy."""
     dataset: str = "reviews"
-    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns
+    """Data to train on: a hub id (`id:configuration` where it has several), a folder, or local .jsonl, .json or
+    .parquet files (.gz too; several with commas between), with the columns
     that docs/data.md lists for this script. `reviews` is the embedded world."""
     split: str = "train"
     """Split of a hub data set; of a local file, the value that its column `split` must have."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our column names and yours, in pairs: `--columns prompt question response answer`."""
+    template_arguments: dict[str, str] = field(default_factory=dict)
+    """Arguments for the chat template and their values, in pairs: `--template-arguments enable_thinking
+    false`."""
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
@@ -168,6 +173,9 @@ class Args:
     """Keep frozen models in the host's memory except during the passes that read them."""
     shard_size: int = 0
     """Number of ranks that a model is sharded over (HSDP: replicas of it across nodes). 0: all."""
+    timeout_minutes: float = 60.0
+    """Minutes after which a rank that waits for another gives up: longer than the slowest rollout, load or
+    reward of one rank."""
 
 
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
@@ -221,15 +229,15 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def whiten(x: Tensor, mask: Tensor, centre: bool = True, eps: float = 1e-8) -> Tensor:
-    """x [B, T] divided by its standard deviation over the unmasked entries of all rows; 0 where masked.
+    """x [B, T] divided by the root mean square of the unmasked entries of all rows; 0 where masked.
 
-    With `centre` their mean is subtracted before.
+    With `centre` their mean is subtracted before, so that this is their standard deviation. Without it the
+    deviation would be no measure of size: of entries that are nearly equal it is nearly 0.
     """
-    mean = x[mask].mean()
-    std = ((x[mask] - mean) ** 2).mean().sqrt()
     if centre:
-        x = x - mean
-    return torch.where(mask, x / (std + eps), 0.0)
+        x = x - x[mask].mean()
+    size = (x[mask] ** 2).mean().sqrt()
+    return torch.where(mask, x / (size + eps), 0.0)
 
 
 def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
@@ -310,14 +318,11 @@ def main(args: Args) -> None:
     rank = distributed.rank()
     world = distributed.world()  # number of ranks
     policy_name = resolve(args.model)
-    tokenizer = load_tokenizer(policy_name)
+    tokenizer = load_tokenizer(policy_name, args.template_arguments)
     ref_name = resolve(args.ref_model or args.model)
     require_same_tokenizer(tokenizer, ref_name, "--ref-model")
     pad = tokenizer.pad_token_id
     limit = args.max_response_length
-    # Either of two tokens ends a response: what the chat template writes after an answer is not always the
-    # tokenizer's end of sequence (Gemma's is not), and a policy may end with the one or the other.
-    stops = {stop_token(tokenizer), tokenizer.eos_token_id}
     reward_is_model = ":" not in args.reward or Path(args.reward).exists()
     critic_name = resolve(args.critic or (args.reward if reward_is_model else args.model))
     require_same_tokenizer(tokenizer, critic_name, "--critic")
@@ -333,7 +338,9 @@ def main(args: Args) -> None:
         skip_bad_rows=args.skip_bad_rows,
     )
     response_fields = ()  # the rows are prompts alone
-    rows = tokenize(rows, tokenizer, response_fields, args.max_prompt_length, limit, args.dataset)
+    rows = tokenize(
+        rows, tokenizer, response_fields, args.max_prompt_length, limit, args.dataset, args.skip_bad_rows
+    )
     rows, eval_rows = hold_out_prompts(rows, args.eval_prompts, args.split_seed)
     if not rows:
         fail(
@@ -341,18 +348,19 @@ def main(args: Args) -> None:
         )
 
     # --- models
-    reward = Reward(args.reward, tokenizer, args)
-    eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
-    policy = load_model("policy", policy_name, tokenizer, args, trained=True)
+    longest = longest_of((), [row["opening_ids"] for row in [*rows, *eval_rows]], limit)
+    reward = Reward(args.reward, tokenizer, args, [*rows, *eval_rows])
+    eval_rewards = [Reward(name, tokenizer, args, eval_rows) for name in args.eval_reward]
+    policy = load_model("policy", policy_name, tokenizer, args, trained=True, longest=longest)
     # By default the engine is None, so that rollout samples with our own loop from the policy itself, and
     # the cap is 0, which makes every importance weight 1. Only --rollout-engine vllm, which rounds
     # differently, has both.
     engine, importance_cap = vllm.start(policy, policy_name, args)
     policy.engine = engine  # where rollout looks for it
     optimizer = adamw(policy, args.lr)
-    critic = load_model("value", critic_name, tokenizer, args, trained=True)
+    critic = load_model("value", critic_name, tokenizer, args, trained=True, longest=longest)
     critic_optimizer = adamw(critic, args.critic_lr)
-    reference = load_reference(policy, ref_name, tokenizer, args)
+    reference = load_reference(policy, ref_name, tokenizer, args, longest)
     models = [policy, critic, reference]  # those in memory: counted in the log, and parked if frozen
     if reward_is_model:
         models.append(reward.model)
@@ -363,9 +371,10 @@ def main(args: Args) -> None:
         offload.park(models + [eval_reward.model for eval_reward in eval_rewards])
     state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
-    beta = state.get("beta", args.beta)
-    check_sampler(policy, tokenizer, [row["prompt_ids"] for row in rows], limit, args.temperature)
-    run.start(start, args.steps)
+    # an adaptive beta goes on where it was; a fixed one is what the command line says
+    beta = state.get("beta", args.beta) if args.kl_target else args.beta
+    check_sampler(policy, tokenizer, [row["opening_ids"] for row in rows], limit, args.temperature)
+    run.start(start, args.steps, rows)
 
     def logprobs_of(model, sequences):
         """Log-probabilities [n, T] of n responses' tokens under a policy, on every rank; 0 where masked."""
@@ -385,7 +394,7 @@ def main(args: Args) -> None:
 
     def evaluate(step):
         """Answers the held-out prompts, with the same random numbers each time; logs rewards, KL, length."""
-        prompts = [row["prompt_ids"] for row in eval_rows]
+        prompts = [row["opening_ids"] for row in eval_rows]
         seed = (0, 0)  # no training step has it: theirs are (--seed, 1), (--seed, 2), ...
         responses, sampler_logprobs = rollout(
             policy, tokenizer, prompts, limit, args.temperature, seed, args.rollout_batch_size, compare=False
@@ -425,7 +434,7 @@ def main(args: Args) -> None:
         phases = Phases()
         drawn = batch_indices(len(rows), args.batch_size, step, args.seed)
         batch = [rows[i] for i in drawn]
-        prompts = [row["prompt_ids"] for row in batch]  # B token lists
+        prompts = [row["opening_ids"] for row in batch]  # B token lists
         seed = (args.seed, step + 1)  # other random numbers in each step; + 1, since (0, 0) is evaluation's
         # B token lists, and the log-probabilities [B, T] with which the sampler drew the tokens; note_drift
         # compares them with the policy's below, when these are at hand, so compare=False
@@ -435,7 +444,7 @@ def main(args: Args) -> None:
         sequences = list(zip(prompts, responses, strict=True))  # B (prompt tokens, response tokens)
         lengths = [len(prompt) + len(response) for prompt, response in sequences]  # B
         mask = response_mask(responses, device)  # [B, T] True at the tokens of the responses
-        is_truncated = [response[-1] not in stops for response in responses]
+        is_truncated = were_cut(tokenizer, responses)
         truncated = torch.tensor(is_truncated, device=device)  # [B]
         phases.end("rollout")
 
@@ -566,7 +575,7 @@ def main(args: Args) -> None:
         evaluate(args.steps)
     export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
     export(critic, tokenizer, f"{args.run_dir}/critic", args.precision)
-    run.close()
+    run.close(f"python evaluate.py responses --models {args.run_dir}/model --dataset YOUR_PROMPTS")
 
 
 if __name__ == "__main__":

@@ -45,11 +45,12 @@ from common.log import Run
 from common.meter import Phases, state_bytes
 from common.models import load_model
 from common.optimizer import accumulated, adamw, backward, learning_rate, optimizer_step
+from common.positions import longest_of
 from common.pretrained import resolve
 from common.reference import load_reference
 from common.rewards import Reward
 from common.rollout import check_sampler, note_drift, rollout
-from common.tokenization import load_tokenizer, require_same_tokenizer, stop_token, tokenize
+from common.tokenization import load_tokenizer, require_same_tokenizer, tokenize, were_cut
 
 
 @dataclass
@@ -63,12 +64,16 @@ class Args:
     """Reward model (hub id or folder) or `module:function` that scores responses; in gvm_td.py its scores
     replace the data set's returns."""
     dataset: str = "reviews"
-    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns
+    """Data to train on: a hub id (`id:configuration` where it has several), a folder, or local .jsonl, .json or
+    .parquet files (.gz too; several with commas between), with the columns
     that docs/data.md lists for this script. `reviews` is the embedded world."""
     split: str = "train"
     """Split of a hub data set; of a local file, the value that its column `split` must have."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our column names and yours, in pairs: `--columns prompt question response answer`."""
+    template_arguments: dict[str, str] = field(default_factory=dict)
+    """Arguments for the chat template and their values, in pairs: `--template-arguments enable_thinking
+    false`."""
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
@@ -158,6 +163,9 @@ class Args:
     """Keep frozen models in the host's memory except during the passes that read them."""
     shard_size: int = 0
     """Number of ranks that a model is sharded over (HSDP: replicas of it across nodes). 0: all."""
+    timeout_minutes: float = 60.0
+    """Minutes after which a rank that waits for another gives up: longer than the slowest rollout, load or
+    reward of one rank."""
 
 
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
@@ -275,14 +283,11 @@ def main(args: Args) -> None:
     rank = distributed.rank()
     world = distributed.world()  # number of ranks
     policy_name = resolve(args.model)
-    tokenizer = load_tokenizer(policy_name)
+    tokenizer = load_tokenizer(policy_name, args.template_arguments)
     ref_name = resolve(args.ref_model or args.model)
     require_same_tokenizer(tokenizer, ref_name, "--ref-model")
     pad = tokenizer.pad_token_id
     limit = args.max_response_length
-    # Either of two tokens ends a response: what the chat template writes after an answer is not always the
-    # tokenizer's end of sequence (Gemma's is not), and a policy may end with the one or the other.
-    stops = {stop_token(tokenizer), tokenizer.eos_token_id}
 
     # --- data
     rows = read_rows(
@@ -295,7 +300,9 @@ def main(args: Args) -> None:
         skip_bad_rows=args.skip_bad_rows,
     )
     response_fields = ()  # the rows are prompts alone
-    rows = tokenize(rows, tokenizer, response_fields, args.max_prompt_length, limit, args.dataset)
+    rows = tokenize(
+        rows, tokenizer, response_fields, args.max_prompt_length, limit, args.dataset, args.skip_bad_rows
+    )
     rows, eval_rows = hold_out_prompts(rows, args.eval_prompts, args.split_seed)
     if not rows:
         fail(
@@ -303,16 +310,17 @@ def main(args: Args) -> None:
         )
 
     # --- models
-    reward = Reward(args.reward, tokenizer, args)
-    eval_rewards = [Reward(name, tokenizer, args) for name in args.eval_reward]
-    policy = load_model("policy", policy_name, tokenizer, args, trained=True)
+    longest = longest_of((), [row["opening_ids"] for row in [*rows, *eval_rows]], limit)
+    reward = Reward(args.reward, tokenizer, args, [*rows, *eval_rows])
+    eval_rewards = [Reward(name, tokenizer, args, eval_rows) for name in args.eval_reward]
+    policy = load_model("policy", policy_name, tokenizer, args, trained=True, longest=longest)
     # By default the engine is None, so that rollout samples with our own loop from the policy itself, and
     # the cap is 0, which makes every importance weight 1. Only --rollout-engine vllm, which rounds
     # differently, has both.
     engine, importance_cap = vllm.start(policy, policy_name, args)
     policy.engine = engine  # where rollout looks for it
     optimizer = adamw(policy, args.lr)
-    reference = load_reference(policy, ref_name, tokenizer, args) if args.beta else None
+    reference = load_reference(policy, ref_name, tokenizer, args, longest) if args.beta else None
     # those in memory: counted in the log, and parked if frozen; a reward that is a function has no model
     models = [model for model in (policy, reference, reward.model) if model is not None]
     optimizers = [optimizer]
@@ -322,8 +330,8 @@ def main(args: Args) -> None:
         offload.park(models + [eval_reward.model for eval_reward in eval_rewards])
     state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
-    check_sampler(policy, tokenizer, [row["prompt_ids"] for row in rows], limit, args.temperature)
-    run.start(start, args.steps)
+    check_sampler(policy, tokenizer, [row["opening_ids"] for row in rows], limit, args.temperature)
+    run.start(start, args.steps, rows)
 
     def logprobs_of(model, sequences):
         """Log-probabilities [n, T] of n responses' tokens under a policy, on every rank; 0 where masked."""
@@ -342,7 +350,7 @@ def main(args: Args) -> None:
 
         With --beta 0 no reference is loaded, and the KL is left out.
         """
-        prompts = [row["prompt_ids"] for row in eval_rows]
+        prompts = [row["opening_ids"] for row in eval_rows]
         seed = (0, 0)  # no training step has it: theirs are (--seed, 1), (--seed, 2), ...
         # with a reference the policy's log-probabilities are at hand below, and note_drift compares them
         compare = reference is None
@@ -381,7 +389,7 @@ def main(args: Args) -> None:
         phases = Phases()
         drawn = batch_indices(len(rows), args.batch_size, step, args.seed)
         batch = [rows[i] for i in drawn]
-        prompts = [row["prompt_ids"] for row in batch]  # B token lists
+        prompts = [row["opening_ids"] for row in batch]  # B token lists
         seed = (args.seed, step + 1)  # other random numbers in each step; + 1, since (0, 0) is evaluation's
         # each prompt twice, in one call: first all sampled, then all greedy (temperature 0)
         temperatures = [args.temperature] * args.batch_size + [0.0] * args.batch_size
@@ -398,9 +406,9 @@ def main(args: Args) -> None:
         lengths = [len(prompt) + len(response) for prompt, response in sequences]  # B
         mask = response_mask(responses, device)  # [B, T] True at the tokens of the responses
         sampler_logprobs = all_sampler_logprobs[: args.batch_size, : mask.shape[1]]  # [B, T]
-        is_truncated = [response[-1] not in stops for response in responses]
+        is_truncated = were_cut(tokenizer, responses)
         truncated = torch.tensor(is_truncated, device=device)  # [B]
-        greedy_is_truncated = [response[-1] not in stops for response in greedy_responses]
+        greedy_is_truncated = were_cut(tokenizer, greedy_responses)
         greedy_truncated = torch.tensor(greedy_is_truncated, device=device)  # [B]
         phases.end("rollout")
 
@@ -511,7 +519,7 @@ def main(args: Args) -> None:
     if args.eval_every and eval_rows:
         evaluate_kl_optional(args.steps)
     export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
-    run.close()
+    run.close(f"python evaluate.py responses --models {args.run_dir}/model --dataset YOUR_PROMPTS")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ from common.log import Run
 from common.meter import mfu, peak_memory_gb, state_bytes
 from common.models import load_model
 from common.optimizer import accumulated, adamw, backward, learning_rate, optimizer_step
+from common.positions import longest_of
 from common.pretrained import resolve
+from common.templates import text_of
 from common.tokenization import load_tokenizer, tokenize
 from common.value_heads import sequence_scores
 
@@ -47,7 +49,8 @@ class Args:
     """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded
     one."""
     dataset: str = "reviews"
-    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns
+    """Data to train on: a hub id (`id:configuration` where it has several), a folder, or local .jsonl, .json or
+    .parquet files (.gz too; several with commas between), with the columns
     that docs/data.md lists for this script. `reviews` is the embedded world."""
     split: str = "train"
     """Split of a hub data set; of a local file, the value that its column `split` must have."""
@@ -59,6 +62,9 @@ class Args:
     """Share of the prompts that is held out where no `--eval-dataset` is given."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our column names and yours, in pairs: `--columns prompt question response answer`."""
+    template_arguments: dict[str, str] = field(default_factory=dict)
+    """Arguments for the chat template and their values, in pairs: `--template-arguments enable_thinking
+    false`."""
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
@@ -120,6 +126,9 @@ class Args:
     """Recompute activations in the backward pass: less memory, a third more time."""
     shard_size: int = 0
     """Number of ranks that a model is sharded over (HSDP: replicas of it across nodes). 0: all."""
+    timeout_minutes: float = 60.0
+    """Minutes after which a rank that waits for another gives up: longer than the slowest rollout, load or
+    reward of one rank."""
 
 
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
@@ -160,7 +169,7 @@ def main(args: Args) -> None:
     rank = distributed.rank()
     world = distributed.world()
     name = resolve(args.model)
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, args.template_arguments)
     pad = tokenizer.pad_token_id
 
     # --- data
@@ -184,10 +193,14 @@ def main(args: Args) -> None:
     if not rows or not held_out:
         counts = f"{len(rows)} pairs to learn from, {len(held_out)} held out"
         fail(f"{args.dataset}: {counts}; change --eval-fraction or give --eval-dataset")
-    eval_name = args.eval_dataset or args.dataset
+    eval_name = args.eval_dataset or f"{args.dataset}, held out"
     max_lengths = (args.max_prompt_length, args.max_response_length)
-    rows = tokenize(rows, tokenizer, ("chosen", "rejected"), *max_lengths, args.dataset)
-    held_out = tokenize(held_out, tokenizer, ("chosen", "rejected"), *max_lengths, eval_name)
+    rows = tokenize(
+        rows, tokenizer, ("chosen", "rejected"), *max_lengths, args.dataset, args.skip_bad_rows, whole=True
+    )
+    held_out = tokenize(
+        held_out, tokenizer, ("chosen", "rejected"), *max_lengths, eval_name, args.skip_bad_rows, whole=True
+    )
     sequences = two_sides(rows)  # 2N: those of pair i are 2i and 2i + 1
     eval_sequences = two_sides(held_out)  # 2M
     lengths = []  # of the longer sequence of each pair
@@ -195,15 +208,16 @@ def main(args: Args) -> None:
         longer_response = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
         lengths.append(len(row["prompt_ids"]) + longer_response)
     steps = args.steps or args.epochs * max(1, len(rows) // args.batch_size)
-    note(f"{len(rows)} pairs to learn from, {len(held_out)} held out, {steps} steps")
+    note(f"{len(rows)} pairs to learn from, {len(held_out)} held out")
 
     # --- models
-    model = load_model("reward", name, tokenizer, args, trained=True, layers=args.layers)
+    longest = longest_of([*sequences, *eval_sequences])
+    model = load_model("reward", name, tokenizer, args, trained=True, layers=args.layers, longest=longest)
     optimizer = adamw(model, args.lr)
     trained = {"model": (model, optimizer)}
     state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
-    run.start(start, steps)
+    run.start(start, steps, rows)
 
     def micro_batch_scores(mb):
         """Scores [B, 1] of a micro-batch."""
@@ -224,7 +238,9 @@ def main(args: Args) -> None:
             "eval/accuracy": (chosen > rejected).float().mean(),
             "eval/loss": bradley_terry_loss(chosen, rejected) / len(chosen),
             "eval/margin": (chosen - rejected).mean(),
-            "baseline/length": np.mean([len(row["chosen"]) > len(row["rejected"]) for row in held_out]),
+            "baseline/length": np.mean(
+                [len(text_of(row["chosen"])) > len(text_of(row["rejected"])) for row in held_out]
+            ),
         }
         run.metrics(step, metrics, show=("eval/accuracy", "eval/loss"))
         samples = []
@@ -311,7 +327,7 @@ def main(args: Args) -> None:
     scores = predict_scores(sequences[: 2 * 500])  # a sample: the spread is known to 2 % then
     statistics = {"score_mean": scores.mean().item(), "score_std": scores.std().item()}
     export(model, tokenizer, f"{args.run_dir}/model", args.precision, **statistics)
-    run.close()
+    run.close(f"python ppo.py --model YOUR_POLICY --reward {args.run_dir}/model")
 
 
 if __name__ == "__main__":

@@ -23,11 +23,12 @@ from common import distributed
 from common.batches import batch_indices, collate, micro_batches, run_micro_batches
 from common.checkpoints import export, load_checkpoint, save_checkpoint
 from common.cli import fail, note, parse
-from common.data import hold_out, read_rows
+from common.data import hold_out, prompt_key, read_rows
 from common.log import Run
 from common.meter import mfu, peak_memory_gb, state_bytes
 from common.models import load_model
 from common.optimizer import accumulated, adamw, backward, learning_rate, optimizer_step
+from common.positions import longest_of
 from common.pretrained import resolve
 from common.rewards import Reward
 from common.rollout import check_sampler, rollout
@@ -40,7 +41,8 @@ class Args:
     """Model to start from: a hub id or a local folder, usually the SFT policy. `reviews` is the embedded
     one."""
     dataset: str = "reviews"
-    """Data to train on: a hub id, or a local .jsonl, .json or .parquet file (.gz too), with the columns
+    """Data to train on: a hub id (`id:configuration` where it has several), a folder, or local .jsonl, .json or
+    .parquet files (.gz too; several with commas between), with the columns
     that docs/data.md lists for this script. `reviews` is the embedded world."""
     split: str = "train"
     """Split of a hub data set; of a local file, the value that its column `split` must have."""
@@ -52,8 +54,13 @@ class Args:
     """Share of the prompts that is held out where no `--eval-dataset` is given."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our column names and yours, in pairs: `--columns prompt question response answer`."""
+    template_arguments: dict[str, str] = field(default_factory=dict)
+    """Arguments for the chat template and their values, in pairs: `--template-arguments enable_thinking
+    false`."""
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
+    train_on: Literal["all", "last"] = "all"
+    """Which answers of a conversation are trained: all of them, or the last."""
     split_seed: int = 0
     """Seed of the split into parts and held-out prompts. It must be the same in all scripts of an
     experiment."""
@@ -117,6 +124,9 @@ class Args:
     """Recompute activations in the backward pass: less memory, a third more time."""
     shard_size: int = 0
     """Number of ranks that a model is sharded over (HSDP: replicas of it across nodes). 0: all."""
+    timeout_minutes: float = 60.0
+    """Minutes after which a rank that waits for another gives up: longer than the slowest rollout, load or
+    reward of one rank."""
 
 
 # What works on the embedded world of 0.1 M parameters; a flag on the command line wins.
@@ -145,7 +155,7 @@ def one_row_per_prompt(rows: list[dict]) -> list[dict]:
     """The last row of each prompt, in the order in which the prompts first appear."""
     last = {}
     for row in rows:
-        last[str(row["prompt"])] = row
+        last[prompt_key(row["prompt"])] = row
     return list(last.values())
 
 
@@ -157,7 +167,7 @@ def main(args: Args) -> None:
     rank = distributed.rank()
     world = distributed.world()
     name = resolve(args.model, "untrained")
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, args.template_arguments)
     pad = tokenizer.pad_token_id
 
     # --- data
@@ -171,6 +181,7 @@ def main(args: Args) -> None:
             part=part,
             split_seed=args.split_seed,
             skip_bad_rows=args.skip_bad_rows,
+            train_on=args.train_on,
         )
 
     rows = read_responses(args.dataset, args.split, args.part)
@@ -181,27 +192,28 @@ def main(args: Args) -> None:
     if not rows or not held_out:
         counts = f"{len(rows)} rows to learn from, {len(held_out)} held out"
         fail(f"{args.dataset}: {counts}; change --eval-fraction or give --eval-dataset")
-    eval_name = args.eval_dataset or args.dataset
+    eval_name = args.eval_dataset or f"{args.dataset}, held out"
     max_lengths = (args.max_prompt_length, args.max_response_length)
-    rows = tokenize(rows, tokenizer, ("response",), *max_lengths, args.dataset)
-    held_out = tokenize(held_out, tokenizer, ("response",), *max_lengths, eval_name)
+    rows = tokenize(rows, tokenizer, ("response",), *max_lengths, args.dataset, args.skip_bad_rows)
+    held_out = tokenize(held_out, tokenizer, ("response",), *max_lengths, eval_name, args.skip_bad_rows)
     sequences = [(row["prompt_ids"], row["response_ids"]) for row in rows]
     eval_sequences = [(row["prompt_ids"], row["response_ids"]) for row in held_out]
     eval_rows = one_row_per_prompt(held_out)[: args.eval_prompts]
-    eval_prompts = [row["prompt_ids"] for row in eval_rows]
+    eval_prompts = [row["opening_ids"] for row in eval_rows]
     lengths = [len(prompt) + len(response) for prompt, response in sequences]
     steps = args.steps or args.epochs * max(1, len(rows) // args.batch_size)
-    note(f"{len(rows)} responses to learn from, {len(held_out)} held out, {steps} steps")
+    note(f"{len(rows)} responses to learn from, {len(held_out)} held out")
 
     # --- models
-    judges = [Reward(reward_name, tokenizer, args) for reward_name in args.eval_reward]
-    policy = load_model("policy", name, tokenizer, args, trained=True)
+    longest = longest_of([*sequences, *eval_sequences], eval_prompts, args.max_response_length)
+    judges = [Reward(reward_name, tokenizer, args, eval_rows) for reward_name in args.eval_reward]
+    policy = load_model("policy", name, tokenizer, args, trained=True, longest=longest)
     optimizer = adamw(policy, args.lr)
     trained = {"policy": (policy, optimizer)}
     state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
     check_sampler(policy, tokenizer, eval_prompts, args.max_response_length, args.temperature)
-    run.start(start, steps)
+    run.start(start, steps, rows)
 
     def held_out_logprobs(mb):
         """Log-probabilities [B, T] of a micro-batch of held-out responses."""
@@ -276,7 +288,7 @@ def main(args: Args) -> None:
             save_checkpoint(args.run_dir, done, trained, {}, args.keep)
     evaluate_responses(steps)
     export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
-    run.close()
+    run.close(f"a policy to train from it, with --model {args.run_dir}/model")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ def llama(hidden: int, layers: int, vocabulary: int, heads: int = 4) -> transfor
     )
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config)
-    model.forbidden_token = None  # that `decode` reads
+    # what `decode` and `response_logprobs` read
+    model.forbidden_tokens = None
+    model.output_form = logprobs.OutputForm()
     return model
 
 

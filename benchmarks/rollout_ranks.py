@@ -46,6 +46,7 @@ class Args:
     precision: str = "auto"
     """Compute type: auto, bf16, fp32 or fp64."""
     shard_size: int = 0
+    timeout_minutes: float = 60.0
     """Ranks per replica; 0: all."""
     lora_rank: int = 0
     """Rank of LoRA adapters; 0: none."""
@@ -89,7 +90,7 @@ def main(args: Args) -> None:
     compute_type, _ = distributed.dtypes(args.precision)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_type)
     plain = plain.to(distributed.device()).eval()
-    plain.forbidden_token = sharded.forbidden_token  # that `decode` reads
+    plain.forbidden_tokens = sharded.forbidden_tokens  # that `decode` reads
 
     generator = torch.Generator().manual_seed(distributed.rank())
     prompts = []

@@ -65,7 +65,7 @@ import ppo
 from common.batches import batch_indices, collate
 from common.cli import fail
 from common.data import prompt_hash
-from common.logprobs import response_logprobs
+from common.logprobs import OutputForm, response_logprobs
 from common.value_heads import response_values, sequence_scores
 from tools.jobs import commit
 
@@ -458,7 +458,8 @@ def replayed_loss(script: str, record: dict, paths: dict, size: dict, device: st
     def logprobs_of(path: str) -> torch.Tensor:
         """[N, T]"""
         model = load(path)
-        model.forbidden_token = None
+        model.forbidden_tokens = None
+        model.output_form = OutputForm()
         model.response_logprobs = MethodType(response_logprobs, model)
 
         def forward(mb):

@@ -3,7 +3,9 @@
 A first reading, in this order:
 
     data           rows from a hub id or a file: formats, checks, splits by prompt
-    tokenization   tokenizers, chat templates, stop tokens; rows to token ids
+    formats        the field's formats as rows of ours: conversations, pairs, scores
+    templates      what a chat template writes, and where an answer begins and ends in it
+    tokenization   tokenizers, stop tokens; rows to token ids
     batches        ragged sequences to micro-batches; positions; one pass over all of them
     logprobs       log pi(y | x) and entropy, in chunks
     value_heads    V(s_1), Q(s_t, a_t), a reward model's score, and the head that says it
@@ -14,6 +16,8 @@ A first reading, in this order:
 What makes it run on one CPU and on many GPUs:
 
     pretrained     a name to a folder or hub id, and one part of it through transformers
+    checks         a model compared with its own forward when it is opened
+    positions      how long a sequence a model reads
     models         opening a model of a kind: checked, with its head, sharded
     distributed    processes, and the mesh they form
     sharding       FSDP2

@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as sd
 
 from common import distributed, lora, sharding
+from common.cli import fail
 
 
 def _states(trained: dict) -> dict:
@@ -61,13 +62,20 @@ def save_checkpoint(run_dir: str, step: int, trained: dict, extra: dict, keep: i
 
 
 def load_checkpoint(run_dir: str, trained: dict) -> dict:
-    """Restores the newest whole checkpoint in place; returns its `extra` with `step`; {} if there is none."""
+    """Restores the newest whole checkpoint in place; returns its `extra` with `step`; {} if there is none.
+
+    Rank 0 chooses it for all. Ends with one line where it is another model's.
+    """
     found = sorted(Path(run_dir, "checkpoints").glob("step-*/state.json"))
+    found = distributed.all_gather_object(found)[0]
     if not found:
         return {}
     newest = found[-1]
     states = _states(trained)
-    dcp.load(states, checkpoint_id=newest.parent / "dcp")
+    try:
+        dcp.load(states, checkpoint_id=newest.parent / "dcp")
+    except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
+        fail(f"{newest.parent}: --resume: it is no checkpoint of these models ({reason(error)})")
     for name, (model, optimizer) in trained.items():
         sd.set_state_dict(
             model,
@@ -83,6 +91,14 @@ def load_checkpoint(run_dir: str, trained: dict) -> dict:
         if len(rng) > 1:
             torch.cuda.set_rng_state(rng[1])
     return json.loads(newest.read_text())
+
+
+def reason(error: BaseException) -> str:
+    """The first line that says something, of an error of torch's checkpoints: theirs list one per rank."""
+    if isinstance(error, dcp.api.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def export(model, tokenizer, folder: str, precision: str, **config) -> None:
@@ -103,7 +119,7 @@ def export(model, tokenizer, folder: str, precision: str, **config) -> None:
         if hasattr(model, "lora"):
             lora.save(model, full, part, compute)
         else:
-            model.save_pretrained(part, state_dict={key: value.to(compute) for key, value in full.items()})
+            model.save_pretrained(part, state_dict=sharding.in_type(compute, model, full.items()))
         tokenizer.save_pretrained(part)
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)

@@ -55,6 +55,7 @@ def parse(cls, reviews: dict, argv: list[str] | None = None):
     args = tyro.cli(cls, args=argv)
     if args.dataset == "reviews":
         args = tyro.cli(cls, args=argv, default=cls(**reviews))
+    say_half_of_a_pair(args)
     for name in POSITIVE:
         value = getattr(args, name, 1)
         if value < 0 or (value == 0 and getattr(cls, name) != 0):
@@ -62,3 +63,14 @@ def parse(cls, reviews: dict, argv: list[str] | None = None):
     if getattr(args, "eval_prompts", 0) < 0 or not 0 <= getattr(args, "lora_dropout", 0) < 1:
         fail("--eval-prompts must not be negative, --lora-dropout in [0, 1)")
     return args
+
+
+def say_half_of_a_pair(args) -> None:
+    """A note where the embedded policy meets data of one's own, or a model of one's own the embedded data."""
+    model = getattr(args, "model", "")
+    if model == "reviews" and args.dataset != "reviews":
+        note(
+            f"--model is not given: the embedded toy policy of restaurant reviews is trained on {args.dataset}"
+        )
+    elif model not in ("", "reviews") and args.dataset == "reviews":
+        note(f"--dataset is not given: {model} is trained on the embedded restaurant reviews")

@@ -3,8 +3,10 @@
 Ranks hold the same global batch, each computes its share."""
 
 import gc
+import math
 import os
 import sys
+from datetime import timedelta
 from functools import cache
 
 import torch
@@ -37,8 +39,10 @@ def launch(main, args) -> None:
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    if not 0 < args.timeout_minutes < math.inf:
+        fail(f"--timeout-minutes {args.timeout_minutes}: a positive number of minutes")
     if "RANK" in os.environ:  # set by torchrun
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(minutes=args.timeout_minutes))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     torch.manual_seed(args.seed)

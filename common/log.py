@@ -1,10 +1,13 @@
 """The run folder: arguments, metrics, samples, progress."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import shutil
+import time
+import uuid
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -12,6 +15,9 @@ from tqdm import tqdm
 
 from common import distributed, lora, vllm
 from common.cli import fail, note
+from common.optimizer import warmup_of
+
+SHARED_TRIES = 30  # seconds in which a rank must see what another has written
 
 
 class Run:
@@ -32,6 +38,7 @@ class Run:
         if distributed.rank() == 0:
             self.prepare_folder()
             self.write_arguments()
+        self.require_shared_folder()
 
     def refuse_earlier_run(self) -> None:
         """Ends with one line where the folder holds a run that the flags neither continue nor replace."""
@@ -43,6 +50,30 @@ class Run:
             fail(
                 f"{self.dir} holds an earlier run: "
                 "--resume continues it, --overwrite replaces it, --run-dir chooses another"
+            )
+
+    def require_shared_folder(self) -> None:
+        """Ends with one line where a rank does not see what rank 0 writes: each node would keep its part of a
+        checkpoint to itself."""
+        if distributed.world() == 1:
+            return
+        mark = self.dir / "shared"
+        if distributed.rank() == 0:
+            mark.write_text(uuid.uuid4().hex)
+        word = distributed.all_gather_object(mark.read_text() if distributed.rank() == 0 else None)[0]
+        seen = False
+        for _ in range(SHARED_TRIES):
+            seen = mark.exists() and mark.read_text() == word
+            if seen:
+                break
+            time.sleep(1)  # a network file system may be slow to show it
+        blind = [rank for rank, saw in enumerate(distributed.all_gather_object(seen)) if not saw]
+        if distributed.rank() == 0:
+            mark.unlink()
+        if blind:
+            fail(
+                f"--run-dir {self.dir}: rank {blind[0]} does not see what rank 0 writes there; on several nodes "
+                "it has to be on storage that all of them share"
             )
 
     def prepare_folder(self) -> None:
@@ -69,14 +100,17 @@ class Run:
             note("resuming with other arguments: " + ", ".join(changed))
         file.write_text(json.dumps(now, indent=1))
 
-    def start(self, step: int, total: int) -> None:
-        """Opens the logs at `step` of `total`.
+    def start(self, step: int, total: int, rows: list[dict]) -> None:
+        """Opens the logs at `step` of `total`. `rows`: what is learned from, which a resumed run must find
+        unchanged.
 
         On resume, what the run wrote after its checkpoint is dropped, its last evaluation too: it comes anew.
         """
         self.total = total
         if distributed.rank() != 0:
             return
+        self.check_data(step, rows)
+        self.say_plan(total, len(rows))
         for name in ("metrics.jsonl", "samples.jsonl"):
             self.keep_before(self.dir / name, step)
         # from `step` on events of an earlier try are hidden; a step of 0 keeps none of them
@@ -84,6 +118,36 @@ class Run:
         self.bar = tqdm(total=total, initial=step, desc=self.dir.name, disable=None)
         if self.args.wandb:
             self.wandb = start_wandb(self.dir, step, dataclasses.asdict(self.args))
+
+    def say_plan(self, total: int, rows: int) -> None:
+        """The first line of a run: how long it is, and which learning rate it will reach."""
+        args = self.args
+        passes = total * args.batch_size / max(1, rows)
+        warmup = warmup_of(total, args.warmup_steps)
+        shortened = f", not {args.warmup_steps}" if warmup < args.warmup_steps else ""
+        note(
+            f"{self.dir.name}: {total} steps of {args.batch_size}, {passes:.3g} passes over {rows} rows; learning "
+            f"rate {args.lr:g} after {warmup} steps of warm-up{shortened}, then {args.lr_schedule}"
+        )
+
+    def check_data(self, step: int, rows: list[dict]) -> None:
+        """Keeps a hash of the data, tokens and columns. Ends with one line where a resumed run has other rows:
+        their order would be another, so that some are seen twice in an epoch and some never, or what a reward
+        function compares with would change."""
+        judged = bool(getattr(self.args, "reward", ""))  # by a model, whose last digits depend on the ranks
+        digest = hashlib.sha256()
+        for row in rows:
+            data = {key: value for key, value in row.items() if not (judged and key == "reward")}
+            digest.update(json.dumps(data, sort_keys=True, default=str).encode())
+        now = {"rows": len(rows), "sha256": digest.hexdigest()}
+        file = self.dir / "data.json"
+        before = json.loads(file.read_text()) if step and file.exists() else now
+        if before != now:
+            fail(
+                f"{self.dir}: the data has changed since the run began ({before['rows']} rows, now {now['rows']}, or "
+                "other contents or tokens); --resume needs the same, --overwrite begins anew"
+            )
+        file.write_text(json.dumps(now))
 
     def keep_before(self, path: Path, step: int) -> None:
         """Keeps the lines of a .jsonl file up to a checkpoint at `step`; a fresh run keeps none."""
@@ -96,12 +160,16 @@ class Run:
                 in_step = row["step"] == step and (step < self.total or "time/step_s" in row)
                 if row["step"] < step or in_step:
                     kept.append(line + "\n")
+        if not kept:
+            path.unlink(missing_ok=True)  # some scripts write no samples
+            return
         part = path.with_suffix(".part")  # under another name first: a kill leaves no half of it
         part.write_text("".join(kept), encoding="utf-8")
         part.rename(path)
 
     def metrics(self, step: int, values: dict, show: tuple[str, ...] = ()) -> None:
-        """One line of metrics.jsonl and TensorBoard; `show` names those for the progress bar."""
+        """One line of metrics.jsonl and TensorBoard; `show` names those for the progress bar, which says of
+        evaluations that they are."""
         if distributed.rank() != 0:
             return
         values = {key: float(value) for key, value in values.items()}
@@ -114,24 +182,48 @@ class Run:
             self.wandb.log(values, step=step)
         shown = [f"{key.split('/')[-1]} {values[key]:.3g}" for key in show if key in values]
         text = " ".join(shown)
+        held_out = any(key.startswith("eval/") for key in show)
+        if held_out:
+            text = f"held out: {text}"
         self.bar.n = step
         self.bar.set_postfix_str(text)
         every = max(1, self.total // 10)
-        if self.bar.disable and (step % every == 0 or step == self.total):  # not a terminal: ten lines
+        # not a terminal: ten lines, and the evaluations
+        if self.bar.disable and (held_out or step % every == 0 or step == self.total):
             note(f"{self.dir.name} {step}/{self.total} {text}")
 
     def samples(self, step: int, rows: list[dict], name: str = "samples.jsonl") -> None:
-        """Appends a line per row, with its step. Ranks other than 0 write into nothing."""
-        path = self.dir / name if distributed.rank() == 0 else os.devnull
-        with open(path, "a", encoding="utf-8") as file:
+        """Appends a line per row, with its step; texts go to TensorBoard as well. Only rank 0 writes."""
+        if distributed.rank() != 0:
+            return
+        with open(self.dir / name, "a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+        if name == "samples.jsonl":
+            texts = [json.dumps(row, ensure_ascii=False, indent=1) for row in rows]
+            self.writer.add_text("samples", "\n\n".join(f"```\n{text}\n```" for text in texts), step)
 
-    def close(self) -> None:
-        """Writes out TensorBoard's events and ends the progress bar."""
+    def picture(self, name: str, path: str, step: int) -> None:
+        """A .png file into TensorBoard."""
         if distributed.rank() == 0:
-            self.writer.close()
-            self.bar.close()
+            from matplotlib.image import imread
+
+            self.writer.add_image(name, imread(path)[..., :3], step, dataformats="HWC")
+
+    def close(self, what_next: str) -> None:
+        """Writes out TensorBoard's events, ends the progress bar, and says where the model is and `what_next`
+        to run with it."""
+        if distributed.rank() != 0:
+            return
+        self.writer.close()
+        self.bar.close()
+        note(f"{self.dir.name}: done. The model is in {self.dir}/model; next: {what_next}")
+        checkpoints = self.dir / "checkpoints"
+        size = sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file())
+        if size:
+            note(
+                f"{self.dir.name}: {checkpoints} ({size / 1e6:,.0f} MB) is for --resume with more steps alone"
+            )
 
 
 def start_wandb(folder: Path, step: int, config: dict):

@@ -1,12 +1,15 @@
 """LoRA through peft (2106.09685): adapters inside the Hugging Face model, merged for the export."""
 
+import copy
 import importlib.util
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from common import sharding
 from common.cli import fail
 
 
@@ -35,32 +38,94 @@ def check(args, before: dict, now: dict) -> None:
 
 def add(model, head, name: str, args, master: torch.dtype) -> None:
     """Adapters on every linear layer but `head`, in place. They alone are trained, in `master`, and the head
-    of a value or reward model. `name`: the folder or hub id that the export names as its base. Ends with one
-    line where there is no linear layer."""
+    of a value or reward model. `name`: the folder or hub id that the export names as its base.
+
+    The experts of a mixture are one tensor in most models, no linear layers, and get none. Ends with one line
+    where there is no linear layer, or peft puts adapters elsewhere.
+    """
     import peft
 
-    linear = [path for path, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    if not linear:
+    paths = linear_layers(model, head)
+    if not paths:
         fail(f"{name}: --lora-rank: it has no torch.nn.Linear layers to put adapters on")
     config = peft.LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         base_model_name_or_path=name,
-        target_modules=sorted({path.rpartition(".")[2] for path in linear}),
+        target_modules=paths,
     )
-    peft.inject_adapter_in_model(config, model)  # and freezes the rest
+    if not args.lora_merge and renames_targets(config, model):
+        fail(
+            f"{name}: --no-lora-merge: peft would open such adapters of a {model.config.model_type} model as "
+            "adapters of its experts; leave --lora-merge"
+        )
+    with without_renaming(model):
+        peft.inject_adapter_in_model(config, model)  # and freezes the rest
+    adapted = sorted(path for path, module in model.named_modules() if hasattr(module, "lora_A"))
+    if adapted != paths:
+        wrong = sorted(set(adapted) ^ set(paths))
+        fail(f"{name}: --lora-rank: peft does not put its adapters on the linear layers alone ({wrong[0]})")
     model.lora = config
     model.lora_merge = args.lora_merge
-    if model.can_generate():
-        config.task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    if "ForTokenClassification" in type(model).__name__:
+        config.task_type = "TOKEN_CLS"
+    elif "ForSequenceClassification" in type(model).__name__:
+        config.task_type = "SEQ_CLS"
     else:
-        config.task_type = "TOKEN_CLS" if "TokenClassification" in type(model).__name__ else "SEQ_CLS"
+        config.task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    if config.task_type in ("TOKEN_CLS", "SEQ_CLS"):
         head.requires_grad_(True)
         config.modules_to_save = [path for path, m in model.named_modules() if m is head]
     replace_dropout(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(master if parameter.requires_grad else parameter.dtype)
+
+
+# Mamba's fused kernels read the weights of these layers, beside its conv1d, themselves: past an adapter.
+READ_BY_KERNELS = ("x_proj", "dt_proj", "out_proj")
+
+
+def linear_layers(model, head) -> list[str]:
+    """The paths of the linear layers but `head`, sorted; of a model of text and pictures, those of the text.
+
+    Not of layers that only derive from torch's (routers, which give more than one tensor), nor of
+    READ_BY_KERNELS.
+    """
+    is_text = model.config.get_text_config() is model.config
+    text = model if is_text or model.config.is_encoder_decoder else model.get_decoder()
+    of_text = {id(module) for module in text.modules()}
+    paths = []
+    for path, module in model.named_modules():
+        if type(module) is not torch.nn.Linear or module is head or id(module) not in of_text:
+            continue
+        parent, _, last = path.rpartition(".")
+        if not (last in READ_BY_KERNELS and hasattr(model.get_submodule(parent), "conv1d")):
+            paths.append(path)
+    return sorted(paths)
+
+
+def renames_targets(config, model) -> bool:
+    """Whether peft, when it opens such adapters, takes their layers for the experts' of older versions."""
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # versions that rename nothing
+        return False
+    other = copy.deepcopy(config)
+    convert_peft_config_for_transformers(other, model=model, conversions=None)
+    return set(other.target_modules) != set(config.target_modules)
+
+
+@contextmanager
+def without_renaming(model):
+    """Inside, peft does not know the model's family: of some it would put what is meant for shared experts
+    (gate_proj, up_proj, down_proj) on the fused ones."""
+    kind = type(model.config).model_type
+    model.config.model_type = "unknown"
+    try:
+        yield
+    finally:
+        model.config.model_type = kind
 
 
 def replace_dropout(model) -> None:
@@ -111,7 +176,7 @@ def save(model, full: dict[str, torch.Tensor], folder: Path, compute: torch.dtyp
     """The merged model, or with --no-lora-merge the adapters alone; `full` is the whole state dict."""
     if model.lora_merge:
         weights = merged(full, model.lora.lora_alpha / model.lora.r)
-        model.save_pretrained(folder, state_dict={key: value.to(compute) for key, value in weights})
+        model.save_pretrained(folder, state_dict=sharding.in_type(compute, model, weights))
     else:
         folder.mkdir()
         save_adapter(model, full, folder)

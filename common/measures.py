@@ -1,11 +1,13 @@
 """Numbers of an evaluation: pair accuracies of values and of log-ratios, diversity."""
 
-import json
 import math
 import random
 
 import numpy as np
 import torch
+
+from common.data import prompt_key
+from common.templates import text_of
 
 STATISTICS = ("mean", "p1", "p5", "p10", "p90", "p95", "p99", "last")
 PERCENTILES = (1, 5, 10, 90, 95, 99)
@@ -33,7 +35,7 @@ def make_pairs(rows: list[dict], gap: float) -> list[tuple[dict, dict]]:
     """All (better, worse) pairs of responses to one prompt, at least `gap` of reward apart and never equal."""
     groups = {}
     for row in rows:
-        groups.setdefault(json.dumps(row["prompt"]), []).append(row)
+        groups.setdefault(prompt_key(row["prompt"]), []).append(row)
     pairs = []
     for group in groups.values():
         for a in group:
@@ -43,6 +45,12 @@ def make_pairs(rows: list[dict], gap: float) -> list[tuple[dict, dict]]:
     return pairs
 
 
+def whole_pairs(rows: list[dict]) -> list[tuple[dict, dict]]:
+    """(chosen, rejected) of rows that stand in this order and have one `pair` number. A row whose partner was
+    dropped, as one that cannot be written is, is none."""
+    return [(a, b) for a, b in zip(rows, rows[1:], strict=False) if a["pair"] == b["pair"]]
+
+
 def sample_pairs(pairs: list[tuple[dict, dict]], most: int) -> list[tuple[dict, dict]]:
     """At most so many of the pairs, in random order. The seed is fixed: all runs are judged on the same."""
     return random.Random(0).sample(pairs, min(len(pairs), most))
@@ -50,7 +58,10 @@ def sample_pairs(pairs: list[tuple[dict, dict]], most: int) -> list[tuple[dict, 
 
 def longer_wins(pairs: list[tuple[dict, dict]]) -> float:
     """Baseline that reads no text: share of pairs whose chosen response has more characters."""
-    return float(np.mean([len(chosen["response"]) > len(rejected["response"]) for chosen, rejected in pairs]))
+    longer = []
+    for chosen, rejected in pairs:
+        longer.append(len(text_of(chosen["response"])) > len(text_of(rejected["response"])))
+    return float(np.mean(longer))
 
 
 def better_policy_wins(pairs: list[tuple[dict, dict]], averages: dict[str | None, float]) -> float:
@@ -97,9 +108,15 @@ def auc(log_ratios: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def distinct_2(texts: list[str]) -> float:
-    """Different pairs of neighbouring words over all pairs, in all texts together: diversity (1510.03055)."""
-    pairs = []
+    """Different pairs of neighbouring words over all pairs of a text (distinct-2, 1510.03055), the mean over
+    the texts; 0 for a text of one word, 0.0 without texts.
+
+    1510.03055 takes one ratio of all texts together, which falls with their number; the figures of 2506.13702
+    (0.7 to 0.9 over 10,000 answers) are of single texts. So this measures repetition within an answer.
+    """
+    shares = []
     for text in texts:
         words = text.split()
-        pairs += zip(words, words[1:], strict=False)
-    return len(set(pairs)) / max(1, len(pairs))
+        pairs = list(zip(words, words[1:], strict=False))
+        shares.append(len(set(pairs)) / max(1, len(pairs)))
+    return sum(shares) / max(1, len(shares))

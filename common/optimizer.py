@@ -11,8 +11,14 @@ from common import distributed, sharding
 from common.cli import fail
 
 
+def warmup_of(steps: int, warmup: int) -> int:
+    """The steps of warm-up: at most a tenth of a run, or a short one would end before its peak."""
+    return min(warmup, steps // 10)
+
+
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
     """Rate of 0-based `step`: linear warm-up, then constant, or linear or cosine down to zero at `steps`."""
+    warmup = warmup_of(steps, warmup)
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)

@@ -1,6 +1,8 @@
 """Token values in colour, as 2502.16944 Figure 3: for a terminal, as a page and as a picture (matplotlib)."""
 
 import html
+import os
+import sys
 from pathlib import Path
 
 RED = (230, 90, 80)
@@ -9,14 +11,32 @@ GREEN = (80, 175, 95)
 WIDTH = 90  # characters in a line of the picture
 STYLE = "body{font:16px/2 monospace;max-width:60em;margin:2em auto} span{white-space:pre-wrap}"
 
+BROKEN = "\ufffd"  # what bytes that are no whole character are decoded to
+LONGEST_CHARACTER = 4  # bytes, in UTF-8
+SCALE = 9  # cells of the scale under a picture
+
 Rgb = tuple[int, int, int]
 Cell = tuple[str, float, Rgb]  # a token, its value, its colour
 
 
-def token_texts(tokenizer, ids: list[int]) -> list[str]:
-    """The text each token adds to the response."""
-    texts = [tokenizer.decode(ids[:i]) for i in range(len(ids) + 1)]
-    return [after[len(before) :] for before, after in zip(texts, texts[1:], strict=False)]
+def valued_texts(tokenizer, ids: list[int], values: list[float]) -> list[tuple[str, float]]:
+    """(text, value) of each token of a response. Tokens that are bytes of one character are one text, with
+    the value of the last of them, which completes it."""
+    found = []
+    waiting = []  # tokens whose text is no whole character yet
+    written = ""  # the text of those before
+    for i, (token, value) in enumerate(zip(ids, values, strict=True), 1):
+        waiting.append(token)
+        text = tokenizer.decode(ids[:i])
+        incomplete = text.endswith(BROKEN) and len(waiting) < LONGEST_CHARACTER and i < len(ids)
+        if incomplete:
+            continue
+        # a tokenizer may clean up spaces before a later token: then its own text stands for it
+        piece = text[len(written) :] if text.startswith(written) else tokenizer.decode(waiting)
+        found.append((piece, value))
+        waiting = []
+        written = text
+    return found
 
 
 def colour(value: float, low: float, high: float) -> Rgb:
@@ -35,26 +55,39 @@ def mix(a: Rgb, b: Rgb, share: float) -> Rgb:
     return tuple(round(p + (q - p) * share) for p, q in zip(a, b, strict=True))
 
 
-def draw_values(texts: list[tuple[str, list[str], list[float]]], path: str) -> str:
-    """Colours each token by its value, as 2502.16944 Figure 3: a page, a picture, text for a terminal.
+def draw_values(texts: list[tuple[str, list[tuple[str, float]]]], path: str) -> str:
+    """Colours each token by its value, as 2502.16944 Figure 3: a page, a picture, text for the terminal.
 
-    Writes path.html and path.png, returns the third.
+    Writes path.html and path.png, returns the third, without colours the titles alone.
 
-    `texts` holds (title, tokens, one value per token); the scale runs from the lowest (red) to the highest
-    (green) of them all.
+    `texts` holds (title, `valued_texts`); the scale runs from the lowest value (red) to the highest (green) of
+    them all.
     """
-    everything = [value for _, _, values in texts for value in values]
+    everything = [value for _, valued in texts for _, value in valued]
     low = min(everything)
     high = max(everything)
     coloured = []  # (title, cells)
-    for title, tokens, values in texts:
-        cells = [
-            (token, value, colour(value, low, high)) for token, value in zip(tokens, values, strict=True)
-        ]
-        coloured.append((title, cells))
+    for title, valued in texts:
+        cells = [(text, value, colour(value, low, high)) for text, value in valued]
+        ends = f"   first {valued[0][1]:.3g}, last {valued[-1][1]:.3g}" if valued else ""
+        coloured.append((title + ends, cells))
     Path(f"{path}.html").write_text(as_page(coloured, low, high), encoding="utf-8")
-    draw_picture(coloured, f"{path}.png")
-    return as_terminal(coloured)
+    draw_picture([*coloured, scale(low, high)], f"{path}.png")
+    if shows_colours():
+        return as_terminal(coloured)
+    titles = [title for title, _ in coloured]
+    return "\n".join([*titles, f"each token with its value: {path}.html and {path}.png"])
+
+
+def scale(low: float, high: float) -> tuple[str, list[Cell]]:
+    """Numbers in their colours, from the lowest to the highest."""
+    numbers = [low + (high - low) * i / (SCALE - 1) for i in range(SCALE)]
+    return "scale", [(f" {number:.3g} ", number, colour(number, low, high)) for number in numbers]
+
+
+def shows_colours() -> bool:
+    """Whether the output is a terminal, and its user does not ask for none (no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def as_terminal(coloured: list[tuple[str, list[Cell]]]) -> str:

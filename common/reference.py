@@ -12,13 +12,15 @@ from transformers import AutoConfig
 from common import distributed, lora
 from common.logprobs import sequence_logprobs
 from common.models import load_model
+from common.positions import longest_of
 
 
-def load_reference(policy, name: str, tokenizer, args):
-    """The frozen reference; with LoRA, where --ref-model names no other, the policy with its adapters off."""
+def load_reference(policy, name: str, tokenizer, args, longest: int):
+    """The frozen reference; with LoRA, where --ref-model names no other, the policy with its adapters off.
+    `longest`: the tokens of the longest sequence."""
     if args.lora_rank and not args.ref_model:
         return lora.AdapterOff(policy)
-    return load_model("policy", name, tokenizer, args, trained=False)
+    return load_model("policy", name, tokenizer, args, trained=False, longest=longest)
 
 
 def fingerprint(name: str) -> str:
@@ -53,7 +55,8 @@ def reference_logprobs(name: str, tokenizer, args, **sets) -> list[torch.Tensor]
     kept = distributed.all_gather_object(kept)[0]  # rank 0's
     if kept is None:
         kept = {}
-        reference = load_model("policy", name, tokenizer, args, trained=False)
+        longest = max(longest_of(sequences) for sequences in sets.values())
+        reference = load_model("policy", name, tokenizer, args, trained=False, longest=longest)
         for each, sequences in sets.items():
             kept[each] = sequence_logprobs(
                 reference, sequences, args.micro_batch_size, tokenizer.pad_token_id

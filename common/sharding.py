@@ -2,6 +2,7 @@
 
 Each wrapped module is a unit whose weights are gathered and freed together."""
 
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 import torch
@@ -50,6 +51,13 @@ def load_full(model, source) -> None:
         if distributed.rank() == 0:
             buffer.copy_(source.get_buffer(name))
         dist.broadcast(buffer, 0)
+
+
+def in_type(compute: torch.dtype, model, weights: Iterable[tuple[str, torch.Tensor]]) -> dict:
+    """A state dict for an export: parameters in `compute`, as forward passes used them; buffers (a router's
+    float32 bias, integers) in the type that forward passes read them in."""
+    buffers = {name for name, _ in model.named_buffers()}
+    return {name: tensor if name in buffers else tensor.to(compute) for name, tensor in weights}
 
 
 @contextmanager

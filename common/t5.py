@@ -29,10 +29,7 @@ def hidden_states(
     model, input_ids: torch.Tensor, prompt_lengths: torch.Tensor, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(decoder's last hidden states [B, T, H] for the response `tokens` [B, T], encoder's mean over each
-    prompt [B, H]).
-
-    The first are scaled as the output layer reads them.
-    """
+    prompt [B, H])."""
     ids, mask = only_prompts(input_ids, prompt_lengths)
     encoder_states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state  # [B, P, H]
     # the decoder reads each token to say the next one, and begins with a token of its own
@@ -44,8 +41,5 @@ def hidden_states(
         encoder_attention_mask=mask,
         use_cache=False,
     )
-    hidden = out.last_hidden_state
-    if getattr(model.config, "scale_decoder_outputs", False):  # T5's tied output layer; Flan-T5 has its own
-        hidden = hidden * model.config.d_model**-0.5
     prompt_mean = (encoder_states * mask[..., None]).sum(1) / prompt_lengths[:, None]
-    return hidden, prompt_mean
+    return out.last_hidden_state, prompt_mean

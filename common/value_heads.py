@@ -25,5 +25,16 @@ def sequence_scores(
     model, input_ids: torch.Tensor, prompt_lengths: torch.Tensor, response_mask: torch.Tensor
 ) -> torch.Tensor:
     """[B, 1] scores of a reward model. transformers reads the score at the last token that is not padding
-    (where pad is eos: at the one before the eos), so it needs neither lengths nor mask."""
-    return model(input_ids=input_ids, use_cache=False).logits
+    (where pad is eos: at the one before the eos), so a decoder needs neither lengths nor mask.
+
+    An encoder is told where each sequence ends (`model.needs_mask`) and, if it knows two kinds of text, where
+    the response begins (`model.needs_types`).
+    """
+    inputs = {"input_ids": input_ids}
+    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    lengths = prompt_lengths + response_mask.sum(1)
+    if model.needs_mask:
+        inputs["attention_mask"] = (places < lengths[:, None]).long()
+    if model.needs_types:
+        inputs["token_type_ids"] = (places >= prompt_lengths[:, None]).long()
+    return model(**inputs, use_cache=False).logits

@@ -113,8 +113,8 @@ class Engine:
             return []
         # our stops alone: without ignore_eos those of the folder's generation config would end a response too
         options = dict(max_tokens=limit, stop_token_ids=stops, ignore_eos=True, detokenize=False, logprobs=0)
-        if policy.forbidden_token is not None:
-            options["logit_bias"] = {policy.forbidden_token: -100.0}
+        if policy.forbidden_tokens is not None:
+            options["logit_bias"] = dict.fromkeys(policy.forbidden_tokens.tolist(), -100.0)
         params = [
             self.params(seed=s, temperature=t, **options) for s, t in zip(seeds, temperatures, strict=True)
         ]

@@ -22,7 +22,8 @@ from typing import Literal
 from tqdm import tqdm
 
 from common.cli import fail, note
-from common.data import check_row, prompt_hash, read_file
+from common.data import Unreadable, check_row, prompt_hash, read_file
+from common.templates import text_of
 
 Z95 = statistics.NormalDist().inv_cdf(0.975)  # 1.96
 
@@ -430,18 +431,22 @@ def read_responses(file: str) -> dict[str, str]:
     rows = read_file(file, "")
     responses = {}
     for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            fail(
+                f"{file}, row {number}: {row if isinstance(row, Unreadable) else 'no object with named columns'}"
+            )
         if "instruction" in row and "prompt" not in row:  # alpaca_eval's
             row = {"prompt": row["instruction"], "response": row.get("output")}
         empty = isinstance(row.get("response"), str) and not row["response"].strip()
         kind = "prompts" if empty else "responses"  # of "prompts" no response is checked
         try:
-            row = check_row(row, kind, {})
+            row = check_row(row, kind)
         except ValueError as error:
             why = str(error).split("; name yours")[0]  # this command has no --columns
             fail(f"{file}, row {number}: {why}")
         prompt = prompt_text(row["prompt"])
         if prompt not in responses:
-            responses[prompt] = row["response"]
+            responses[prompt] = text_of(row["response"])
     if not responses:
         fail(f"{file}: no rows")
     if len(responses) < len(rows):

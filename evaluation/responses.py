@@ -14,16 +14,17 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from common import distributed
+from common import distributed, positions
 from common.cli import fail, note
-from common.data import hold_out_prompts, read_rows
+from common.data import hold_out_prompts, prompt_key, read_rows
 from common.measures import distinct_2
 from common.models import load_model
+from common.positions import longest_of
 from common.pretrained import resolve
 from common.reference import fingerprint
 from common.rewards import Reward
 from common.rollout import rollout
-from common.tokenization import encode_prompt, load_tokenizer, stop_token, tokenize
+from common.tokenization import encode_prompt, load_tokenizer, stop_tokens, tokenize
 from evaluation import text_metrics
 from evaluation.text_metrics import WITH_REFERENCE, mean
 
@@ -36,12 +37,16 @@ class Responses:
     """A name for each model, for its files and the table. By default it is `x` of `runs/x/model`, else the
     last part."""
     dataset: str = "reviews"
-    """Prompts: a hub id, or a local .jsonl, .json or .parquet file (.gz too). MT-bench's `turns` are asked
+    """Prompts: a hub id (`id:configuration` where it has several), a folder, or local .jsonl, .json or
+    .parquet files (.gz too; several with commas between). MT-bench's `turns` are asked
     one after another."""
     split: str = "train"
     """Split of a hub data set; of a local file, the value that its column `split` must have."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our column names and yours, in pairs: `--columns prompt question response answer`."""
+    template_arguments: dict[str, str] = field(default_factory=dict)
+    """Arguments for the chat template and their values, in pairs: `--template-arguments enable_thinking
+    false`."""
     reference: str = "reference"
     """Column of the reference answers that some metrics compare with; `response`: the answers of an sft
     data set."""
@@ -88,6 +93,9 @@ class Responses:
     """Type that computes; auto is bf16 on a GPU and float32 on a CPU."""
     shard_size: int = 0
     """Number of ranks that a model is sharded over (HSDP: replicas of it across nodes). 0: all."""
+    timeout_minutes: float = 60.0
+    """Minutes after which a rank that waits for another gives up: longer than the slowest rollout, load or
+    reward of one rank."""
 
 
 # The prompts that the online scripts hold out of the embedded world.
@@ -164,7 +172,7 @@ def read_questions(args: Responses) -> list[dict]:
             fail(f"{where}, with which --metrics {compared[0]} compares; name yours with --reference")
         if not one_each:
             references = [None] * len(turns)
-        key = json.dumps(row["prompt"])
+        key = prompt_key(row["prompt"])
         if key not in questions:
             questions[key] = {**row, "turns": turns, "references": references}
     questions = list(questions.values())
@@ -237,7 +245,7 @@ def answer(policy, tokenizer, batch: list[dict], name: str, args: Responses, num
     prompts = [row["prompt"] for row in batch]  # of the present turn: a text, or the messages so far
     records = [[] for _ in batch]  # of each row, one per turn
     # A response ended by itself where its last token is the template's end of an answer, or the tokenizer's.
-    stops = {stop_token(tokenizer), tokenizer.eos_token_id}
+    stops = stop_tokens(tokenizer)
     most_turns = max(len(row["turns"]) for row in batch)
     for turn in range(most_turns):
         asked = [i for i, row in enumerate(batch) if turn < len(row["turns"])]
@@ -249,7 +257,11 @@ def answer(policy, tokenizer, batch: list[dict], name: str, args: Responses, num
                 reply = {"role": "assistant", "content": records[i][-1]["response"]}
                 question = {"role": "user", "content": batch[i]["turns"][turn]}
                 prompts[i] = [*said, reply, question]
-        prompt_ids = [encode_prompt(tokenizer, prompts[i]) for i in asked]
+        try:
+            prompt_ids = [encode_prompt(tokenizer, prompts[i]) for i in asked]
+        except ValueError as error:  # the first turns have been tried
+            fail(f"{name}: turn {turn + 1} of a question: {error}")
+        positions.check(policy, name, longest_of((), prompt_ids, args.max_response_length))
         seed = (args.seed, 1000 * number + turn)  # no question has 1000 turns: other numbers for each call
         responses, _ = rollout(
             policy, tokenizer, prompt_ids, args.max_response_length, args.temperature, seed
@@ -283,7 +295,11 @@ def generate(
     if whole == len(batches):
         return []
     first_rank = distributed.rank() == 0
-    policy = load_model("policy", policy_folder, tokenizer, args, trained=False)
+    asked = [encode_prompt(tokenizer, row["prompt"]) for batch in batches for row in batch]
+    longest = longest_of(
+        (), asked, args.max_response_length
+    )  # of the first turn; `answer` looks at the others
+    policy = load_model("policy", policy_folder, tokenizer, args, trained=False, longest=longest)
     records = []
     for number in tqdm(range(whole, len(batches)), desc=name, disable=None if first_rank else True):
         of_batch = answer(policy, tokenizer, batches[number], name, args, number)
@@ -390,13 +406,14 @@ def responses(args: Responses) -> None:
     check_arguments(args, names, reward_names)
     text_metrics.check(args.metrics, args)
     folders = [resolve(model) for model in args.models]
-    tokenizers = [load_tokenizer(folder) for folder in folders]
+    tokenizers = [load_tokenizer(folder, args.template_arguments) for folder in folders]
 
     # --- data
     rows = read_questions(args)
     for name, tokenizer in zip(names, tokenizers, strict=True):
         # A prompt that is too long for one of the models is asked of none: they answer the same prompts.
-        rows = tokenize(rows, tokenizer, (), args.max_prompt_length, 1, f"{args.dataset}, tokens of {name}")
+        what = f"{args.dataset}, tokens of {name}"
+        rows = tokenize(rows, tokenizer, (), args.max_prompt_length, 1, what, args.skip_bad_rows)
     batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
 
     # --- what is there already: rank 0 reads and cuts the files, the others hear of it
@@ -416,7 +433,7 @@ def responses(args: Responses) -> None:
     # --- models that score
     # A reward model reads the text by its own template, never a policy's tokens: then its scores are the same
     # numbers for policies of any tokenizer.
-    rewards = [Reward(name, tokenizers[0], args, by_text=True) for name in args.reward]
+    rewards = [Reward(name, tokenizers[0], args, rows) for name in args.reward]
 
     # --- rollout and reward
     numbers = {}  # model -> column -> mean, ci95 and n over its responses
@@ -434,14 +451,17 @@ def responses(args: Responses) -> None:
             "length": mean([record["length"] for record in records]),
             "characters": mean([len(text) for text in texts[name]]),
             "truncated": mean([record["truncated"] for record in records]),
-            "distinct_2": {"mean": distinct_2(texts[name]), "ci95": None, "n": len(records)},
+            "distinct_2": mean([distinct_2([text]) for text in texts[name]]),
         }
         row_of_record = [row for row in rows for _ in row["turns"]]
         asked = []  # the row of each record, with the conversation that was answered as its prompt
         for row, record in zip(row_of_record, records, strict=True):
             asked.append(row | {"prompt": record["prompt"]})
+        # of tokens a reward asks for the last alone, which says whether a response ended
+        end = [tokenizers[0].eos_token_id]
+        ended = [([], [] if record["truncated"] else end) for record in records]
         for reward_name, reward in zip(reward_names, rewards, strict=True):
-            scores = reward(asked, [], texts[name])  # [N]; no tokens: it reads texts
+            scores = reward(asked, ended, texts[name])  # [N]
             numbers[name][reward_name] = mean(scores.tolist(), reward.name)
 
     # --- text metrics and save: the other ranks need not wait for what rank 0 computes alone

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from common import distributed
+from common import distributed, positions
 from common.batches import run_micro_batches
 from common.cli import fail, note
 from common.context import add_context
@@ -25,11 +25,14 @@ from common.measures import (
     make_pairs,
     pair_accuracy,
     sample_pairs,
+    whole_pairs,
 )
 from common.models import load_model
-from common.pictures import draw_values, token_texts
+from common.pictures import draw_values, valued_texts
+from common.positions import longest_of
 from common.pretrained import resolve
 from common.rewards import Reward
+from common.templates import text_of
 from common.tokenization import load_tokenizer, tokenize
 from common.value_heads import response_values, sequence_scores
 
@@ -44,7 +47,8 @@ class Values:
     """Run of gvm_td.py or reward.py whose held-out pairs are judged, read as that run read them. By
     default it is the first model's run."""
     dataset: str = ""
-    """Pairs or scored responses: a hub id, or a local .jsonl, .json or .parquet file (.gz too);
+    """Pairs or scored responses: a hub id (`id:configuration` where it has several), a folder, or local .jsonl, .json or
+    .parquet files (.gz too; several with commas between);
     RewardBench's files are read as they are."""
     source: Literal["preference", "scores"] = "preference"
     """What the data set holds. preference: prompt, chosen, rejected; scores: prompt, response, reward (all
@@ -61,6 +65,9 @@ class Values:
     """Share of the prompts to judge: those that a run with this `--eval-fraction` holds out."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our column names and yours, in pairs: `--columns prompt question response answer`."""
+    template_arguments: dict[str, str] = field(default_factory=dict)
+    """Arguments for the chat template and their values, in pairs: `--template-arguments enable_thinking
+    false`."""
     part: Literal["all", "sft", "value", "rl"] = "all"
     """Share of the prompts to use: sft is 30 %, value 50 %, rl 20 %, disjoint by prompt (2502.16944)."""
     split_seed: int = 0
@@ -92,6 +99,9 @@ class Values:
     """Type that computes; auto is bf16 on a GPU and float32 on a CPU."""
     shard_size: int = 0
     """Number of ranks that a model is sharded over (HSDP: replicas of it across nodes). 0: all."""
+    timeout_minutes: float = 60.0
+    """Minutes after which a rank that waits for another gives up: longer than the slowest rollout, load or
+    reward of one rank."""
 
 
 # The columns of the table: statistics of the token values, their backup, and the one score that a reward
@@ -241,15 +251,18 @@ def as_the_run(args: Values) -> tuple[Values, dict[str, float]]:
         found["source"] = run["eval_source"] or run["source"]
         found["gap"] = run["eval_gap"]
         found["max_pairs"] = MAX_PAIRS
-    # The run's own micro-batches: the same sums in the same order, so the same digits.
-    found["micro_batch_size"] = run["micro_batch_size"] * scale
+    if args.micro_batch_size == Values.micro_batch_size:  # none is given
+        # The run's own micro-batches: the same sums in the same order, so the same digits.
+        found["micro_batch_size"] = run["micro_batch_size"] * scale
     return replace(args, **found), averages
 
 
 def drop_long(rows: list[dict], args: Values) -> list[dict]:
     """The rows whose responses have at most `--max-characters` characters; the others are counted."""
     columns = ("chosen", "rejected") if args.source == "preference" else ("response",)
-    short = [row for row in rows if all(len(row[column]) <= args.max_characters for column in columns)]
+    short = [
+        row for row in rows if all(len(text_of(row[column])) <= args.max_characters for column in columns)
+    ]
     dropped = len(rows) - len(short)
     note(f"{args.dataset}: dropped {dropped} of {len(rows)} rows: response over --max-characters")
     return short
@@ -258,10 +271,10 @@ def drop_long(rows: list[dict], args: Values) -> list[dict]:
 def responses_of_pairs(rows: list[dict]) -> list[dict]:
     """Preference rows to two rows each, one per response, the chosen one first."""
     responses = []
-    for row in rows:
+    for i, row in enumerate(rows):
         for side in ("chosen", "rejected"):
             policy = row.get(f"{side}_policy") or row.get(f"{side}_model")  # RewardBench's name for it
-            responses.append({**row, "response": row[side], "policy": policy})
+            responses.append({**row, "response": row[side], "policy": policy, "pair": i})
     return responses
 
 
@@ -293,16 +306,25 @@ def load_rows(args: Values) -> list[dict]:
     return held_out
 
 
-def with_tokens(rows: list[dict], tokenizer, args: Values) -> list[dict]:
-    """Adds `prompt_ids` and `response_ids`. Rows with long prompts are dropped, long responses are cut."""
-    name = args.dataset or "--text"
-    return tokenize(rows, tokenizer, ("response",), args.max_prompt_length, args.max_response_length, name)
+def with_tokens(rows: list[dict], tokenizer, args: Values, kind: str = "value") -> list[dict]:
+    """Adds `prompt_ids` and `response_ids`; for a reward model with what its template writes after the end.
+    Rows with long prompts are dropped, long responses are cut."""
+    return tokenize(
+        rows,
+        tokenizer,
+        ("response",),
+        args.max_prompt_length,
+        args.max_response_length,
+        args.dataset or "--text",
+        args.skip_bad_rows,
+        whole=kind == "reward",
+    )
 
 
 def with_rewards(rows: list[dict], tokenizer, args: Values) -> list[dict]:
     """The rows with the scores of `--reward` in place of the data set's own."""
-    scorer = Reward(args.reward, tokenizer, args)
     rows = with_tokens(rows, tokenizer, args)
+    scorer = Reward(args.reward, tokenizer, args, rows)
     sequences = [(row["prompt_ids"], row["response_ids"]) for row in rows]
     rewards = scorer(rows, sequences, [row["response"] for row in rows])  # [N]
     scored = [{**row, "reward": reward} for row, reward in zip(rows, rewards.tolist(), strict=True)]
@@ -317,8 +339,7 @@ def choose_pairs(rows: list[dict], args: Values) -> list[tuple[dict, dict]]:
     Preference data are pairs already, whatever `--gap` says.
     """
     if args.source == "preference":
-        # A prompt that is too long has left with both of its rows: they still alternate.
-        pairs = list(zip(rows[::2], rows[1::2], strict=True))
+        pairs = whole_pairs(rows)
     else:
         pairs = make_pairs(rows, args.gap)
     if not pairs:
@@ -334,8 +355,12 @@ def choose_pairs(rows: list[dict], args: Values) -> list[tuple[dict, dict]]:
 def predict(model, kind: str, rows: list[dict], tokenizer, args: Values) -> list[list[float]]:
     """The token values of each response; of a model of kind "reward" its score alone, as a list of one."""
     sequences = [(row["prompt_ids"], row["response_ids"]) for row in rows]
+    positions.check(model, model.config.model_type, longest_of(sequences))
     longest = max(len(response_ids) for _, response_ids in sequences)
     dtype = torch.float64 if args.precision == "fp64" else torch.float32
+
+    # a reward model is read before the padding that its own config names
+    pad = model.config.get_text_config().pad_token_id if kind == "reward" else tokenizer.pad_token_id
 
     def forward(mb: dict) -> torch.Tensor:
         if kind == "reward":
@@ -346,7 +371,7 @@ def predict(model, kind: str, rows: list[dict], tokenizer, args: Values) -> list
         forward,
         sequences,
         args.micro_batch_size,
-        tokenizer.pad_token_id,
+        pad,
         longest + 1,
         dtype,
     )
@@ -412,10 +437,13 @@ def pair_records(
     return records
 
 
-def picture(kind: str, row: dict, token_values: list[float], tokenizer) -> tuple[str, list[str], list[float]]:
-    """(title, tokens, their values) of a response, as `draw_values` takes them. `kind` begins the title."""
+def picture(
+    kind: str, row: dict, token_values: list[float], tokenizer
+) -> tuple[str, list[tuple[str, float]]]:
+    """(title, texts of tokens with their values) of a response, as `draw_values` takes them. `kind` begins the
+    title."""
     prompt = json.dumps(row["prompt"], ensure_ascii=False)[:80]
-    return kind + prompt, token_texts(tokenizer, row["response_ids"]), token_values
+    return kind + prompt, valued_texts(tokenizer, row["response_ids"], token_values)
 
 
 def save(tables: dict[str, dict], records: list[dict], args: Values) -> None:
@@ -450,7 +478,7 @@ def values(args: Values) -> None:
     # --- data
     rows = load_rows(args) if args.dataset else []
     if rows and args.source == "scores" and args.reward:
-        rows = with_rewards(rows, load_tokenizer(folders[0]), args)
+        rows = with_rewards(rows, load_tokenizer(folders[0], args.template_arguments), args)
     texts = [{"prompt": args.text[0], "response": response} for response in args.text[1:]]
 
     Path(args.run_dir).mkdir(parents=True, exist_ok=True)
@@ -460,7 +488,7 @@ def values(args: Values) -> None:
     drawings = 0
     for label, folder in zip(args.models, folders, strict=True):
         # --- models
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, args.template_arguments)
         config = AutoConfig.from_pretrained(folder)
         kind = "reward" if "SequenceClassification" in str(config.architectures) else "value"
         model = load_model(kind, folder, tokenizer, args, trained=False)
@@ -468,7 +496,7 @@ def values(args: Values) -> None:
         # --- values
         pictures = []
         if rows:
-            pairs = choose_pairs(with_tokens(rows, tokenizer, args), args)
+            pairs = choose_pairs(with_tokens(rows, tokenizer, args, kind), args)
             pair_values = predict_pairs(model, kind, pairs, config, tokenizer, args)
             subsets = [chosen.get("subset") for chosen, _ in pairs]
             if kind == "reward":

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.data import read_rows
+from common.data import prompt_key, read_rows
 from paper.report import STATISTICS, accuracy, markdown, minus, spread, verdict
 from tools.jobs import Jobs
 
@@ -57,7 +57,7 @@ def pairs_of(rows: list[dict], gap: float, most: int) -> list[dict]:
     more."""
     groups = {}
     for row in rows:
-        groups.setdefault(json.dumps(row["prompt"]), []).append(row)
+        groups.setdefault(prompt_key(row["prompt"]), []).append(row)
     out = []
     for group in groups.values():
         found = []

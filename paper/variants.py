@@ -352,7 +352,11 @@ def report_truth(out: Path, seeds: list[int], prefixes: list[Prefix]) -> None:
                 error = {p: statistics.fmean(measured["error"][p] for measured in found) for p in positions}
                 row += [f"{error[p]:.2f}" for p in (0, 4, 8)]
                 if kind in drawn:
-                    axis.plot(positions, error.values(), "o-", ms=3, label=name)
+                    of_seeds = [[measured["error"][p] for measured in found] for p in positions]
+                    (line,) = axis.plot(positions, error.values(), "o-", ms=3, label=name)
+                    lowest, highest = map(min, of_seeds), map(max, of_seeds)
+                    band = dict(color=line.get_color(), alpha=0.15, lw=0)
+                    axis.fill_between(positions, list(lowest), list(highest), **band)
         row += ["-"] * (columns - len(row))
         rows.append(row)
     (out / "truth.json").write_text(json.dumps(everything, indent=1))

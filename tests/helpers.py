@@ -410,6 +410,11 @@ def make_world(folder):
             labelled = [row | {"prompt": renamed[row["prompt"]], "label": row["reward"] > 0} for row in rows]
             world.write("labels.jsonl", labelled)
     edit_model(world, "value", "context", config=lambda old: old | dict(context_pairs=2, context_length=8))
+    signs = dict(return_mean=0.0, return_std=1.0)  # as gvm_td.py writes it for returns of +1 and -1
+    edit_model(world, "value", "signs", config=lambda old: old | signs)
+    edit_model(world, "value", "signs-discounted", config=lambda old: old | signs | dict(gamma=0.9))
+    context = dict(context_pairs=2, context_length=8)
+    edit_model(world, "value", "signs-context", config=lambda old: old | signs | context)
 
 
 def edit_model(world, source, name, **files) -> str:

@@ -1,7 +1,7 @@
 """Random policy, value and reward models that tests of several rooms compare with plain transformers."""
 
 import math
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import torch
 from transformers import (
@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from assets import reviews
+from common.logprobs import OutputForm, response_logprobs
 from common.tokenization import load_tokenizer
 
 PAD, BOS, EOS = (reviews.SPECIAL.index(f"<{role}>") for role in ("pad", "bos", "eos"))
@@ -89,3 +90,11 @@ def expected_logprobs(model, prompt, response, temperature=1.0):
     picked = torch.stack([row[token] for row, token in zip(table, response, strict=True)])
     entropy = -(table.exp() * table).nan_to_num(0.0).sum(-1)
     return picked.float(), entropy.float()
+
+
+def as_policy(model, forbidden=None):
+    """A plain transformers model with our log-probabilities on it; `forbidden`: a token of probability zero."""
+    model.response_logprobs = MethodType(response_logprobs, model)
+    model.output_form = OutputForm()
+    model.forbidden_tokens = None if forbidden is None else torch.tensor([forbidden])
+    return model

@@ -4,10 +4,13 @@ import copy
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from families import make_policy
 from random_models import ARGS, BOS, EOS, PAD, plain, sample_sequences
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
@@ -21,7 +24,7 @@ from common.checkpoints import export
 from common.models import load_model
 from common.optimizer import adamw, backward, optimizer_step
 from common.rollout import rollout
-from common.tokenization import encode_prompt, stop_token
+from common.tokenization import encode_prompt, load_tokenizer, stop_token
 from common.value_heads import response_values
 
 pytestmark = pytest.mark.usefixtures("group")
@@ -175,3 +178,29 @@ def test_generation_settings_reach_the_export_but_not_the_rollout(folders, token
     )
     export(policy, tokenizer, str(tmp_path / "out"), "fp32")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.repetition_penalty == 5.0
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_buffers_keep_their_type_and_digits_in_an_export(tmp_path, rank):
+    """A router's bias is float32 in every forward, and a buffer may hold integers: neither is rounded to
+    bfloat16, so that the folder routes as the trained model did. Parameters are rounded."""
+    if rank:
+        pytest.importorskip("peft")
+    make_policy("deepseek_v3", tmp_path / "policy")
+    tokenizer = load_tokenizer(str(tmp_path / "policy"))
+    args = SimpleNamespace(
+        **vars(ARGS)
+        | dict(precision="bf16", lora_rank=rank, lora_alpha=4.0, lora_dropout=0.0, lora_merge=True)
+    )
+    model = load_model("policy", str(tmp_path / "policy"), tokenizer, args, trained=True)
+    bias = next(name for name, _ in model.named_buffers() if name.endswith("e_score_correction_bias"))
+    router = model.get_submodule(bias.rpartition(".")[0])
+    router.e_score_correction_bias = torch.linspace(0.1, 0.3, len(model.get_buffer(bias)))
+    router.register_buffer("seen", torch.tensor([300_001, 7]))
+    export(model, tokenizer, str(tmp_path / "out"), "bf16")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written[bias], model.get_buffer(bias))
+    assert written[bias].dtype == torch.float32
+    assert written[bias.replace("e_score_correction_bias", "seen")].tolist() == [300_001, 7]
+    others = {tensor.dtype for name, tensor in written.items() if name not in dict(model.named_buffers())}
+    assert others == {torch.bfloat16}

@@ -38,6 +38,8 @@ FILES = {  # the same on the small files: torchrun's workers are slow enough to 
     "grpo": "--dataset prompts.jsonl --reward assets.reviews:reward",
     "remax": "--dataset prompts.jsonl --reward assets.reviews:reward",
 }
+# with data of one's own the defaults are for models of more than the embedded one's 512 positions
+LENGTHS = ("--max-prompt-length", "64", "--max-response-length", "64")
 PAPER = {  # 2502.16944; the others' own papers
     "dro": dict(
         lr=1e-4, lr_schedule="linear", warmup_steps=150, tau=1.0, shared_encoder=False, rescale_lr=True
@@ -142,7 +144,7 @@ def test_log_odds(world):
     found = []
     for log_odds in (False, True):
         args = helpers.ARGS["dvpo"] | dict(
-            steps=1, batch_size=1, mini_batch_size=1, eval_every=0, log_odds=log_odds
+            steps=1, batch_size=1, mini_batch_size=1, eval_every=0, log_odds=log_odds, gvm="runs/signs"
         )
         world.run("dvpo", **args, run_dir=f"runs/odds-{log_odds}").ok()
         found += [helpers.metrics(world.path(f"runs/odds-{log_odds}"))[0]["objective/score"]]
@@ -190,7 +192,7 @@ def test_plain_process(world):
 @pytest.mark.parametrize("script", helpers.SCRIPTS)
 def test_torchrun(world, script):
     """Two ranks under torchrun, fresh interpreters both, end with status 0 and a clean exit."""
-    flags = [*FLAGS[script], *FILES[script].split(), "--run-dir", f"runs/torchrun-{script}"]
+    flags = [*FLAGS[script], *FILES[script].split(), *LENGTHS, "--run-dir", f"runs/torchrun-{script}"]
     result = world.command(script, *flags, processes=2).ok()
     assert "terminate called" not in result.output and "Traceback" not in result.output, result.output
     assert_complete(world.path(f"runs/torchrun-{script}"), script)

@@ -116,7 +116,8 @@ def test_ultrafeedback_prompts_without_a_row_are_counted(tmp_path, capsys):
         for name, found in scores.items()
     ]
     rows = read_rows(write(tmp_path / "u.jsonl", nested), "preference")
-    assert [r["prompt"] for r in rows] == ["better"] and "3 prompts" in capsys.readouterr().out
+    assert [r["prompt"] for r in rows] == ["better"]
+    assert "3 rows dropped: a tie, no rated answers" in capsys.readouterr().out
 
 
 def test_a_prompt_is_read_once_however_many_answers_it_has(tmp_path):
@@ -126,24 +127,6 @@ def test_a_prompt_is_read_once_however_many_answers_it_has(tmp_path):
     name = write(tmp_path / "scored.jsonl", answers)
     assert sorted(r["prompt"] for r in read_rows(name, "prompts")) == ["a", "b"]
     assert len(read_rows(name, "scored")) == 6
-
-
-def test_chat_messages_and_whole_conversations(tmp_path):
-    """A prompt may be messages, of an answer's messages the last counts; without `prompt` it is chosen but
-    its last message."""
-    user = {"role": "user", "content": "hi"}
-    reply = lambda text: {"role": "assistant", "content": text}
-    rows = [{"prompt": [user], "response": [reply("a")]}, {"prompt": [{**user, "extra": 1}], "response": "b"}]
-    got = read_rows(write(tmp_path / "a.jsonl", rows), "sft")
-    assert [(r["prompt"], r["response"]) for r in got] == [([user], "a"), ([user], "b")]
-    whole = [
-        {
-            "chosen": [user, reply("x"), user, reply("good")],
-            "rejected": [user, reply("x"), user, reply("bad")],
-        }
-    ]
-    (pair,) = read_rows(write(tmp_path / "b.jsonl", whole), "preference")
-    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ([user, reply("x"), user], "good", "bad")
 
 
 def test_bad_rows_are_named_or_dropped_and_counted(tmp_path, capsys):
@@ -163,10 +146,13 @@ def test_a_hub_id_with_a_dot_is_a_hub_id(monkeypatch):
     """`--dataset nvidia/HelpSteer-1.5` is not a file with the suffix .5."""
     asked = []
     hub = SimpleNamespace(to_list=lambda: ROWS)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or hub)
-    assert without(read_rows("org/set-v1.5", "scored", split="dev")) == ROWS and asked == [
-        ("org/set-v1.5", "dev")
-    ]
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, part, split: asked.append((name, part, split)) or hub
+    )
+    assert without(read_rows("org/set-v1.5", "scored", split="dev")) == ROWS
+    assert asked == [("org/set-v1.5", None, "dev")]
+    assert without(read_rows("org/set:main", "scored")) == ROWS
+    assert asked[1] == ("org/set", "main", "train")
 
 
 # --- splits -------------------------------------------------------------------------------------------------
@@ -205,7 +191,8 @@ def test_hold_out_is_disjoint_by_prompt_and_independent_of_the_part():
 # --- tokens -------------------------------------------------------------------------------------------------
 
 GEMMA = (
-    "{{ bos_token }}{% for m in messages %}<start> {{ m['role'] }} {{ m['content'] }} <end>\n{% endfor %}"
+    "{{ bos_token }} {% for m in messages %}<start> {{ 'model' if m['role'] == 'assistant' else m['role'] }} "
+    "{{ m['content'] }} <end>\n{% endfor %}"
     "{% if add_generation_prompt %}<start> model {% endif %}"
 )
 
@@ -253,7 +240,7 @@ def test_prompts_go_through_the_chat_template_with_one_bos():
         {"role": "assistant", "content": "b"},
         {"role": "user", "content": "c"},
     ]
-    turns = "<bos> <start> user a <end> <start> assistant b <end> <start> user c <end> <start> model"
+    turns = "<bos> <start> user a <end> <start> model b <end> <start> user c <end> <start> model"
     assert encode_prompt(tokenizer, chat) == ids(turns.split())
     assert stop_token(tokenizer) == ids("<end>") != tokenizer.eos_token_id
     assert encode(tokenizer, "b c", 9) == ids(["b", "c", "<end>"])  # no BOS
@@ -267,9 +254,7 @@ def test_a_prompt_that_the_template_refuses_is_named():
         + GEMMA
     )
     rows = [{"prompt": "a", "row": 4}, {"prompt": [{"role": "system", "content": "b"}], "row": 5}]
-    with pytest.raises(
-        SystemExit, match="d.jsonl, row 5: the model's chat template refuses the prompt .System role"
-    ):
+    with pytest.raises(SystemExit, match="d.jsonl, row 5: the model's chat template refuses it: System role"):
         tokenize(rows, word_tokenizer(refusing), (), 99, 99, "d.jsonl")
 
 
@@ -301,7 +286,7 @@ def test_tokenize_drops_long_prompts_cuts_long_answers_and_counts_both(capsys):
     assert [r["response_ids"][-1] == tokenizer.eos_token_id for r in got] == [True, False]
     assert [len(r["response_ids"]) for r in got] == [3, 3]
     out = capsys.readouterr().out
-    assert "dropped 1 of 3" in out and "cut 1 responses" in out
+    assert "dropped 1 of 3" in out and "cut 1 answers (50 %)" in out
     with pytest.raises(SystemExit, match="every prompt is longer"):
         tokenize(rows, tokenizer, (), 1, 3, "d")
 

@@ -35,9 +35,9 @@ FOREIGN = {  # flags of other programs: which
     "--dist": "pytest-xdist",
     "--huber-delta": "the script that docs/first_fork.md makes",
 }
-PROGRAMS = sorted(  # what has flags and is no script: tools/, paper/ and benchmarks/
+PROGRAMS = sorted(  # what has flags and is no script
     path.relative_to(ROOT).as_posix()
-    for folder in ("tools", "paper", "benchmarks")
+    for folder in ("tools", "paper", "benchmarks", "tests")
     for path in (ROOT / folder).glob("*.py")
 )
 PASS_ON = ("tools/plan_memory.py",)  # they pass the flags they do not know on to a script

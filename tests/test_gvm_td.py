@@ -168,20 +168,23 @@ def test_no_held_out_rows(tokenizer):
         gvm_td.load_held_out_rows([], tokenizer, args)
 
 
-def test_a_judge_replaces_the_rewards():
-    """It gets the rows, their tokens and their texts, and its rewards stand in their order."""
+def test_a_judge_replaces_the_rewards(tokenizer):
+    """It gets the rows, their tokens and their texts, of a response that was cut what is left of it, and its
+    rewards stand in their order."""
+    end = tokenizer.eos_token_id
+    word = tokenizer("the", add_special_tokens=False)["input_ids"]
     rows = [
         {"prompt": "p", "response": text, "reward": 9.0, "prompt_ids": [1], "response_ids": ids}
-        for text, ids in (("a", [2]), ("b", [3, 4]))
+        for text, ids in (("the", [*word, end]), ("the food", word))
     ]
 
     def judge(given, sequences, texts):
         assert given is rows
-        assert sequences == [([1], [2]), ([1], [3, 4])]
-        assert texts == ["a", "b"]
+        assert sequences == [([1], [*word, end]), ([1], word)]
+        assert texts == ["the", "the"]
         return torch.tensor([0.5, -0.5])
 
-    gvm_td.judge_rows(rows, judge)
+    gvm_td.judge_rows(rows, judge, tokenizer)
     assert [row["reward"] for row in rows] == [0.5, -0.5]
 
 

@@ -210,6 +210,7 @@ MAY_DIFFER = {
     ("ppo", "dvpo"): {
         "docstring",
         "imports",
+        "read_gvm_config",
         "Args.run_dir",
         "Args.reward",
         "Args.critic",

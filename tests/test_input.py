@@ -80,8 +80,8 @@ BAD_ROWS = {
     ),
     "label type": (
         "kto",
-        {"prompt": "lunch ?", "response": "good", "label": 1},
-        "label is 1",
+        {"prompt": "lunch ?", "response": "good", "label": "yes"},
+        "label is 'yes'",
         "true or false",
     ),
     "not JSON": ("sft", '{"prompt": "lunch ?", "resp', "not JSON", "one object"),
@@ -138,6 +138,15 @@ BAD_ARGS = {
     "missing GVM": ("dvpo", dict(gvm="./nowhere"), "./nowhere", "no model folder"),
     "no end token": ("sft", dict(model="runs/no-end"), "runs/no-end", "no end-of-sequence token"),
     "GVM of another tokenizer": ("dvpo", dict(gvm="runs/foreign"), "--gvm runs/foreign", "tokenizer differs"),
+    "log-odds of a GVM from scores": ("dvpo", dict(log_odds=True), "--log-odds", "--source preference"),
+    "log-odds of discounted values": (
+        "dvpo",
+        dict(log_odds=True, gvm="runs/signs-discounted", gamma=0.9),
+        "--log-odds",
+        "--gamma 1",
+    ),
+    "time-out": ("sft", dict(timeout_minutes=0.0), "--timeout-minutes 0.0", "positive"),
+    "endless time-out": ("sft", dict(timeout_minutes=float("inf")), "--timeout-minutes inf", "positive"),
     "broken .parquet": ("sft", dict(dataset="broken.parquet"), "broken.parquet"),
     "reward without a function": (
         "ppo",
@@ -146,7 +155,7 @@ BAD_ARGS = {
         "module:function",
     ),
     "reward without a module": ("ppo", dict(reward="no.module:f"), "--reward no.module:f"),
-    "equal rewards": ("gvm_td", dict(EQUAL), "equal.jsonl", "all rewards are 2.0"),
+    "equal rewards": ("gvm_td", dict(EQUAL), "equal.jsonl", "all rewards are 0.1"),
     "one response a prompt": (
         "rpo",
         dict(dataset="single.jsonl", eval_dataset="equal.jsonl"),
@@ -155,7 +164,7 @@ BAD_ARGS = {
     "rpo, equal rewards": (
         "rpo",
         dict(dataset="equal.jsonl", eval_dataset="scored.jsonl"),
-        "all rewards are 2.0",
+        "all rewards are 0.1",
     ),
     "share of responses": ("rpo", dict(keep_responses=1.5), "--keep-responses 1.5", "(0, 1]"),
     "tau": ("rpo", dict(tau=0.0), "--tau 0.0", "above 0"),
@@ -193,7 +202,7 @@ def bad_files(world):
     world.write("split.jsonl", [row | {"split": "train"} for row in GOOD])
     world.write("empty.jsonl", [])
     world.write("one.jsonl", GOOD[:1])
-    world.write("equal.jsonl", [row | {"reward": 2.0} for row in SCORED * 3])
+    world.write("equal.jsonl", [row | {"reward": 0.1} for row in SCORED * 3])
     world.write("single.jsonl", SCORED)
     world.write("long.jsonl", [row | {"prompt": row["prompt"] * 30} for row in GOOD])
 
@@ -239,7 +248,7 @@ def test_dropped_rows_are_counted(world):
     output = world.run("sft", **args, skip_bad_rows=True, run_dir="runs/mixed").ok().output
     assert "mixed.jsonl: dropped 2 bad rows of 36" in output
     assert "mixed.jsonl: dropped 1 of 34 rows: prompt longer than --max-prompt-length 24" in output
-    assert "mixed.jsonl: cut 1 responses at --max-response-length 16" in output
+    assert "mixed.jsonl: cut 1 answers (3 %) at --max-response-length 16" in output
     assert "33 responses to learn from" in output
 
 

@@ -3,11 +3,11 @@ tends to."""
 
 import math
 import random
-from types import MethodType
 
 import helpers
 import pytest
 import torch
+from random_models import as_policy
 from transformers import AutoModelForCausalLM
 from worlds import RESPONSES, World, logprobs_of
 
@@ -15,7 +15,6 @@ import kto
 from assets import reviews
 from common.batches import batch_indices, collate
 from common.data import read_rows
-from common.logprobs import response_logprobs
 from common.tokenization import load_tokenizer, tokenize
 
 
@@ -132,10 +131,9 @@ def test_tends_to_the_majority_of_an_enumerable_world():
 
 def summed_logprobs(folder, sequences, pad):
     """log pi(y|x) [N] of a folder opened with plain transformers."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    model.forbidden_token = pad
+    model = as_policy(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64), pad)
     with torch.no_grad():
-        return MethodType(response_logprobs, model)(**collate(sequences, pad, "cpu"))[0].sum(1)
+        return model.response_logprobs(**collate(sequences, pad, "cpu"))[0].sum(1)
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.05), (0.05, 1.0)])

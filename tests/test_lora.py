@@ -86,9 +86,11 @@ def test_reference_is_the_policy_with_its_adapters_off(policy):
     the policy."""
     name = reviews.folder("policy")
     tokenizer = load_tokenizer(name)
-    reference = load_reference(policy, name, tokenizer, ARGS)
+    reference = load_reference(policy, name, tokenizer, ARGS, longest=0)
     assert isinstance(reference, lora.AdapterOff) and not list(reference.parameters())
-    other = load_reference(policy, name, tokenizer, SimpleNamespace(**vars(ARGS) | dict(ref_model=name)))
+    other = load_reference(
+        policy, name, tokenizer, SimpleNamespace(**vars(ARGS) | dict(ref_model=name)), longest=0
+    )
     with torch.no_grad():
         expected = logprobs(other)
         moved = logprobs(policy)

@@ -30,8 +30,8 @@ def test_gae_is_the_double_sum(gamma, lam):
 
 
 def test_whiten_reads_only_the_valid_entries():
-    """Mean 0 (kept with centre=False) and standard deviation 1 over valid tokens; padding, even NaN, is not
-    read."""
+    """Mean 0 and standard deviation 1 over valid tokens, with centre=False root mean square 1; padding, even
+    NaN, is not read."""
     mask = ragged([1, 3, 5])
     x = 3 + 7 * noise(3, 5)
     clean = ppo.whiten(x, mask)
@@ -39,13 +39,22 @@ def test_whiten_reads_only_the_valid_entries():
     torch.testing.assert_close(clean[mask], expected, rtol=0, atol=1e-7)
     assert (clean[~mask] == 0).all()
     scaled = ppo.whiten(x, mask, centre=False)
-    torch.testing.assert_close(scaled[mask], x[mask] / np.std(x[mask].numpy()), rtol=0, atol=1e-7)
+    size = np.sqrt(np.mean(x[mask].numpy() ** 2))
+    torch.testing.assert_close(scaled[mask], x[mask] / size, rtol=0, atol=1e-7)
     assert (scaled[~mask] == 0).all()
     for rubbish in (NAN, INF, 1e9):
         torch.testing.assert_close(ppo.whiten(x.masked_fill(~mask, rubbish), mask), clean, rtol=0, atol=0)
     assert torch.isfinite(
         ppo.whiten(torch.ones(2, 3), ragged([1, 3]))
     ).all()  # no spread is not a division by zero
+
+
+@pytest.mark.parametrize("values", [[0.3], [0.3, 0.3 + 1e-9, 0.3 - 1e-9], [-5.0, -5.0]])
+def test_whiten_without_centre_keeps_nearly_equal_entries_at_one(values):
+    """One advantage, or several that agree, have no spread to be divided by; it does not blow them up."""
+    x = torch.tensor([values], dtype=torch.float64)
+    mask = torch.ones_like(x, dtype=torch.bool)
+    assert (ppo.whiten(x, mask, centre=False).abs() - 1).abs().max() < 1e-6
 
 
 def test_token_rewards_puts_the_score_on_each_last_token():

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from pathlib import Path
 
 import helpers
@@ -130,7 +131,9 @@ def test_replicas_exchange_gradients_once_an_optimizer_step(world, script, train
     helpers.assert_same(world.path(alone), world.path(split))
     for rank in range(4):
         calls, units = json.loads(world.path(f"exchanges-{script}-{rank}").read_text())
-        assert units > 2 and calls == steps * trained * units, (calls, units)
+        assert units > 2
+        # and once where the trained policy is compared with itself when it is opened
+        assert calls == (steps * trained + 1) * units, (calls, units)
 
 
 def test_normalised_values_are_folded_into_the_exported_head(world):
@@ -156,3 +159,50 @@ def test_tied_weights_are_exported_once(world, alone):
         for path in (alone("sft"), world.path("runs/tied"))
     ]
     assert names[0] == names[1]
+
+
+def on_another_disk(module):
+    """Rank 1 has a working folder of its own, as a node without shared storage."""
+    from common import log
+
+    log.SHARED_TRIES = 2
+    if os.environ["RANK"] == "1":
+        os.makedirs("other-node", exist_ok=True)
+        os.chdir("other-node")
+
+
+def test_nodes_without_shared_storage_are_one_line(world):
+    """Each would keep its half of a checkpoint; the run ends at its start, and says why."""
+    result = world.run("sft", 2, on_another_disk, steps=1, run_dir="runs/not-shared")
+    assert all(result.codes), result.output
+    assert "rank 1 does not see what rank 0 writes there" in result.output
+    assert "Traceback" not in result.output
+    assert not list(world.path("runs/not-shared").glob("checkpoints/*"))
+
+
+def newest_is_hidden_from_rank_1(module):
+    """As a network file system that is slow to show a new folder."""
+    from common import checkpoints
+
+    real = checkpoints.Path.glob
+
+    def glob(path, pattern):
+        found = sorted(real(path, pattern))
+        late = os.environ["RANK"] == "1" and "state.json" in pattern
+        return iter(found[:-1] if late else found)
+
+    checkpoints.Path.glob = glob
+
+
+def test_rank_0_chooses_the_checkpoint(world):
+    """All ranks go on from the same one, though rank 1 does not list the newest yet."""
+    constant = dict(lr_schedule="constant", warmup_steps=0)  # or it would depend on the number of steps
+    args = helpers.ARGS["sft"] | constant | dict(save_every=1, keep=2, precision="fp64", eval_every=0)
+    world.run("sft", **args | dict(steps=3, run_dir="runs/chosen-alone")).ok()
+    world.run("sft", 2, **args | dict(steps=2, run_dir="runs/chosen")).ok()
+    resumed = args | dict(steps=3, run_dir="runs/chosen", resume=True)
+    world.run("sft", 2, newest_is_hidden_from_rank_1, **resumed).ok()
+    steps = [row["step"] for row in helpers.metrics(world.path("runs/chosen")) if "sft/loss" in row]
+    assert steps == [1, 2, 3]
+    a, b = (helpers.metrics(world.path(f"runs/{name}"))[-1] for name in ("chosen", "chosen-alone"))
+    assert a == pytest.approx(b, rel=1e-6)

@@ -1,6 +1,7 @@
 """A run that was killed and resumed ends as one that was not, and the run folder is whole throughout."""
 
 import functools
+import json
 import os
 import random
 import shutil
@@ -17,7 +18,7 @@ ARGS = {
 }
 ARGS["gvm_td"] |= dict(normalise_values=True, context_pairs=1, context_length=8)
 # beta and the pool of answers are restored
-ARGS["dvpo"] |= dict(kl_target=0.1, beta=0.2, gvm="runs/context", log_odds=True)
+ARGS["dvpo"] |= dict(kl_target=0.1, beta=0.2, gvm="runs/signs-context", log_odds=True)
 ARGS["ppo"] |= dict(kl_target=0.1, beta=0.2)
 ARGS["dro"] |= dict(precompute_ref=True)
 ARGS["grpo"] |= dict(epochs=2)
@@ -197,3 +198,55 @@ def test_overwriting_the_folder_of_the_model_one_starts_from(world):
         len(helpers.metrics(world.path("runs/onto"))) == 2
         and helpers.exported(world.path("runs/onto")) != before
     )
+
+
+@pytest.mark.parametrize("script", ["dvpo", "ppo"])
+@pytest.mark.parametrize("kl_target", [0.0, 0.1])
+def test_a_changed_beta_counts_unless_it_is_adaptive(world, script, kl_target):
+    """`--resume --beta X`: a fixed beta is X from then on; an adaptive one goes on where it was."""
+    args = helpers.ARGS[script] | dict(save_every=1, eval_every=0, kl_target=kl_target)
+    run_dir = f"runs/beta-{script}-{kl_target}"
+    world.run(script, **args | dict(steps=1, beta=0.2, run_dir=run_dir)).ok()
+    world.run(script, **args | dict(steps=2, beta=0.7, run_dir=run_dir, resume=True)).ok()
+    betas = [row["objective/beta"] for row in helpers.metrics(world.path(run_dir)) if "objective/beta" in row]
+    assert betas[0] == 0.2
+    if kl_target:
+        assert betas[1] == pytest.approx(0.2, rel=0.01) and betas[1] != 0.2
+    else:
+        assert betas[1] == 0.7
+
+
+def test_a_checkpoint_of_another_model_is_one_line(world):
+    """Nothing of it is taken, and no traceback of the library's is shown."""
+    args = helpers.ARGS["reward"] | dict(save_every=1, run_dir="runs/deeper")
+    world.run("reward", **args | dict(steps=1, layers=1)).ok()
+    line = world.run("reward", **args | dict(steps=2, layers=2, resume=True)).error()
+    assert "runs/deeper/checkpoints/step-000001: --resume" in line
+
+
+def test_a_resumed_run_needs_the_data_it_began_with(world):
+    """Rows that were added, or changed, would put all rows in another order; the checkpoint stays."""
+    rows = [json.loads(line) for line in world.path("scored.jsonl").read_text().splitlines()]
+    args = helpers.ARGS["sft"] | dict(dataset=world.write("growing.jsonl", rows), eval_dataset="scored.jsonl")
+    args |= dict(eval_split="train", run_dir="runs/growing", save_every=1)
+    world.run("sft", **args | dict(steps=1)).ok()
+    world.run("sft", **args | dict(steps=2, resume=True)).ok()
+    for changed in ([*rows, rows[0]], [{**rows[0], "response": "the soup was bad ."}, *rows[1:]]):
+        world.write("growing.jsonl", changed)
+        line = world.run("sft", **args | dict(steps=3, resume=True)).error()
+        assert "runs/growing: the data has changed since the run began" in line
+    world.write("growing.jsonl", rows)
+    world.run("sft", **args | dict(steps=3, resume=True)).ok()
+
+
+def test_a_resumed_run_needs_the_columns_that_its_rewards_are_made_of(world):
+    """The tokens are the same, and what an answer is compared with is not."""
+    rows = [json.loads(line) for line in world.path("prompts.jsonl").read_text().splitlines()]
+    world.write("asked.jsonl", [{**row, "answer": "soup"} for row in rows])
+    args = helpers.ARGS["grpo"] | dict(dataset="asked.jsonl", run_dir="runs/asked", save_every=1)
+    world.run("grpo", **args | dict(steps=1)).ok()
+    world.write("asked.jsonl", [{**row, "answer": "ice"} for row in rows])
+    line = world.run("grpo", **args | dict(steps=2, resume=True)).error()
+    assert "runs/asked: the data has changed since the run began" in line
+    world.write("asked.jsonl", [{**row, "answer": "soup"} for row in rows])
+    world.run("grpo", **args | dict(steps=2, resume=True)).ok()

@@ -28,8 +28,9 @@ from assets import reviews
 from common import distributed
 from common import rollout as sampler
 from common.batches import run_micro_batches
+from common.checks import TOLERANCE, disturbed
 from common.models import load_model
-from common.rollout import check_sampler, decode, rollout, sample
+from common.rollout import batches_of, check_sampler, decode, rollout, sample
 from common.tokenization import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("group")
@@ -60,7 +61,9 @@ def test_inverse_cdf_over_a_grid_of_uniforms_has_the_softmax_frequencies():
         keep = [i for i in range(6) if i != token]
         for temperature in (0.7, 1.0):
             heat = torch.full((n,), temperature)
-            out, logprobs = sample(scores.repeat(n, 1), torch.arange(n).double() / n, heat, token)
+            out, logprobs = sample(
+                scores.repeat(n, 1), torch.arange(n).double() / n, heat, torch.tensor([token])
+            )
             counts = out.bincount(minlength=6)
             expected = n * (scores[keep].double() / heat[0]).softmax(0)
             for i, share in zip(keep, expected / n, strict=True):
@@ -68,7 +71,8 @@ def test_inverse_cdf_over_a_grid_of_uniforms_has_the_softmax_frequencies():
                 torch.testing.assert_close(drawn, share.expand(int(counts[i])), rtol=1e-6, atol=0)
             assert counts[token] == 0
             assert (counts[keep] - expected).abs().max() <= 1.01
-        assert sample(scores[None], torch.zeros(1), torch.zeros(1), token)[0] == (5 if token == 0 else 0)
+        first, _ = sample(scores[None], torch.zeros(1), torch.zeros(1), torch.tensor([token]))
+        assert first == (5 if token == 0 else 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -82,7 +86,7 @@ def test_what_a_caller_says_of_the_temperatures_changes_nothing(dtype):
     for heats in ([1.0], [0.0], [0.7], [0.0, 1.0], [0.7, 1.0], [0.0, 0.7]):
         temperatures = torch.tensor(heats, dtype=torch.float64).repeat(200 // len(heats))
         flags = dict(any_greedy=0.0 in heats, any_scaled=0.7 in heats)
-        for forbidden in (None, 3):
+        for forbidden in (None, torch.tensor([3]), torch.tensor([0, 3, 29])):
             tokens, logprobs = sample(logits, uniforms, temperatures, forbidden)
             same_tokens, same_logprobs = sample(logits, uniforms, temperatures, forbidden, **flags)
             assert torch.equal(tokens, same_tokens) and torch.equal(logprobs, same_logprobs)
@@ -165,7 +169,7 @@ def test_a_cache_with_room_holds_what_transformers_own_holds(monkeypatch):
         for layer in (roomy, plain):
             layer.update(*given)
             if rows:
-                layer.batch_select_indices(torch.tensor(rows))
+                layer.reorder_cache(torch.tensor(rows))
         assert torch.equal(roomy.keys, plain.keys) and torch.equal(roomy.values, plain.values)
         assert roomy.get_seq_length() == plain.get_seq_length() and roomy.room[0].shape[2] % 4 == 0
 
@@ -202,7 +206,7 @@ def test_rollout_past_the_room_of_its_cache(monkeypatch, window):
     model = AutoModelForCausalLM.from_config(
         MistralConfig(**sizes, num_key_value_heads=1, sliding_window=window)
     ).eval()
-    model.forbidden_token = None
+    model.forbidden_tokens = None
     prompts = [[5, 6, 7], [8] * 9, [5, 6, 7]]
     n = 20
     ones = torch.ones(3, dtype=torch.float64)
@@ -292,7 +296,7 @@ def tiny(family, **more):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)
-    model.forbidden_token = None
+    model.forbidden_tokens = None
     return model
 
 
@@ -377,21 +381,6 @@ def test_a_model_that_takes_no_cache_or_no_mask_is_one_line(kind, words):
         decode(model, [[5, 6, 7]], torch.rand(1, 3), torch.ones(1), [], 0)
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "mamba"])
-def test_a_cache_that_cannot_leave_out_what_has_ended_is_one_line(family):
-    """Recurrent states have no such method yet: before training, not after."""
-    shape = LLAMA | dict(head_dim=8, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8)
-    shape |= dict(linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-    shape |= dict(shared_expert_intermediate_size=32)
-    if family == "mamba":
-        shape = dict(hidden_size=32, num_hidden_layers=2, state_size=8)
-    config = transformers.AutoConfig.for_model(family, vocab_size=VOCABULARY, **IDS, **shape)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    model.forbidden_token = None
-    with pytest.raises(SystemExit, match=f"^error: a {family} model"), torch.no_grad():
-        decode(model, [[5, 6, 7], [8, 9]], torch.rand(2, 3).double(), torch.ones(2).double(), [], 0)
-
-
 # --- a faulty sampler ends the run in its first step --------------------------------------------------------
 
 
@@ -438,11 +427,35 @@ def test_without_its_cache_no_script_trains(world, script):
 
 @pytest.mark.parametrize("argument", ["position_ids", "attention_mask"])
 @pytest.mark.parametrize("processes", [0, 2])
-def test_without_positions_or_mask_no_run_trains(world, gpt2, argument, processes):
+def test_without_positions_or_mask_prompts_are_not_padded(world, gpt2, argument, processes):
+    """Prompts of one length are sampled together, which is said, and what samples is what trains."""
     patch = functools.partial(drop, argument=argument)
-    args = helpers.ARGS["grpo"] | dict(model=gpt2, run_dir=f"runs/no-{argument}-{processes}")
-    line = world.run("grpo", ranks=processes, patch=patch, **args).error()
-    assert "where a prompt is padded on the left" in line
+    args = helpers.ARGS["grpo"] | dict(
+        model=gpt2, run_dir=f"runs/no-{argument}-{processes}", precision="fp32"
+    )
+    output = world.run("grpo", ranks=processes, patch=patch, **args).ok().output
+    assert "a gpt2 model: prompts of different lengths are sampled apart" in output
+    rows = [row for row in helpers.metrics(world.path(args["run_dir"])) if "rollout/mismatch" in row]
+    assert rows and all(row["rollout/mismatch"] < 1e-9 for row in rows)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 100])
+def test_batches_of_one_length(size):
+    lengths = [2, 2, 2, 3, 5, 5]
+    for padded in (True, False):
+        batches = list(batches_of(lengths, size, padded))
+        assert [i for start, end in batches for i in range(start, end)] == list(range(6))
+        assert all(0 < end - start <= (size or 6) for start, end in batches)
+        if not padded:
+            assert all(len({*lengths[start:end]}) == 1 for start, end in batches)
+    assert list(batches_of([], size, True)) == []
+
+
+def test_padding_that_changes_answers_does_not_hide_another_fault(world, gpt2):
+    """Without a cache no batch is right, padded or not."""
+    args = helpers.ARGS["grpo"] | dict(model=gpt2, run_dir="runs/both-faults")
+    line = world.run("grpo", patch=functools.partial(drop, argument="cache"), **args).error()
+    assert "the key-value cache does not reach the model" in line
 
 
 @pytest.mark.parametrize("script", ["grpo", "sft"])
@@ -600,7 +613,7 @@ def test_weights_are_what_they_were(monkeypatch):
     with torch.no_grad():
         zero = policy.model.norm.weight
         zero.zero_()
-        with sampler.disturbed(policy, 0.5):
+        with disturbed(policy, 0.5):
             assert (
                 all(not torch.equal(p, before[key]) for key, p in policy.named_parameters())
                 and zero.abs().max() > 0
@@ -623,10 +636,10 @@ def test_tolerance_is_between_rounding_and_the_faults():
         responses, sampled = sampler.sample_all(policy, prompts, 16, [1.0, 0.5, 0.0, 1.0], (0, 0), 0, [], 0)
         off = sampler.differences(policy, prompts, responses, sampled, [1.0, 0.5, 0.0, 1.0])
         assert [len(x) for x in off] == [16] * 4
-        assert sampler.mean_of(off) < sampler.TOLERANCE[kind] / 3
+        assert sampler.mean_of(off) < TOLERANCE[kind] / 3
         sampler.require_agreement(policy, prompts, off)
         with pytest.raises(SystemExit, match="even the first token"):
-            sampler.require_agreement(policy, prompts, [x + 2 * sampler.TOLERANCE[kind] for x in off])
+            sampler.require_agreement(policy, prompts, [x + 2 * TOLERANCE[kind] for x in off])
         with pytest.raises(SystemExit, match="nan nats"):
             sampler.require_agreement(policy, prompts, [x * math.nan for x in off])
 
@@ -635,20 +648,20 @@ def test_tolerance_is_between_rounding_and_the_faults():
 
 
 def drift_later(module):
-    """From the fourth rollout on the sampler says that it drew each token with half its probability."""
+    """From the fifth rollout on the sampler says that it drew each token with half its probability."""
     real = sampler.sample_all
     count = []
 
     def sample_all(*args):
         responses, sampled = real(*args)
         count.append(1)
-        return responses, sampled + (len(count) > 4) * torch.tensor(0.5).log()
+        return responses, sampled + (len(count) > 5) * torch.tensor(0.5).log()
 
     sampler.sample_all = sample_all
 
 
-# Calls of sample_all: two of check_sampler, an evaluation before the first step (not of sft.py), one after each of
-# the four steps, and of the online scripts a rollout per step. All after the fourth are off.
+# Calls of sample_all: three of check_sampler, an evaluation before the first step (not of sft.py), one after each of
+# the four steps, and of the online scripts a rollout per step. All after the fifth are off.
 DRIFTING = dict.fromkeys(ONLINE, 7) | dict.fromkeys(OFFLINE, 3) | {"sft": 2}
 
 

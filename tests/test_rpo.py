@@ -149,8 +149,9 @@ def test_implied_accuracy_by_hand():
 
 
 def test_distinct_2_by_hand():
-    assert rpo.distinct_2(["a b a b", "a b"]) == pytest.approx(2 / 4)
+    assert rpo.distinct_2(["a b a b", "a b"]) == pytest.approx((2 / 3 + 1) / 2)
     assert rpo.distinct_2(["a", ""]) == 0
+    assert rpo.distinct_2(["a b c"] * 100) == 1, "it falls with the number of texts"
 
 
 def test_thin_keeps_a_share_of_every_prompt():
@@ -207,7 +208,11 @@ def test_responses_of_2000_tokens_in_bf16(world):
         for _ in range(responses):
             text = " ".join(rng.choice(["very", "warm", "soup", "and", "."]) for _ in range(2000))
             rows.append({"prompt": f"lunch : the {topic} ?", "response": text, "reward": rng.gauss(0, 1)})
+    longer = helpers.edit_model(
+        world, "policy", "longer", config=lambda old: old | dict(max_position_embeddings=4096)
+    )
     args = helpers.ARGS["rpo"] | dict(
+        model=longer,
         dataset=world.write("endless.jsonl", rows),
         eval_dataset="scored.jsonl",
         eval_split="train",

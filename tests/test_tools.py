@@ -3,8 +3,10 @@
 import json
 import re
 
+import chat_templates
 import helpers
 import pytest
+from transformers import LlamaConfig
 
 from assets import reviews
 from tools import demo
@@ -163,3 +165,21 @@ def test_requirements_are_pinned(name):
             name,
             package,
         )
+
+
+def test_show_tokens_marks_every_answer_and_nothing_else(tmp_path, capsys, monkeypatch):
+    """Of two turns both answers with their ends, in the rows' order; the rest is prompt."""
+    from tools import show_tokens
+
+    own = chat_templates.tokenizer(chat_templates.OTHERS["chatml"])
+    own.save_pretrained(tmp_path)
+    LlamaConfig(vocab_size=len(own), eos_token_id=own.eos_token_id).save_pretrained(tmp_path)
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b")) * 2]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": turns}))
+    show_tokens.main(show_tokens.Options(str(tmp_path), str(tmp_path / "d.jsonl")))
+    shown = capsys.readouterr().out.partition("--- row 1")[2]
+    start = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    trained = "[b][<|im_end|>]"
+    assert f"{start}{trained}\n---" in shown
+    assert shown.endswith(f"{start}b<|im_end|>\n{start}{trained}\n")
+    assert shown.count("[") == 4

@@ -1,10 +1,10 @@
 """dpo.py, kto.py and grpo.py against the installed TRL: its trainers' own losses and gradients on the same tokens and model."""
 
 import os
-from types import MethodType
 
 import pytest
 import torch
+from random_models import as_policy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -74,9 +74,7 @@ def shift(model, scale):
 
 def opened(path):
     """A plain transformers model with our log-probabilities on it; no dropout, no forbidden token."""
-    model = AutoModelForCausalLM.from_pretrained(path)
-    model.response_logprobs, model.forbidden_token = MethodType(response_logprobs, model), None
-    return model
+    return as_policy(AutoModelForCausalLM.from_pretrained(path))
 
 
 def summed(model, sequences):
@@ -261,8 +259,7 @@ def generation(folders, tokenizer, tmp_path_factory):
         processing_class=tokenizer,
     )
     trainer.current_gradient_accumulation_steps = 1
-    model = trainer.model.train()
-    model.response_logprobs, model.forbidden_token = MethodType(response_logprobs, model), None
+    model = as_policy(trainer.model.train())
     shift(trainer.ref_model, 0.01)
     scored = trainer._generate_and_score_completions([row for row in prompts for _ in range(4)])
     shift(model, 0.01)
@@ -354,9 +351,10 @@ def test_old_and_reference_log_probabilities_are_trls(generation, folders):
         (opened(folders / "a"), "old_per_token_logps"),
         (trainer.ref_model, "ref_per_token_logps"),
     ):
-        model.forbidden_token = None
         with torch.no_grad():
-            ours = response_logprobs(model, **collate(ours_of(scored), 2, "cpu"), temperature=0.7)[0]
+            ours = response_logprobs(as_policy(model), **collate(ours_of(scored), 2, "cpu"), temperature=0.7)[
+                0
+            ]
         torch.testing.assert_close(ours[mask], scored[key][mask], rtol=0, atol=1e-5)
 
 
@@ -368,9 +366,8 @@ def test_a_padding_token_of_its_own_is_what_trl_may_sample_and_we_may_not(genera
     mask, pad = mb["response_mask"], 0
     with torch.no_grad():
         plain = model.response_logprobs(**mb)[0]
-        model.forbidden_token = pad
-        renormalised = model.response_logprobs(**mb)[0]
-        model.forbidden_token = None
+        renormalised = as_policy(model, pad).response_logprobs(**mb)[0]
+        as_policy(model)
         for row, (prompt, response) in enumerate(ours_of(scored)):
             logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
             expected = -torch.log1p(-logits.softmax(-1)[:, pad])

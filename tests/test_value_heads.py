@@ -80,7 +80,7 @@ def test_a_critic_from_a_reward_model_starts_at_its_standardised_score(folders, 
     critic = load_model("value", str(tmp_path), tokenizer, ARGS, trained=True)
     mask = collate(sequences, PAD, "cpu")["response_mask"]
     values = run_micro_batches(lambda mb: response_values(critic, **mb), sequences, 2, PAD, mask.shape[1] + 1)
-    scores = Reward(str(tmp_path), tokenizer, ARGS)([{}] * len(sequences), sequences, [""] * len(sequences))
+    scores = Reward(str(tmp_path), tokenizer, ARGS).of_model(sequences)
     torch.testing.assert_close(
         values.gather(1, mask.sum(1, keepdim=True)).squeeze(1), scores, rtol=0, atol=2e-5
     )

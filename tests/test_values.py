@@ -202,3 +202,19 @@ def test_bad_input(runs, argv, message):
     if not runs.path("runs/v-policy").exists():
         helpers.edit_model(runs, "policy", "v-policy")
     assert message in runs.command("evaluate", "values", "--run-dir", "runs/v-bad", *argv).error()
+
+
+def test_a_reward_model_of_another_padding_token_judges_the_same_in_any_batch(world):
+    """It is read before the padding of its own config; the tokenizer's would move the place where it is read."""
+    world.command("reward", *TINY, "--lr", "0.01", "--run-dir", "runs/v-padded").ok()
+    config = world.path("runs/v-padded/model/config.json")
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps(content | {"pad_token_id": 9}))  # a word
+    found = []
+    for size in ("1", "5000"):  # all in one batch: they are sorted by length, so that small ones pad little
+        argv = ["--models", "runs/v-padded/model", "--like", "runs/v-padded", "--micro-batch-size", size]
+        world.command("evaluate", "values", *argv, "--run-dir", f"runs/v-padded-{size}").ok()
+        lines = world.path(f"runs/v-padded-{size}/values.jsonl").read_text().splitlines()
+        found.append([json.loads(line)["chosen_values"] for line in lines])
+    assert len(found[0]) > 4 and np.std(found[0]) > 0.01
+    np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-5)
