@@ -48,7 +48,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import DynamicLayer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import batches, distributed, models, offload, sharding, tokenization
+from common import batches, checks, distributed, models, offload, rewards, sharding, templates, tokenization
 from common import rollout as rollout_room
 from common.batches import micro_batches
 from common.cli import fail, parse
@@ -412,9 +412,12 @@ class Tokenizer:
     pad_token_id = 0
     eos_token_id = 1
     bos_token_id = 2
+    unk_token_id = None
     chat_template = None
 
     def __call__(self, text: str, **_):
+        if text == templates.PROBE:
+            text = "0 1"
         number, length = map(int, text.split())
         # the number in base 32, so that texts differ where their numbers do; then the same token over and
         # over
@@ -424,8 +427,16 @@ class Tokenizer:
     def get_vocab(self):
         return {}
 
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return f"<{token}>"
+
     def batch_decode(self, responses, **_):
-        return [""] * len(responses)
+        return [f"0 {len(response)}" for response in responses]
+
+
+def encode_apart(tokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """In place of `encode_plain`: two texts of `Tokenizer` are no text together."""
+    return tokenizer(prompt)["input_ids"], tokenizer(answer)["input_ids"]
 
 
 @dataclass
@@ -448,7 +459,10 @@ class Replacements:
     Replaced by name, so these names must stay where they are:
 
         room                  function           why
-        models, tokenization  load_pretrained    a preset has no files: a configuration, no weights
+        models, tokenization, load_pretrained    a preset has no files: a configuration, no weights
+          the script
+        tokenization          generation_ends    and no generation config
+        tokenization, rewards encode_plain       a text is a number of tokens
         sharding              load_full          nothing to read; the shards' bytes are written down
         offload               copy               between fake tensors there is nothing to copy
         distributed           device             fake tensors are on the CPU, on a machine with a GPU too
@@ -459,6 +473,9 @@ class Replacements:
         the script            rollout            the first and the last token stand for all
         the script            check_sampler,     they compare numbers, which fake tensors have not
                               note_drift
+        checks                check_policy,      the same
+                              check_head
+        checks                forbidden_tokens   the tokenizer has no vocabulary: the padding alone
         torch.optim           AdamW              its state is there from the start, as in a later step
 
     `device`, `all_gather_object` and `micro_batches` stay as they are in a real step.
@@ -487,8 +504,16 @@ class Replacements:
 
         put(models, "load_pretrained", self.load_pretrained)
         put(tokenization, "load_pretrained", self.load_pretrained)
+        if hasattr(self.script, "load_pretrained"):
+            put(self.script, "load_pretrained", self.load_pretrained)
+        put(tokenization, "generation_ends", no_ends)
+        put(tokenization, "encode_plain", encode_apart)
+        put(rewards, "encode_plain", encode_apart)
         put(sharding, "load_full", self.load_full)
         put(offload, "copy", self.copy)
+        put(checks, "check_policy", nothing)
+        put(checks, "check_head", self.check_head)
+        put(checks, "forbidden_tokens", self.forbidden_tokens)
         put(torch.optim, "AdamW", self.adamw)
         run = mock.MagicMock()
         run.return_value.metrics = self.metrics
@@ -513,7 +538,16 @@ class Replacements:
             return find_config(name)
         with torch.device("meta" if self.fake else "cpu"):
             model = auto.from_config(config, dtype=options["dtype"])
-        return model, {"missing_keys": [], "unexpected_keys": []}
+        return model, {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+
+    def check_head(self, model, *_) -> None:
+        """A decoder, as all presets are."""
+        model.needs_mask = False
+        model.needs_types = False
+
+    def forbidden_tokens(self, policy, tokenizer, width) -> torch.Tensor:
+        """The padding."""
+        return torch.tensor([tokenizer.pad_token_id], device=distributed.device())
 
     def load_full(self, model, source) -> None:
         """The shards of a model: fake ones, or real ones of random weights."""
@@ -638,6 +672,11 @@ def nothing(*_, **__) -> None:
     """In place of a check."""
 
 
+def no_ends(*_) -> list[int]:
+    """Of a generation config: only eos ends a response."""
+    return []
+
+
 @contextlib.contextmanager
 def long_cache(length: int):
     """Key-value caches that, at the first token after the prompt, become `length` long, as at the last
@@ -700,8 +739,9 @@ def prepare(algorithm: str, flags: list[str], folder: str):
 
 def write_rows(path: Path, args) -> None:
     """Rows that any script can read, in the texts of `Tokenizer`."""
+    rows = 4 * args.batch_size + 64
     with open(path, "w") as file:
-        for i in range(4 * args.batch_size + 64):
+        for i in range(rows):
             prompt = i // 2  # each prompt has two responses
             # ragged by one token: equal lengths would need no mask
             prompt_length = args.max_prompt_length - prompt % 2
@@ -712,7 +752,8 @@ def write_rows(path: Path, args) -> None:
                 "reward": float(i // 4 % 2 + i % 2),
                 "response": response,
                 "chosen": response,
-                "rejected": response,
+                # another text of this length: a pair of equal answers teaches nothing and is dropped
+                "rejected": f"{rows + i} {args.max_response_length - 1}",
             }
             file.write(json.dumps(row) + "\n")
 
