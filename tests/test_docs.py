@@ -466,3 +466,35 @@ def test_claims_have_the_numbers_of_their_details():
         wrong += [f"{link} does not have {number}: {row}" for number in missing_numbers(row, details)]
     assert not wrong, "\n".join(wrong)
     assert missing_numbers("| a | b | c | **holds** (+1.66 and 2.5) | d |", "(+1.66, 3 seeds)") == ["2.5"]
+
+
+def paper_cells(text: str) -> list[str]:
+    """The cells with the paper's figures of the tables of claims on a page."""
+    cells = []
+    column = None
+    for line in text.splitlines():
+        row = [cell.strip() for cell in line.split("|")]
+        if "the paper's figures, on its models" in row:
+            column = row.index("the paper's figures, on its models")
+        elif not line.startswith("|"):
+            column = None
+        elif column and row[column].strip("-"):
+            cells.append(row[column])
+    return cells
+
+
+def test_claims_name_where_the_papers_figures_are():
+    """The version and the table, figure, equation or section; both tables of a claim say the same."""
+    pages = [ROOT / "docs/results.md", *sorted((ROOT / "docs/results").glob("*.md"))]
+    texts = {name_of(page): page.read_text(encoding="utf-8") for page in pages}
+    where = re.compile(r"\bv[123]\b.*\b(tables?|figure|equations?|section) ")
+    unnamed = []
+    cells = {}
+    for name, text in texts.items():
+        cells[name] = paper_cells(text)
+        unnamed += [f"{name}: {cell}" for cell in cells[name] if not where.search(cell)]
+    assert not unnamed, "\n".join(unnamed)
+    short = cells.pop("docs/results.md")
+    assert len(short) > 20, "has the form of the table changed?"
+    detailed = {cell for found in cells.values() for cell in found}
+    assert detailed <= set(short), detailed - set(short)
