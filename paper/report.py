@@ -692,14 +692,14 @@ def ablations(out: Path, seeds: list[int]) -> str:
         ),
         Claim(
             "a mild drop with fewer responses",
-            "win rate over SFT 89.8, 87.7, 85.8 with 75, 50, 25 % of them, 89.4 with all (Qwen2.5-7B, GPT-4o; "
-            "v2, tables VI and II)",
+            "win rate, opponent not named, 89.8, 87.7, 85.8 with 75, 50, 25 % of them (v2, table VI); over SFT "
+            "89.4 with all (v2, table II) (Qwen2.5-7B, GPT-4o)",
             "; ".join(fewer),
         ),
         Claim(
             "a mild drop with noise",
-            "win rate over SFT 89.9, 87.6, 84.0 at 0.1, 0.5, 1.0, 89.4 without (Qwen2.5-7B, GPT-4o; "
-            "v2, tables VII and II)",
+            "win rate, opponent not named, 89.9, 87.6, 84.0 at 0.1, 0.5, 1.0 (v2, table VII); over SFT 89.4 without "
+            "(v2, table II) (Qwen2.5-7B, GPT-4o)",
             "; ".join(noisy),
         ),
         Claim(
