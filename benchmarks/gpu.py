@@ -70,6 +70,8 @@ TINY = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
 )
+EVERY = 25  # steps of `learn` between evaluations, and between checkpoints
+SAVING = 30.0  # seconds that `learn` keeps for its last checkpoint and an evaluation
 REWARD = "benchmarks.speed_side:reward"  # costs nothing, and differs from response to response
 
 
@@ -110,6 +112,8 @@ class Record:
     options: Options
     flags: list[str]
     """the script's own"""
+    words: list[str]
+    """the command line"""
     tables: dict[str, list[dict]] = field(default_factory=dict)
     curves: dict[str, list[dict]] = field(default_factory=dict)
     """metrics by script, of `learn`"""
@@ -153,7 +157,7 @@ class Record:
             "piece": self.piece,
             "dry_run": self.dry,
             "complete": self.complete,
-            "command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "benchmarks/gpu.py", *self.words]),
             "seconds": round(self.seconds(), 1),
             **self.about,
             "notes": self.notes,
@@ -614,7 +618,7 @@ def bytes_per_step(policy, batch: int, context: float) -> float:
     config = policy.config
     itemsize = policy.compute_dtype.itemsize
     weights = sum(parameter.numel() for parameter in policy.parameters())
-    if policy.get_input_embeddings().weight is not policy.get_output_embeddings().weight:
+    if not config.tie_word_embeddings:
         weights -= policy.get_input_embeddings().weight.numel()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim  # numbers per token
@@ -709,7 +713,10 @@ def steps(record: Record) -> None:
             "precision": "fp32",
         }
     prompts = Path(record.options.work, "steps.jsonl")
-    write_prompts(prompts, tokenizer, 2 * shape["batch_size"], shape["max_prompt_length"])
+    # with the script's own flags, which may say otherwise
+    asked = [*words_of(shape), *record.flags, "--dataset", str(prompts), "--model", folder]
+    args = parse(SCRIPTS[record.options.only[0]].Args, {}, asked)
+    write_prompts(prompts, tokenizer, 2 * args.batch_size, args.max_prompt_length)
     models = {
         "grpo": {"reward": value_folder(record, "reward", folder)},
         "ppo": {"reward": value_folder(record, "reward", folder)},
@@ -806,8 +813,8 @@ def learn_flags(record: Record, name: str, run_dir: Path, number: int) -> dict:
         "micro_batch_size": 8,
         "max_prompt_length": 512,
         "max_response_length": 256,
-        "eval_every": 25,
-        "save_every": 25,
+        "eval_every": EVERY,
+        "save_every": 1,  # `stopping_at` chooses among them
         "keep": 1,
     }
     reward = given.reward
@@ -824,7 +831,6 @@ def learn_flags(record: Record, name: str, run_dir: Path, number: int) -> dict:
             "max_response_length": 16,
             "eval_every": 1,
             "eval_prompts": 8,
-            "save_every": 1,
         }
     flags["eval_reward"] = reward
     if name == "dvpo":
@@ -842,17 +848,21 @@ def finished(run_dir: Path, number: int) -> bool:
 
 @contextlib.contextmanager
 def stopping_at(script, end: float, number: int):
-    """Inside, a script of `number` steps stops behind the last checkpoint before `end` (perf_counter): one
-    that is followed by less time than lay before it."""
+    """Inside, a script of `number` steps stops before `end` (perf_counter), with a checkpoint of all that it
+    has done. It offers one after every step (--save-every 1); few are written, since each is a file of three
+    times the model."""
     real = script.save_checkpoint
-    before = time.perf_counter()
+    before = None  # when the last step ended
 
     def save_checkpoint(run_dir, done, *more):
         nonlocal before
-        real(run_dir, done, *more)
-        took = time.perf_counter() - before
-        before = time.perf_counter()
-        if before + took > end and done < number:
+        here = time.perf_counter()
+        took = here - before if before else 0.0  # before the first step lies the loading
+        before = here
+        is_last = done < number and here + took + SAVING > end
+        if is_last or done == number or done % EVERY == 0:
+            real(run_dir, done, *more)
+        if is_last:
             raise Enough
 
     with mock.patch.object(script, "save_checkpoint", save_checkpoint):
@@ -956,6 +966,8 @@ def check(options: Options, flags: list[str], name: str) -> None:
         fail("--limit must be above 0, and --steps not negative")
     if flags and name not in ("steps", "learn", "all"):
         fail(f"{name} takes no {flags[0]}; only steps and learn pass flags on to the scripts")
+    if not options.only:
+        fail(f"--only: name some of {', '.join(SCRIPTS)}")
     for script in options.only:
         if script not in SCRIPTS:
             fail(f"--only {script}: no such script; there are {', '.join(SCRIPTS)}")
@@ -977,9 +989,9 @@ def check(options: Options, flags: list[str], name: str) -> None:
         fail(f"--prompts {options.prompts}: no such file")
 
 
-def run_piece(name: str, options: Options, flags: list[str]) -> None:
+def run_piece(name: str, options: Options, flags: list[str], words: list[str]) -> None:
     """One piece, to its end or to the limit."""
-    record = Record(name, options, flags)
+    record = Record(name, options, flags, words)
     try:
         start_clock(options.limit)
         PIECES[name].work(record)
@@ -997,6 +1009,7 @@ def run_piece(name: str, options: Options, flags: list[str]) -> None:
 
 
 def main(words: list[str] | None = None) -> None:
+    words = sys.argv[1:] if words is None else words
     options, flags = tyro.cli(Options, args=words, return_unknown_args=True)
     name = options.piece
     if name == "list":
@@ -1016,7 +1029,7 @@ def main(words: list[str] | None = None) -> None:
     if options.dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks for a GPU
     for piece in PIECES if name == "all" else [name]:
-        run_piece(piece, options, flags)
+        run_piece(piece, options, flags, words)
 
 
 if __name__ == "__main__":
