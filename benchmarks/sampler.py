@@ -49,8 +49,8 @@ def lost(policy, names: tuple[str, ...]):
 
 
 @torch.no_grad()
-def measure(policy, prompts: list[list[int]], tokens: int, temperature: float) -> list[str]:
-    """The cells of one row of the table."""
+def measure(policy, prompts: list[list[int]], tokens: int, temperature: float) -> dict[str, float]:
+    """One row of the table: differences in nats, by what they are."""
 
     def sample():
         """Responses of exactly `tokens` tokens: no token ends one."""
@@ -60,13 +60,17 @@ def measure(policy, prompts: list[list[int]], tokens: int, temperature: float) -
     right = rollout_room.differences(policy, prompts, responses, sampled, temperature)  # [T_i] per response
     every_token = torch.cat(right)
     worst = max(response.mean().item() for response in right)
-    cells = [every_token.mean().item(), every_token.quantile(0.99).item(), worst]
-    for names in FAULTS.values():
+    row = {
+        "mean": every_token.mean().item(),
+        "p99": every_token.quantile(0.99).item(),
+        "worst response": worst,
+    }
+    for fault, names in FAULTS.items():
         with lost(policy, names):
             responses, sampled = sample()
         off = rollout_room.differences(policy, prompts, responses, sampled, temperature)
-        cells.append(rollout_room.mean_of(off))
-    return [f"{cell:.2g}" for cell in cells]
+        row[f"no {fault}"] = rollout_room.mean_of(off)
+    return row
 
 
 def main() -> None:
@@ -106,7 +110,8 @@ def main() -> None:
             precision=precision, shard_size=0, gradient_checkpointing=False, lora_rank=0
         )
         policy = load_model("policy", name, tokenizer, options, trained=True)
-        cells = " | ".join(measure(policy, prompts, args.tokens, args.temperature))
+        row = measure(policy, prompts, args.tokens, args.temperature)
+        cells = " | ".join(f"{number:.2g}" for number in row.values())
         print(f"| {precision} | {rollout_room.tolerance(policy):g} | {cells} |", flush=True)
         del policy  # or the process group would go before it
     distributed.mesh.cache_clear()
