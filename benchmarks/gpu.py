@@ -69,6 +69,7 @@ TINY = dict(
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
+    tie_word_embeddings=True,  # as in all of SIZES
 )
 EVERY = 25  # steps of `learn` between evaluations, and between checkpoints
 SAVING = 30.0  # seconds that `learn` keeps for its last checkpoint and an evaluation

@@ -78,7 +78,7 @@ class Responses:
     overwrite: bool = False
     """Generate anew what is there already."""
     batch_size: int = 64
-    """Prompts that are answered at once, over all ranks."""
+    """Responses that are sampled at once, over all ranks."""
     micro_batch_size: int = 8
     """Responses per forward pass of reward models, BERTScore and the toxicity classifier."""
     max_prompt_length: int = 1024
@@ -87,6 +87,8 @@ class Responses:
     """Longest response, in tokens; a longer one is cut there."""
     temperature: float = 0.0
     """Temperature of sampling. 0: greedy."""
+    samples: int = 1
+    """Responses to each prompt. Means are over all of them, intervals are those of the prompts."""
     seed: int = 0
     """Seed of all that is random in a run, except the split of the data (`--split-seed`)."""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
@@ -201,9 +203,9 @@ def keep_whole_batches(
     if settings_file.exists():
         before = json.loads(settings_file.read_text())
     changed = []
-    for key in settings:
-        if before.get(key) != settings[key]:
-            changed.append(f"{key} {before.get(key)} -> {settings[key]}")
+    for key in {**before, **settings}:
+        if before.get(key) != settings.get(key):
+            changed.append(f"{key} {before.get(key)} -> {settings.get(key)}")
     if lines and changed:
         hint = "--overwrite replaces them, --run-dir chooses another folder"
         fail(f"{file} holds responses made with other settings ({', '.join(changed)}): {hint}")
@@ -271,6 +273,7 @@ def answer(policy, tokenizer, batch: list[dict], name: str, args: Responses, num
             record = {
                 "row": batch[i]["row"],
                 "turn": turn,
+                "sample": batch[i]["sample"],
                 "prompt": prompts[i],
                 "response": text,
                 "model": name,
@@ -315,8 +318,9 @@ def generate(
 
 
 def export(folder: Path, name: str, rows: list[dict], records: list[dict], dataset: str) -> None:
-    """Writes alpaca_eval.json (first turns) and mt_bench.jsonl (all turns), the forms that alpaca_eval and
-    FastChat's llm_judge read. `records` are those of `rows`, row by row and turn by turn."""
+    """Writes alpaca_eval.json (first turns of first samples: it holds one answer to a prompt) and
+    mt_bench.jsonl (all turns, a choice for each sample), the forms that alpaca_eval and FastChat's llm_judge
+    read. `records` are those of `rows`, row by row and turn by turn."""
     alpaca = []
     mt_bench = []
     texts = [record["response"] for record in records]
@@ -325,6 +329,9 @@ def export(folder: Path, name: str, rows: list[dict], records: list[dict], datas
         end = start + len(row["turns"])
         turns = texts[start:end]
         start = end
+        if row["sample"] > 0:  # its question is the last one written
+            mt_bench[-1]["choices"].append({"index": row["sample"], "turns": turns})
+            continue
         prompt = row["prompt"]
         if not isinstance(prompt, str):
             prompt = "\n".join(message["content"] for message in prompt)
@@ -349,6 +356,25 @@ def export(folder: Path, name: str, rows: list[dict], records: list[dict], datas
     (folder / "mt_bench.jsonl").write_text(json_lines(mt_bench), encoding="utf-8")
 
 
+def export_scored(folder: Path, name: str, records: list[dict], scores: dict[str, list[float]]) -> None:
+    """Writes scored.jsonl, data that rpo.py, dro.py and gvm_td.py train on. `reward` is the score of the first
+    --reward, `rewards` has all by name."""
+    rows = []
+    for i, record in enumerate(records):
+        of_record = {reward: values[i] for reward, values in scores.items()}
+        first = next(iter(of_record.values()))
+        scored = {
+            "prompt": record["prompt"],
+            "response": record["response"],
+            "reward": first,
+            "policy": name,
+            "rewards": of_record,
+            "truncated": record["truncated"],
+        }
+        rows.append(scored)
+    (folder / "scored.jsonl").write_text(json_lines(rows), encoding="utf-8")
+
+
 def with_interval(number: dict) -> str:
     """A cell of the table: mean ± half of the 95 % interval, where there is one."""
     if not number["ci95"]:
@@ -371,7 +397,8 @@ def table(numbers: dict[str, dict[str, dict]]) -> str:
 
 
 def check_arguments(args: Responses, names: list[str], reward_names: list[str]) -> None:
-    """Ends the run where models or columns of the table cannot be told apart, or --prompts is negative."""
+    """Ends the run where models or columns of the table cannot be told apart, or --prompts or
+    --samples say nothing."""
     distinct = len(set(names)) == len(names)
     slash = any("/" in name for name in names)  # a name is also a folder's
     if not args.models or len(names) != len(args.models) or not distinct or slash:
@@ -379,6 +406,10 @@ def check_arguments(args: Responses, names: list[str], reward_names: list[str]) 
         fail(f"{count}; give each its own with --names")
     if args.prompts < 0:
         fail(f"--prompts is {args.prompts}; it must not be negative")
+    if args.samples < 1:
+        fail(f"--samples is {args.samples}; each prompt needs a response")
+    if args.samples > 1 and not args.temperature:
+        fail(f"--samples {args.samples} would be the same response each time: give a --temperature above 0")
     columns = ["length", "characters", "truncated", "distinct_2", *reward_names, *args.metrics]
     if len(set(columns)) < len(columns):
         fail(f"--reward, --metrics: two columns of the same name among {', '.join(columns)}")
@@ -394,6 +425,8 @@ def generation_settings(args: Responses) -> dict:
     if args.temperature:  # a greedy response depends on neither
         settings["seed"] = args.seed
         settings["batch_size"] = args.batch_size
+    if args.samples > 1:
+        settings["samples"] = args.samples
     return settings
 
 
@@ -414,6 +447,7 @@ def responses(args: Responses) -> None:
         # A prompt that is too long for one of the models is asked of none: they answer the same prompts.
         what = f"{args.dataset}, tokens of {name}"
         rows = tokenize(rows, tokenizer, (), args.max_prompt_length, 1, what, args.skip_bad_rows)
+    rows = [row | {"sample": sample} for row in rows for sample in range(args.samples)]
     batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
 
     # --- what is there already: rank 0 reads and cuts the files, the others hear of it
@@ -436,6 +470,9 @@ def responses(args: Responses) -> None:
     rewards = [Reward(name, tokenizers[0], args, rows) for name in args.reward]
 
     # --- rollout and reward
+    row_of_record = [row for row in rows for _ in row["turns"]]
+    # turns and samples of one question are not independent of each other
+    questions = [i // args.samples for i, row in enumerate(rows) for _ in row["turns"]]
     numbers = {}  # model -> column -> mean, ci95 and n over its responses
     texts = {}  # model -> what it wrote
     references = {}
@@ -448,21 +485,23 @@ def responses(args: Responses) -> None:
         texts[name] = [record["response"] for record in records]
         references[name] = [record["reference"] for record in records]
         numbers[name] = {
-            "length": mean([record["length"] for record in records]),
-            "characters": mean([len(text) for text in texts[name]]),
-            "truncated": mean([record["truncated"] for record in records]),
-            "distinct_2": mean([distinct_2([text]) for text in texts[name]]),
+            "length": mean([record["length"] for record in records], questions=questions),
+            "characters": mean([len(text) for text in texts[name]], questions=questions),
+            "truncated": mean([record["truncated"] for record in records], questions=questions),
+            "distinct_2": mean([distinct_2([text]) for text in texts[name]], questions=questions),
         }
-        row_of_record = [row for row in rows for _ in row["turns"]]
         asked = []  # the row of each record, with the conversation that was answered as its prompt
         for row, record in zip(row_of_record, records, strict=True):
             asked.append(row | {"prompt": record["prompt"]})
         # of tokens a reward asks for the last alone, which says whether a response ended
         end = [tokenizers[0].eos_token_id]
         ended = [([], [] if record["truncated"] else end) for record in records]
+        scores = {}  # reward -> one number per record
         for reward_name, reward in zip(reward_names, rewards, strict=True):
-            scores = reward(asked, ended, texts[name])  # [N]
-            numbers[name][reward_name] = mean(scores.tolist(), reward.name)
+            scores[reward_name] = reward(asked, ended, texts[name]).tolist()
+            numbers[name][reward_name] = mean(scores[reward_name], reward.name, questions)
+        if scores and first_rank:
+            export_scored(Path(args.run_dir, name), name, records, scores)
 
     # --- text metrics and save: the other ranks need not wait for what rank 0 computes alone
     if not first_rank:
@@ -470,7 +509,7 @@ def responses(args: Responses) -> None:
     for name in names:
         for metric in args.metrics:
             measure = text_metrics.METRICS[metric]
-            numbers[name][metric] = measure(texts[name], references[name], args)
+            numbers[name][metric] = measure(texts[name], references[name], args, questions)
     result = {
         "dataset": args.dataset,
         "paths": dict(zip(names, args.models, strict=True)),

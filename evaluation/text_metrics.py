@@ -1,8 +1,8 @@
 """Scores of texts by the field's own libraries: ROUGE-L, BLEU, METEOR, BERTScore, toxicity.
 
 Each library is imported where it is used. docs/evaluate_responses.md has the formulas and what they do not
-see. A metric is a function `metric(texts, references, args)` of equally long lists (toxicity reads no
-references); it returns what `mean` returns, or the same keys."""
+see. A metric is a function `metric(texts, references, args, questions)` of equally long lists (toxicity
+reads no references); it returns what `mean` returns, or the same keys."""
 
 import importlib.metadata
 import importlib.util
@@ -53,14 +53,27 @@ def _config(name: str, flag: str):
         fail(f"{flag} {name}: no such folder or hub id ({str(error).splitlines()[0]})")
 
 
-def mean(values: Iterable[float], by: str = "") -> dict:
-    """Mean with its normal 95 % interval, 1.96 standard errors on either side (None for one value), and the
-    number of values. `by`: what computed them."""
+def mean(values: Iterable[float], by: str = "", questions: list[int] | None = None) -> dict:
+    """Mean with its normal 95 % interval, 1.96 standard errors on either side (None for one question), and
+    the number of values.
+
+    `by`: what computed them. `questions`: the number of each value's question; values of one question are
+    not independent (Cameron and Miller 2015, section II: cluster-robust, with G / (G - 1)). By default each
+    value has its own.
+    """
     values = [float(value) for value in values]
+    if questions is None:
+        questions = range(len(values))
+    center = statistics.fmean(values)
+    sums = {}  # question -> sum of the distances of its values from the mean
+    for question, value in zip(questions, values, strict=True):
+        sums[question] = sums.get(question, 0.0) + value - center
     half = None
-    if len(values) > 1:
-        half = 1.96 * statistics.stdev(values) / math.sqrt(len(values))
-    found = {"mean": statistics.fmean(values), "ci95": half, "n": len(values)}
+    count = len(sums)
+    if count > 1:
+        squares = sum(total**2 for total in sums.values())
+        half = 1.96 * math.sqrt(squares * count / (count - 1)) / len(values)
+    found = {"mean": center, "ci95": half, "n": len(values)}
     if by:
         found["by"] = by
     return found
@@ -79,7 +92,7 @@ def _limit(tokenizer) -> None:
         tokenizer.model_max_length = 512
 
 
-def rouge_l(texts: list[str], references: list[str], args) -> dict:
+def rouge_l(texts: list[str], references: list[str], args, questions: list[int] | None = None) -> dict:
     """F1 of the longest common subsequence of words (Lin 2004), no stemming."""
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -87,11 +100,12 @@ def rouge_l(texts: list[str], references: list[str], args) -> dict:
     scores = []
     for reference, text in zip(references, texts, strict=True):
         scores.append(scorer.score(reference, text)["rougeL"].fmeasure)
-    return mean(scores, f"{_version('rouge_l')}, F1, no stemming")
+    return mean(scores, f"{_version('rouge_l')}, F1, no stemming", questions)
 
 
-def bleu(texts: list[str], references: list[str], args) -> dict:
-    """Corpus BLEU, 0 to 100; the interval is sacrebleu's own, from 1,000 bootstrap samples."""
+def bleu(texts: list[str], references: list[str], args, questions: list[int] | None = None) -> dict:
+    """Corpus BLEU, 0 to 100; the interval is sacrebleu's own, from 1,000 bootstrap samples of the texts. It
+    would be too narrow for several texts of one question: there is none then."""
     from sacrebleu.metrics import BLEU
 
     metric = BLEU()
@@ -99,15 +113,18 @@ def bleu(texts: list[str], references: list[str], args) -> dict:
     signature = str(metric.get_signature())
     # The interval is found in the JSON form alone.
     found = json.loads(score.format(width=6, is_json=True, signature=signature))
+    interval = found.get("confidence_var")
+    if questions is not None and len(set(questions)) < len(texts):
+        interval = None
     return {
         "mean": score.score,
-        "ci95": found.get("confidence_var"),
+        "ci95": interval,
         "n": len(texts),
         "by": found["signature"],
     }
 
 
-def meteor(texts: list[str], references: list[str], args) -> dict:
+def meteor(texts: list[str], references: list[str], args, questions: list[int] | None = None) -> dict:
     """METEOR (Banerjee and Lavie 2005) with nltk's parameters. It matches words, then stems, then synonyms
     from WordNet."""
     from nltk.tokenize import wordpunct_tokenize  # unlike word_tokenize it needs no download
@@ -118,7 +135,7 @@ def meteor(texts: list[str], references: list[str], args) -> dict:
         reference_words = wordpunct_tokenize(reference)
         words = wordpunct_tokenize(text)
         scores.append(single_meteor_score(reference_words, words))
-    return mean(scores, f"{_version('meteor')}, wordpunct_tokenize")
+    return mean(scores, f"{_version('meteor')}, wordpunct_tokenize", questions)
 
 
 def bertscore_layer(args) -> int:
@@ -143,7 +160,7 @@ def bertscore_layer(args) -> int:
     return layer
 
 
-def bertscore(texts: list[str], references: list[str], args) -> dict:
+def bertscore(texts: list[str], references: list[str], args, questions: list[int] | None = None) -> dict:
     """F1 of greedily matched contextual embeddings (1904.09675), raw: no idf weights, not rescaled by the
     baseline."""
     from bert_score import BERTScorer
@@ -173,10 +190,12 @@ def bertscore(texts: list[str], references: list[str], args) -> dict:
         for i, score in zip(filled, f1.tolist(), strict=True):
             scores[i] = score
     what = f"{args.bertscore_model} layer {layer}, F1, no idf, not rescaled"
-    return mean(scores, f"{_version('bertscore')}, {what}")
+    return mean(scores, f"{_version('bertscore')}, {what}", questions)
 
 
-def toxicity(texts: list[str], references: list[str | None], args) -> dict:
+def toxicity(
+    texts: list[str], references: list[str | None], args, questions: list[int] | None = None
+) -> dict:
     """Probability that a classifier gives --toxicity-label; sigmoid or softmax as its configuration says."""
     classify = transformers.pipeline(
         "text-classification",
@@ -191,7 +210,7 @@ def toxicity(texts: list[str], references: list[str | None], args) -> dict:
         for label in labels:
             if label["label"] == args.toxicity_label:
                 scores.append(label["score"])
-    return mean(scores, f"{args.toxicity_model}, label {args.toxicity_label}")
+    return mean(scores, f"{args.toxicity_model}, label {args.toxicity_label}", questions)
 
 
 METRICS = {"rouge_l": rouge_l, "bleu": bleu, "meteor": meteor, "bertscore": bertscore, "toxicity": toxicity}

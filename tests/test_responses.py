@@ -15,6 +15,7 @@ import torch
 
 import evaluate
 from common import distributed
+from common.data import read_rows
 from common.models import load_model
 from common.rollout import rollout
 from common.tokenization import encode_prompt, load_tokenizer
@@ -81,6 +82,18 @@ def test_mean_and_its_interval():
 
 
 @needs("rouge_score")
+def test_interval_of_several_values_of_a_question():
+    """k equal values of each question tell no more than one; of questions alone it is the usual interval."""
+    once = text_metrics.mean([1.0, 2.0, 6.0])
+    thrice = text_metrics.mean([1.0, 1, 1, 2, 2, 2, 6, 6, 6], questions=[0, 0, 0, 1, 1, 1, 2, 2, 2])
+    assert thrice["mean"] == pytest.approx(once["mean"])
+    assert thrice["ci95"] == pytest.approx(once["ci95"])
+    assert thrice["n"] == 9
+    varied = text_metrics.mean([0.0, 2, 1, 3, 5, 7], questions=[4, 4, 9, 9, 1, 1])
+    assert varied["ci95"] == pytest.approx(once["ci95"])  # the questions' means are 1, 2, 6
+    assert text_metrics.mean([1.0, 3.0], questions=[0, 0])["ci95"] is None
+
+
 def test_rouge_l():
     """The longest common subsequence, "the cat on mat", is 4 of 5 words written, 4 of 6 asked for. An empty
     text has 0."""
@@ -271,6 +284,9 @@ def test_files_of_one_turn(world, run, capsys):
             statistics.fmean(len(r["response"]) for r in records)
         )
         assert found["truncated"]["mean"] == pytest.approx(statistics.fmean(r["truncated"] for r in records))
+        scored = lines(out / name / "scored.jsonl")
+        assert [row["reward"] for row in scored] == pytest.approx(scores)
+        assert all(row["rewards"] == {"length_reward": row["reward"]} for row in scored)
     table = capsys.readouterr().out.splitlines()
     assert table[-4] == "| model | n | length | characters | truncated | distinct_2 | length_reward |"
     assert table[-2].startswith("| reviews | 24 |")
@@ -325,6 +341,46 @@ def test_two_turns_are_two_calls(world, run, group):
     ]
     assert records[1]["prompt"][1] == {"role": "assistant", "content": records[0]["response"]}
     assert len(json.loads((out / "alpaca_eval.json").read_text())) == 3
+
+
+def test_samples(world, run):
+    """Three responses to each prompt, side by side: other texts, intervals by prompt, one answer in
+    AlpacaEval's list, a choice each in MT-bench's, and scored data that the scripts read."""
+    args = dict(dataset=world.write("mt.jsonl", MT_BENCH), samples=3, temperature=1.0, batch_size=4)
+    folder = run("runs/ev-samples", **args, reward=("helpers:length_reward",))
+    out = folder / "reviews"
+    records = lines(out / "responses.jsonl")
+    asked = [(r["row"], r["sample"], r["turn"]) for r in records]
+    turns = {i: len(question["turns"]) for i, question in enumerate(MT_BENCH, 1)}
+    assert asked == [
+        (row, sample, turn) for row in turns for sample in range(3) for turn in range(turns[row])
+    ]
+    first = [r["response"] for r in records if r["row"] == 1 and r["turn"] == 0]
+    assert len(set(first)) > 1
+
+    found = json.loads((folder / "responses.json").read_text())["models"]["reviews"]["length"]
+    expected = text_metrics.mean([r["length"] for r in records], questions=[r["row"] for r in records])
+    assert found == expected
+    assert found["n"] == 15
+
+    alpaca = json.loads((out / "alpaca_eval.json").read_text())
+    firsts = [r["response"] for r in records if r["sample"] == 0 and r["turn"] == 0]
+    assert [each["output"] for each in alpaca] == firsts
+    for question, row in zip(lines(out / "mt_bench.jsonl"), turns, strict=True):
+        choices = []
+        for sample in range(3):
+            said = [r["response"] for r in records if r["row"] == row and r["sample"] == sample]
+            choices.append({"index": sample, "turns": said})
+        assert question["choices"] == choices
+
+    scored = read_rows(str(out / "scored.jsonl"), "scored")
+    assert [row["response"] for row in scored] == [r["response"] for r in records]
+    assert [row["prompt"] for row in scored] == [r["prompt"] for r in records]
+    scores = helpers.length_reward(None, [r["response"] for r in records])
+    assert [row["reward"] for row in scored] == pytest.approx(scores)
+    assert {row["policy"] for row in scored} == {"reviews"}
+    with pytest.raises(SystemExit, match=r"samples 3 -> None"):
+        run("runs/ev-samples", **args | dict(samples=1))
 
 
 def test_batches_do_not_change_greedy_answers(run, t5):
@@ -468,6 +524,8 @@ BAD = {
     "no prompt": (dict(dataset="bad.jsonl"), "bad.jsonl, row 1", "--columns prompt"),
     "no prompts": (dict(dataset="none.jsonl"), "none.jsonl: no usable row"),
     "a negative number": (dict(prompts=-1), "--prompts is -1"),
+    "no samples": (dict(samples=0), "--samples is 0"),
+    "greedy samples": (dict(samples=2), "--samples 2", "--temperature"),
     "long prompts": (dict(max_prompt_length=1), "--max-prompt-length 1"),
     "no reference": (
         dict(metrics=("bleu",)),
