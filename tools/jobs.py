@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,8 +132,9 @@ class Jobs:
         (folder / "job.json").write_text(json.dumps(record, indent=1))
         return seconds
 
-    def run(self, workers: int) -> None:
-        """All jobs that are not done yet, `workers` at a time, in the order asked for.
+    def run(self, workers: int, finished: Callable[[Job], None] | None = None) -> None:
+        """All jobs that are not done yet, `workers` at a time, in the order asked for; `finished` is called
+        with each as it ends.
 
         A job that fails takes those with it that need it. The others go on, and the end is an error with a
         line about each.
@@ -164,12 +166,14 @@ class Jobs:
                         print(f"error: {failed[job]}", flush=True)
                         continue
                     took[job.name].append(future.result())
-                    finished = total - len(waiting) - len(running)
+                    if finished is not None:
+                        finished(job)
+                    number = total - len(waiting) - len(running)
                     name = self.folder(job).relative_to(self.out)
                     minutes = (time.perf_counter() - start) / 60
                     rest = in_words(expected_seconds(waiting, took) / workers)
                     print(
-                        f"[{finished}/{total}] {name}: {future.result():.0f} s; "
+                        f"[{number}/{total}] {name}: {future.result():.0f} s; "
                         f"{minutes:.0f} min so far, {rest} left",
                         flush=True,
                     )
