@@ -145,7 +145,7 @@ def test_the_recipe_on_the_embedded_world(tmp_path):
     for folder in ("out/seed1/gvm_scores", "out/seed1/dvpo"):
         (tmp_path / folder / "job.json").unlink()
     again = recipe()
-    assert again == out  # the tables alone: no job ran
+    assert out.endswith(again) and "seed1" not in again  # the tables alone: no job ran
 
 
 def test_results_outlive_a_kill(tmp_path):
