@@ -108,7 +108,8 @@ def write_data(args: argparse.Namespace) -> None:
     parts = {"train": [], "test": []}
     for row in read_rows(args.answers, "scored"):
         part = "test" if prompt_key(row["prompt"]) in test_prompts else "train"
-        parts[part].append({key: row[key] for key in ("prompt", "response", "reward", "policy")})
+        kept = ("prompt", "response", "reward", "policy", "truncated")  # a cut answer stays cut
+        parts[part].append({key: row[key] for key in kept})
     middle = statistics.median(row["reward"] for row in parts["train"])
     for part, rows in parts.items():
         for row in rows:

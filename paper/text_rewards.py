@@ -8,7 +8,6 @@ Each needs its package: pip install vaderSentiment afinn wordfreq
 """
 
 import functools
-import importlib
 import re
 
 from common.cli import fail
@@ -17,6 +16,7 @@ from common.tokenization import prompt_text
 # occurrences in a billion words of English, as a power of ten (wordfreq's Zipf scale)
 RARE = 2.0  # a word below it is hardly one: once in ten million words
 COMMON = 5.0  # a word above it says nothing about a topic: the, what, about, people
+MISSING = "paper/text_rewards.py needs the package: pip install {}"
 STEM = 5  # letters that two forms of a word share: movie and movies, cook and cooking
 
 
@@ -64,26 +64,28 @@ def words_of(text: str) -> list[str]:
 @functools.cache
 def zipf(word: str) -> float:
     """How frequent a word is in English, on wordfreq's Zipf scale; 0 for one that it does not know."""
-    return package("wordfreq").zipf_frequency(word, "en")
+    try:
+        import wordfreq
+    except ImportError:
+        fail(MISSING.format("wordfreq"))
+    return wordfreq.zipf_frequency(word, "en")
 
 
 @functools.cache
 def vader_analyser():
     """VADER with its own lexicon."""
-    return package("vaderSentiment").vaderSentiment.SentimentIntensityAnalyzer()
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError:
+        fail(MISSING.format("vaderSentiment"))
+    return SentimentIntensityAnalyzer()
 
 
 @functools.cache
 def afinn_lexicon():
     """AFINN-165, English."""
-    return package("afinn").Afinn()
-
-
-def package(name: str):
-    """An optional package. Ends with one line where it is not installed."""
     try:
-        if name == "vaderSentiment":
-            importlib.import_module("vaderSentiment.vaderSentiment")
-        return importlib.import_module(name)
+        from afinn import Afinn
     except ImportError:
-        fail(f"paper/text_rewards.py needs the package: pip install {name}")
+        fail(MISSING.format("afinn"))
+    return Afinn()

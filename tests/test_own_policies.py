@@ -79,7 +79,7 @@ def test_held_out_prompts_are_in_no_training_data(seed, tmp_path):
     for i in range(30):
         for j in range(8):
             row = {"prompt": f"question {i}", "response": f"answer {i} {j}", "reward": (7 * i + 3 * j) % 5}
-            answers.append(row | {"policy": "p"})
+            answers.append(row | {"policy": "p", "truncated": j == 0})
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers[::-1]))
     args = SimpleNamespace(
