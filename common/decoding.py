@@ -340,13 +340,13 @@ def guided(
     # prompts of similar length are sampled together: little padding
     mine = sorted(range(distributed.rank(), len(prompts), distributed.world()), key=lambda i: len(prompts[i]))
     found = []
-    with one_line(f"a {kind} model cannot be guided by a {gvm.config.model_type} model"):
-        with sharding.gathered(policy), sharding.gathered(gvm):
-            if mine:
-                uniforms = uniform_numbers(seeds_of(seed, mine), max_new_tokens, device)  # [B, T]
-                asked = [prompts[i] for i in mine]
-                stops = stop_tokens(tokenizer)
-                found = decode_guided(policy, guide, asked, uniforms, temperature, stops, pad)
+    what = f"a {kind} model cannot be guided by a {gvm.config.model_type} model"
+    with one_line(what), sharding.gathered(policy), sharding.gathered(gvm):
+        if mine:
+            uniforms = uniform_numbers(seeds_of(seed, mine), max_new_tokens, device)  # [B, T]
+            asked = [prompts[i] for i in mine]
+            stops = stop_tokens(tokenizer)
+            found = decode_guided(policy, guide, asked, uniforms, temperature, stops, pad)
     of_prompt = {}
     for of_rank in distributed.all_gather_object(dict(zip(mine, found, strict=True))):
         of_prompt.update(of_rank)
