@@ -27,7 +27,7 @@ What makes it run on one CPU and on many GPUs:
     meter          seconds, memory, model FLOPs utilisation
     measures       pair accuracies, diversity
 
-What a first reading skips: lora, t5, context, offload, vllm, pictures.
+What a first reading skips: lora, t5, context, decoding, offload, vllm, pictures.
 
 Arrows run down: a file imports only files that are further from the scripts than it is, never a script, and
 nothing in a circle; tests/test_house.py keeps it so.

@@ -343,8 +343,7 @@ def sample_all(
     temperatures = torch.as_tensor(temperature, dtype=torch.float64, device=device).expand(len(prompts))
     # prompts of similar length are sampled together: little padding
     mine = sorted(range(distributed.rank(), len(prompts), distributed.world()), key=lambda i: len(prompts[i]))
-    # a seed per prompt, from (seed, step, index); the prime keeps different triples apart
-    seeds = [((seed[0] * 1_000_003 + seed[1]) * 1_000_003 + i) % 2**63 for i in mine]
+    seeds = seeds_of(seed, mine)
     engine = getattr(policy, "engine", None)
     training = policy.training
     policy.eval()
@@ -357,11 +356,7 @@ def sample_all(
         with sharding.gathered(policy):
             for start, end in batches_of(lengths, size, getattr(policy, "pads_prompts", True)):
                 batch = mine[start:end]
-                uniforms = [
-                    torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(number))
-                    for number in seeds[start:end]
-                ]
-                uniforms = torch.stack(uniforms).double().to(device)  # [B, T]
+                uniforms = uniform_numbers(seeds[start:end], max_new_tokens, device)  # [B, T]
                 asked = [prompts[i] for i in batch]
                 found += decode(policy, asked, uniforms, temperatures[batch], stops, pad)
     policy.train(training)
@@ -375,6 +370,18 @@ def sample_all(
         sampled[i, : len(tokens)] = torch.tensor(logprobs)
     responses = [of_prompt[i][0] for i in range(len(prompts))]
     return responses, sampled.to(device)
+
+
+def seeds_of(seed: tuple[int, int], indices: list[int]) -> list[int]:
+    """A seed for each of the prompts with the numbers `indices`; `seed`: the run's and the step's."""
+    # the prime keeps different triples apart
+    return [((seed[0] * 1_000_003 + seed[1]) * 1_000_003 + i) % 2**63 for i in indices]
+
+
+def uniform_numbers(seeds: list[int], count: int, device) -> torch.Tensor:
+    """[B, count] random numbers in [0, 1), each row from the seed of its own sequence."""
+    rows = [torch.rand(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).double().to(device)
 
 
 def batches_of(lengths: list[int], size: int, padded: bool) -> Iterator[tuple[int, int]]:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from common import distributed, positions
+from common import decoding, distributed, positions
 from common.cli import fail, note
 from common.data import hold_out_prompts, prompt_key, read_rows
 from common.measures import distinct_2
@@ -24,7 +24,13 @@ from common.pretrained import resolve
 from common.reference import fingerprint
 from common.rewards import Reward
 from common.rollout import rollout
-from common.tokenization import encode_prompt, load_tokenizer, stop_tokens, tokenize
+from common.tokenization import (
+    encode_prompt,
+    load_tokenizer,
+    require_same_tokenizer,
+    stop_tokens,
+    tokenize,
+)
 from evaluation import text_metrics
 from evaluation.text_metrics import WITH_REFERENCE, mean
 
@@ -89,6 +95,21 @@ class Responses:
     """Temperature of sampling. 0: greedy."""
     samples: int = 1
     """Responses to each prompt. Means are over all of them, intervals are those of the prompts."""
+    decode: Literal["sample", "best-of", "guided"] = "sample"
+    """How a response is chosen. sample: the policy alone; best-of: the one of several that `--gvm` values
+    highest; guided: each token re-weighted by `--gvm`."""
+    gvm: str = ""
+    """Global Value Model from gvm_td.py for `--decode` best-of and guided: a hub id or folder with the policies'
+    tokenizer. `reviews` is the embedded one."""
+    best_of: int = 16
+    """Responses that best-of samples for each that it keeps."""
+    guide_candidates: int = 8
+    """Tokens that guided re-weights at each step: the policy's likeliest. It draws no other."""
+    guide_beta: float = 0.5
+    """Guided: p is proportional to pi * exp(Q / beta), with Q in the GVM's units. `inf` does not re-weight."""
+    log_odds: bool = False
+    """Guided, for a GVM trained on +1 and -1: atanh(Q), half the log-odds of being the chosen answer, in place
+    of Q."""
     seed: int = 0
     """Seed of all that is random in a run, except the split of the data (`--split-seed`)."""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
@@ -111,6 +132,10 @@ RESPONSES_REVIEWS = dict(
     temperature=1.0,
     reward=("assets.reviews:reward", "assets.reviews:grammatical"),
 )
+
+
+# Columns of the table, and keys of a record, that decoding with a GVM adds.
+OF_GVM = ("value", "kl")
 
 
 def short_names(models: tuple[str, ...]) -> list[str]:
@@ -241,9 +266,38 @@ def json_lines(rows: list[dict]) -> str:
 # --- what is generated ---------------------------------------------------------------------------------
 
 
-def answer(policy, tokenizer, batch: list[dict], name: str, args: Responses, number: int) -> list[dict]:
+def decode(
+    policy, gvm, tokenizer, prompt_ids: list[list[int]], args: Responses, seed: tuple[int, int]
+) -> tuple[list[list[int]], list[dict]]:
+    """A response to each prompt by `--decode`, and what its record says besides: with a GVM its `value`, Q at
+    the last token, and its `kl` from the policy."""
+    limit = args.max_response_length
+    if args.decode == "sample":
+        responses, _ = rollout(policy, tokenizer, prompt_ids, limit, args.temperature, seed)
+        return responses, [{} for _ in responses]
+    if args.decode == "best-of":
+        found = decoding.best_of(
+            policy,
+            gvm,
+            tokenizer,
+            prompt_ids,
+            args.best_of,
+            limit,
+            args.temperature,
+            seed,
+            args.micro_batch_size,
+        )
+    else:
+        guide = decoding.Guide(gvm, args.guide_candidates, args.guide_beta, args.log_odds)
+        found = decoding.guided(policy, guide, tokenizer, prompt_ids, limit, args.temperature, seed)
+    more = [{"value": decoded.value, "kl": decoded.kl} for decoded in found]
+    return [decoded.tokens for decoded in found], more
+
+
+def answer(policy, gvm, tokenizer, batch: list[dict], name: str, args: Responses, number: int) -> list[dict]:
     """Records of batch `number`, row by row and turn by turn. Each turn goes on top of the model's own
-    answers to the turns before. `name` is the model's, in the records."""
+    answers to the turns before. `gvm` decodes with the policy, None without. `name` is the policy's, in the
+    records."""
     prompts = [row["prompt"] for row in batch]  # of the present turn: a text, or the messages so far
     records = [[] for _ in batch]  # of each row, one per turn
     # A response ended by itself where its last token is the template's end of an answer, or the tokenizer's.
@@ -263,13 +317,14 @@ def answer(policy, tokenizer, batch: list[dict], name: str, args: Responses, num
             prompt_ids = [encode_prompt(tokenizer, prompts[i]) for i in asked]
         except ValueError as error:  # the first turns have been tried
             fail(f"{name}: turn {turn + 1} of a question: {error}")
-        positions.check(policy, name, longest_of((), prompt_ids, args.max_response_length))
+        longest = longest_of((), prompt_ids, args.max_response_length)
+        positions.check(policy, name, longest)
+        if gvm is not None:
+            positions.check(gvm, args.gvm, longest)
         seed = (args.seed, 1000 * number + turn)  # no question has 1000 turns: other numbers for each call
-        responses, _ = rollout(
-            policy, tokenizer, prompt_ids, args.max_response_length, args.temperature, seed
-        )
+        responses, more = decode(policy, gvm, tokenizer, prompt_ids, args, seed)
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        for i, response, text in zip(asked, responses, texts, strict=True):
+        for i, response, text, of_gvm in zip(asked, responses, texts, more, strict=True):
             record = {
                 "row": batch[i]["row"],
                 "turn": turn,
@@ -280,6 +335,7 @@ def answer(policy, tokenizer, batch: list[dict], name: str, args: Responses, num
                 "length": len(response),
                 "truncated": response[-1] not in stops,
                 "reference": batch[i]["references"][turn],
+                **of_gvm,
             }
             records[i].append(record)
     return [record for of_row in records for record in of_row]
@@ -303,9 +359,15 @@ def generate(
         (), asked, args.max_response_length
     )  # of the first turn; `answer` looks at the others
     policy = load_model("policy", policy_folder, tokenizer, args, trained=False, longest=longest)
+    gvm = None
+    if args.gvm:
+        gvm_folder = resolve(args.gvm, "value")
+        gvm = load_model("value", gvm_folder, tokenizer, args, trained=False, longest=longest)
+        if args.decode == "guided":
+            decoding.check_guide(gvm, args.gvm, tokenizer)
     records = []
     for number in tqdm(range(whole, len(batches)), desc=name, disable=None if first_rank else True):
-        of_batch = answer(policy, tokenizer, batches[number], name, args, number)
+        of_batch = answer(policy, gvm, tokenizer, batches[number], name, args, number)
         records += of_batch
         if first_rank:
             # Opened for each batch: closing it leaves nothing in a buffer that a kill could lose.
@@ -397,8 +459,8 @@ def table(numbers: dict[str, dict[str, dict]]) -> str:
 
 
 def check_arguments(args: Responses, names: list[str], reward_names: list[str]) -> None:
-    """Ends the run where models or columns of the table cannot be told apart, or --prompts or
-    --samples say nothing."""
+    """Ends the run where models or columns of the table cannot be told apart, or --prompts, --samples or the
+    flags of --decode say nothing."""
     distinct = len(set(names)) == len(names)
     slash = any("/" in name for name in names)  # a name is also a folder's
     if not args.models or len(names) != len(args.models) or not distinct or slash:
@@ -410,9 +472,29 @@ def check_arguments(args: Responses, names: list[str], reward_names: list[str]) 
         fail(f"--samples is {args.samples}; each prompt needs a response")
     if args.samples > 1 and not args.temperature:
         fail(f"--samples {args.samples} would be the same response each time: give a --temperature above 0")
-    columns = ["length", "characters", "truncated", "distinct_2", *reward_names, *args.metrics]
+    check_decoding(args)
+    of_gvm = OF_GVM if args.gvm else ()
+    columns = ["length", "characters", "truncated", "distinct_2", *of_gvm, *reward_names, *args.metrics]
     if len(set(columns)) < len(columns):
         fail(f"--reward, --metrics: two columns of the same name among {', '.join(columns)}")
+
+
+def check_decoding(args: Responses) -> None:
+    """Ends the run where --decode lacks what it needs, or a flag belongs to another --decode."""
+    if args.decode == "sample" and args.gvm:
+        fail(f"--gvm {args.gvm} is read by --decode best-of and guided alone; name one of them")
+    if args.decode != "sample" and not args.gvm:
+        fail(f"--decode {args.decode} needs the value model: --gvm")
+    if args.log_odds and args.decode != "guided":
+        fail("--log-odds is for --decode guided: it changes no order of responses")
+    if args.best_of < 1:
+        fail(f"--best-of is {args.best_of}; at least one response is sampled")
+    if args.decode == "best-of" and args.best_of > 1 and not args.temperature:
+        fail(f"--best-of {args.best_of} would choose among equal responses: give a --temperature above 0")
+    if args.guide_candidates < 1:
+        fail(f"--guide-candidates is {args.guide_candidates}; at least one token is a candidate")
+    if not args.guide_beta > 0:  # nor NaN
+        fail(f"--guide-beta is {args.guide_beta}; it must be above 0")
 
 
 def generation_settings(args: Responses) -> dict:
@@ -427,6 +509,14 @@ def generation_settings(args: Responses) -> dict:
         settings["batch_size"] = args.batch_size
     if args.samples > 1:
         settings["samples"] = args.samples
+    if args.decode != "sample":
+        settings["decode"] = args.decode
+    if args.decode == "best-of":
+        settings["best_of"] = args.best_of
+    if args.decode == "guided":
+        settings["guide_candidates"] = args.guide_candidates
+        settings["guide_beta"] = args.guide_beta
+        settings["log_odds"] = args.log_odds
     return settings
 
 
@@ -440,6 +530,11 @@ def responses(args: Responses) -> None:
     text_metrics.check(args.metrics, args)
     folders = [resolve(model) for model in args.models]
     tokenizers = [load_tokenizer(folder, args.template_arguments) for folder in folders]
+    if args.gvm:
+        gvm_folder = resolve(args.gvm, "value")
+        decoding.check_gvm_config(gvm_folder, args.log_odds)
+        for tokenizer in tokenizers:
+            require_same_tokenizer(tokenizer, gvm_folder, "--gvm")
 
     # --- data
     rows = read_questions(args)
@@ -454,11 +549,13 @@ def responses(args: Responses) -> None:
     settings = generation_settings(args)
     kept = []  # of each model: (records, number of whole batches)
     if first_rank:
+        of_gvm = {"gvm": fingerprint(gvm_folder)} if args.gvm else {}
         for name, folder, tokenizer in zip(names, folders, tokenizers, strict=True):
             prompts = [[encode_prompt(tokenizer, row["prompt"]), row["turns"]] for row in rows]
             made_with = {
                 "weights": fingerprint(folder),
                 "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+                **of_gvm,
                 **settings,
             }
             kept.append(keep_whole_batches(Path(args.run_dir, name), made_with, batches, args.overwrite))
@@ -490,6 +587,9 @@ def responses(args: Responses) -> None:
             "truncated": mean([record["truncated"] for record in records], questions=questions),
             "distinct_2": mean([distinct_2([text]) for text in texts[name]], questions=questions),
         }
+        if args.gvm:
+            for column in OF_GVM:
+                numbers[name][column] = mean([record[column] for record in records], questions=questions)
         asked = []  # the row of each record, with the conversation that was answered as its prompt
         for row, record in zip(row_of_record, records, strict=True):
             asked.append(row | {"prompt": record["prompt"]})
@@ -513,6 +613,7 @@ def responses(args: Responses) -> None:
     result = {
         "dataset": args.dataset,
         "paths": dict(zip(names, args.models, strict=True)),
+        "gvm": args.gvm,
         **settings,
         "models": numbers,
     }

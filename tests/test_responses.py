@@ -512,6 +512,108 @@ def test_changed_settings_are_refused(world, run, change):
         assert world.path("runs/ev-changed/x/responses.jsonl").read_bytes() != before
 
 
+# --- decoding by value ---------------------------------------------------------------------------------
+
+BY_VALUE = {
+    "best-of": dict(decode="best-of", gvm="reviews", best_of=3, temperature=1.0),
+    "guided": dict(decode="guided", gvm="reviews", guide_candidates=4, temperature=1.0),
+}
+
+
+@pytest.mark.parametrize("kind", BY_VALUE)
+def test_decoding_by_value(world, run, capsys, kind):
+    """Records and table have the GVM's value and the KL; settings.json says how and by which GVM; another
+    setting of the same --decode is refused."""
+    args = BY_VALUE[kind] | dict(dataset=world.write("mt.jsonl", MT_BENCH), reward=("helpers:length_reward",))
+    folder = run(f"runs/ev-{kind}", **args)
+    records = lines(folder / "reviews/responses.jsonl")
+    assert len(records) == 5  # of two turns, too
+    found = json.loads((folder / "responses.json").read_text())["models"]["reviews"]
+    for column in ("value", "kl"):
+        assert found[column]["mean"] == pytest.approx(statistics.fmean(r[column] for r in records))
+    assert "| distinct_2 | value | kl | length_reward |" in capsys.readouterr().out
+    settings = json.loads((folder / "reviews/settings.json").read_text())
+    assert settings["decode"] == kind
+    assert settings["gvm"] == answers.fingerprint(str(helpers.ROOT / "assets/value"))
+    if kind == "best-of":
+        assert settings["best_of"] == 3
+        assert {r["kl"] for r in records} == {math.log(3) - 2 / 3}
+        change, message = dict(best_of=4), "best_of 3 -> 4"
+    else:
+        assert (settings["guide_candidates"], settings["guide_beta"], settings["log_odds"]) == (4, 0.5, False)
+        assert len({r["kl"] for r in records}) == 5
+        change, message = dict(guide_beta=0.2), "guide_beta 0.5 -> 0.2"
+    with pytest.raises(SystemExit, match=message):
+        run(f"runs/ev-{kind}", **args | change)
+    with pytest.raises(SystemExit, match=f"decode {kind} -> None"):
+        run(f"runs/ev-{kind}", **args | dict(decode="sample", gvm=""))
+
+
+def test_guiding_raises_the_value(run):
+    """On the embedded world: above plain sampling, and the more the smaller beta; so does the KL."""
+    args = evaluate.RESPONSES_REVIEWS | dict(dataset="reviews", prompts=48, decode="guided", gvm="reviews")
+    args["guide_candidates"] = 53  # all words
+    found = []
+    for beta in (math.inf, 1.0, 0.2):
+        out = run(f"runs/ev-beta-{beta}", **args, guide_beta=beta)
+        found.append(json.loads((out / "responses.json").read_text())["models"]["reviews"])
+    for column in ("value", "kl", "reward"):
+        means = [each[column]["mean"] for each in found]
+        assert means == sorted(means), column
+    assert found[0]["kl"]["mean"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_best_of_one_is_plain_sampling(run):
+    args = dict(temperature=1.0, prompts=7)
+    plain = lines(run("runs/ev-plain", **args) / "reviews/responses.jsonl")
+    one = lines(
+        run("runs/ev-one", **args, decode="best-of", gvm="reviews", best_of=1) / "reviews/responses.jsonl"
+    )
+    assert [r["response"] for r in one] == [r["response"] for r in plain]
+    assert {r["kl"] for r in one} == {0.0}
+
+
+@pytest.mark.parametrize("kind", BY_VALUE)
+def test_decoding_by_value_goes_on_after_a_kill(world, run, kind):
+    """And two ranks write the file of one."""
+    args = BY_VALUE[kind] | dict(precision="fp64")
+    whole = run(f"runs/ev-{kind}-whole", **args)
+    given = SMALL | dict(dataset="prompts.jsonl", batch_size=7) | args
+    killed = given | dict(run_dir=f"runs/ev-{kind}-killed")
+    job = helpers.Job(world.folder, functools.partial(_main, killed, functools.partial(die, 3)), 0)
+    assert job.wait().codes == [9]
+    file = world.path(f"runs/ev-{kind}-killed/reviews/responses.jsonl")
+    assert len(lines(file)) == 14
+    run(f"runs/ev-{kind}-killed", **args)
+    expected = (whole / "reviews/responses.jsonl").read_bytes()
+    assert file.read_bytes() == expected
+    call = functools.partial(_main, given | dict(run_dir=f"runs/ev-{kind}-2"))
+    helpers.Job(world.folder, call, 2).wait().ok()
+    ranks = lines(world.path(f"runs/ev-{kind}-2/reviews/responses.jsonl"))
+    for one, two in zip(lines(whole / "reviews/responses.jsonl"), ranks, strict=True):
+        assert {k: v for k, v in two.items() if k not in ("value", "kl")} == {
+            k: v for k, v in one.items() if k not in ("value", "kl")
+        }
+        assert (two["value"], two["kl"]) == pytest.approx((one["value"], one["kl"]), abs=1e-6)
+
+
+def test_best_of_with_an_encoder_decoder_is_refused_by_the_tokenizer(run, t5):
+    """A GVM reads the policy's tokens: it must have its tokenizer."""
+    with pytest.raises(SystemExit, match="--gvm"):
+        run("runs/ev-bad", models=(t5,), **BY_VALUE["best-of"])
+
+
+@pytest.mark.parametrize("change", [dict(context_pairs=2), dict(return_mean=0.5)])
+def test_a_gvm_that_cannot_be_used_is_refused(world, run, change):
+    """One that reads the policy's other answers first; log-odds of one that was not trained on +1 and -1."""
+    name = "-".join(change)
+    helpers.edit_model(world, "value", name, config=lambda old: old | change)
+    args = BY_VALUE["guided"] | dict(gvm=f"runs/{name}", log_odds="return_mean" in change)
+    with pytest.raises(SystemExit, match="--context-pairs 2|--log-odds is for a GVM") as error:
+        run("runs/ev-bad", **args)
+    assert "\n" not in str(error.value)
+
+
 # --- what is refused -----------------------------------------------------------------------------------
 
 BAD = {
@@ -526,6 +628,24 @@ BAD = {
     "a negative number": (dict(prompts=-1), "--prompts is -1"),
     "no samples": (dict(samples=0), "--samples is 0"),
     "greedy samples": (dict(samples=2), "--samples 2", "--temperature"),
+    "a GVM that nothing reads": (dict(gvm="reviews"), "--gvm reviews", "--decode"),
+    "no GVM": (dict(decode="guided"), "--decode guided", "--gvm"),
+    "no such GVM": (dict(decode="guided", gvm="./nowhere"), "./nowhere: no model folder"),
+    "greedy best of n": (dict(decode="best-of", gvm="reviews"), "--best-of 16", "--temperature"),
+    "best of none": (dict(decode="best-of", gvm="reviews", best_of=0), "--best-of is 0"),
+    "no candidates": (
+        dict(decode="guided", gvm="reviews", guide_candidates=0),
+        "--guide-candidates is 0",
+    ),
+    "no beta": (dict(decode="guided", gvm="reviews", guide_beta=0.0), "--guide-beta is 0.0"),
+    "log-odds without a guide": (
+        dict(decode="best-of", gvm="reviews", temperature=1.0, log_odds=True),
+        "--log-odds",
+    ),
+    "a reward called kl": (
+        dict(decode="guided", gvm="reviews", reward=("a:kl",)),
+        "two columns of the same name",
+    ),
     "long prompts": (dict(max_prompt_length=1), "--max-prompt-length 1"),
     "no reference": (
         dict(metrics=("bleu",)),
