@@ -159,6 +159,8 @@ class Args:
     """Number of prompts that are held out of training for evaluations."""
     eval_reward: tuple[str, ...] = ()
     """Reward models (hub ids or folders) or `module:function`s to report in evaluations; never trained on."""
+    save_rollouts: bool = False
+    """Write every response of training into rollouts.jsonl, data that gvm_td.py reads."""
     save_every: int = 50
     """Steps between checkpoints for `--resume`. 0: none."""
     keep: int = 2
@@ -585,6 +587,10 @@ def main(args: Args) -> None:
             **phases.metrics(policy, response_tokens, update_tokens),
         }
         run.metrics(done, metrics, show=("objective/score", "objective/kl", "rollout/length"))
+        if args.save_rollouts:
+            texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+            numbers = {"gvm_score": scores, "kl": kl.sum(1)}  # [B] each
+            run.rollouts(done, batch, texts, is_truncated, numbers)
         if args.kl_target:
             mean_kl = float(kl[mask].mean())  # per token
             beta = next_beta(beta, mean_kl, args.kl_target, args.batch_size)

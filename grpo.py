@@ -140,6 +140,8 @@ class Args:
     """Number of prompts that are held out of training for evaluations."""
     eval_reward: tuple[str, ...] = ()
     """Reward models (hub ids or folders) or `module:function`s to report in evaluations; never trained on."""
+    save_rollouts: bool = False
+    """Write every response of training into rollouts.jsonl, data that gvm_td.py reads."""
     save_every: int = 50
     """Steps between checkpoints for `--resume`. 0: none."""
     keep: int = 2
@@ -540,6 +542,9 @@ def main(args: Args) -> None:
             **phases.metrics(policy, response_tokens, update_tokens),
         }
         run.metrics(done, metrics, show=("objective/score", "objective/kl", "rollout/length"))
+        if args.save_rollouts:
+            numbers = {"reward": scores, "kl": kl.sum(1)}  # [B] each
+            run.rollouts(done, batch, texts, is_truncated, numbers)
         if args.eval_every and eval_rows and done % args.eval_every == 0 and done < args.steps:
             evaluate_kl_optional(done)
 

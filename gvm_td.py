@@ -27,6 +27,7 @@ docs/gvm_td.md explains the rest.
 
 import gc
 import json
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,13 +36,14 @@ from typing import Literal
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
 from common import distributed, sharding, value_heads
 from common.batches import batch_indices, collate, micro_batches, run_micro_batches
 from common.checkpoints import export, load_checkpoint, save_checkpoint
 from common.cli import fail, note, parse
 from common.context import add_context
-from common.data import hold_out, read_rows
+from common.data import SPLIT_BY, hold_out, read_rows
 from common.log import Run
 from common.measures import (
     MAX_PAIRS,
@@ -57,11 +59,24 @@ from common.models import load_model
 from common.optimizer import accumulated, adamw, backward, learning_rate, optimizer_step
 from common.pictures import draw_values, valued_texts
 from common.positions import longest_of
-from common.pretrained import resolve
+from common.pretrained import load_pretrained, resolve
 from common.rewards import Reward
 from common.templates import text_of
-from common.tokenization import load_tokenizer, tokenize, were_cut
+from common.tokenization import TOKENS, load_tokenizer, tokenize, were_cut
 from common.value_heads import response_values
+
+# what a row of scored.jsonl does not have: tokens, and what was of the row of the data
+NOT_SCORED = (
+    *TOKENS,
+    SPLIT_BY,
+    "row",
+    "split",
+    "pair",
+    "chosen",
+    "rejected",
+    "chosen_policy",
+    "rejected_policy",
+)
 
 
 @dataclass
@@ -104,6 +119,13 @@ class Args:
     experiment."""
     skip_bad_rows: bool = False
     """Drop and count unusable rows instead of stopping at the first."""
+    last_rows: int = 0
+    """Use only the last rows of `--dataset`, this many: of a rollouts.jsonl, the newest answers. 0: all."""
+    old_dataset: str = ""
+    """Scored responses that are mixed into the training data by `--old-share`, such as the scored.jsonl of an
+    earlier run: what an earlier GVM learned from, so that a refreshed one does not forget it."""
+    old_share: float = 0.5
+    """Share of the training rows that come from `--old-dataset`; its rows are drawn, or repeated, to fit."""
     max_characters: int = 0
     """Drop and count rows with a response longer than this many characters. 0: no limit."""
     layers: int = 0
@@ -306,6 +328,8 @@ def read_training_and_held_out(args: Args) -> tuple[list[dict], list[dict]]:
     """
     eval_source = args.eval_source or args.source
     rows = read_source(args.dataset, args.split, args.source, args.part, args)
+    if args.last_rows:
+        rows = rows[-args.last_rows :]
     if args.eval_dataset:
         held_out = read_source(args.eval_dataset, args.eval_split, eval_source, "all", args)
         return rows, held_out
@@ -326,6 +350,23 @@ def two_responses(pairs: list[dict]) -> list[dict]:
         rows.append({**pair, **chosen, "pair": i})
         rows.append({**pair, **rejected, "pair": i})
     return rows
+
+
+def load_old_rows(count: int, tokenizer, args: Args) -> list[dict]:
+    """Scored rows of `--old-dataset` that make up `--old-share` beside `count` other rows: all of them as often
+    as they fit in, then a part, drawn at random. Their rewards stay as they are; with tokens."""
+    if not 0 <= args.old_share < 1:
+        fail(f"--old-share is {args.old_share}; it must be at least 0 and below 1")
+    wanted = round(count * args.old_share / (1 - args.old_share))
+    if not wanted:
+        return []
+    rows = read_rows(args.old_dataset, "scored", columns=args.columns, skip_bad_rows=args.skip_bad_rows)
+    max_lengths = (args.max_prompt_length, args.max_response_length)
+    rows = tokenize(rows, tokenizer, ("response",), *max_lengths, args.old_dataset, args.skip_bad_rows)
+    drawn = rows * (wanted // len(rows))
+    drawn += random.Random(args.seed).sample(rows, wanted % len(rows))
+    note(f"{wanted} rows of {args.old_dataset} beside {count} of {args.dataset}")
+    return drawn
 
 
 def load_training_rows(training: list[dict], tokenizer, args: Args) -> list[dict]:
@@ -362,7 +403,8 @@ def load_held_out_rows(held_out: list[dict], tokenizer, args: Args) -> list[dict
 
 
 def judge_rows(rows: list[dict], judge: Callable, tokenizer) -> None:
-    """Replaces the `reward` of each row by the judge's, in place; of a response that was cut, as it is now."""
+    """Replaces the `reward` of each row by the judge's, in place; of a response that was cut, as it is now: its
+    `response` is that text then, and `truncated` says so."""
     cut = were_cut(tokenizer, [row["response_ids"] for row in rows])
     texts = []
     for row, unfinished in zip(rows, cut, strict=True):
@@ -370,7 +412,9 @@ def judge_rows(rows: list[dict], judge: Callable, tokenizer) -> None:
         texts.append(shortened if unfinished else row["response"])
     sequences = [(row["prompt_ids"], row["response_ids"]) for row in rows]
     rewards = judge(rows, sequences, texts).tolist()
-    for row, reward in zip(rows, rewards, strict=True):
+    for row, text, unfinished, reward in zip(rows, texts, cut, rewards, strict=True):
+        row["response"] = text
+        row["truncated"] = unfinished
         row["reward"] = reward
 
 
@@ -390,16 +434,43 @@ def load_pairs(held_out: list[dict], args: Args) -> list[tuple[dict, dict]]:
     return sample_pairs(pairs, MAX_PAIRS)
 
 
-def standardised_scores(rows: list[dict], args: Args) -> tuple[torch.Tensor, float, float]:
+def unit_of_model(name: str, args: Args) -> tuple[float, float] | None:
+    """(mean, std) by which scores became the returns of `--model`, where that is a GVM from scores and this run
+    is from scores too; else None.
+
+    A GVM that goes on keeps its unit: its head stays what it is, and a value, and dvpo.py's --beta, mean after
+    a refresh what they meant before it. Returns of +1 and -1 are no scores, whatever their mean and std.
+    """
+    config = load_pretrained("configuration", AutoConfig, name)
+    mean = getattr(config, "return_mean", None)
+    std = getattr(config, "return_std", None)
+    if mean is None or std is None:  # no GVM
+        return None
+    of_signs = mean == 0 and std == 1
+    signs_here = args.source == "preference" and not args.reward
+    if of_signs or signs_here:
+        if of_signs != signs_here:
+            note(
+                f"{name}: its values are in another unit than this run's returns, which it has to learn anew"
+            )
+        return None
+    return mean, std
+
+
+def standardised_scores(
+    rows: list[dict], args: Args, unit: tuple[float, float] | None = None
+) -> tuple[torch.Tensor, float, float]:
     """(standardised scores [N] in float64, mean, std) of the training responses.
 
-    The returns +1 and -1 of preference pairs stay as they are: mean 0, std 1. Ends the run where all are
-    equal.
+    mean and std are those of `unit` where it is given, else of the scores. The returns +1 and -1 of preference
+    pairs stay as they are: mean 0, std 1. Ends the run where all are equal.
     """
     scores = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
     if args.source == "preference" and not args.reward:
         mean = 0.0
         std = 1.0
+    elif unit is not None:
+        mean, std = unit
     else:
         mean = scores.mean().item()
         std = scores.std().item()
@@ -414,6 +485,15 @@ def policy_averages(rows: list[dict]) -> dict[str | None, float]:
     for row in rows:
         rewards.setdefault(row.get("policy"), []).append(row["reward"])
     return {policy: float(np.mean(of_policy)) for policy, of_policy in rewards.items()}
+
+
+def write_scored(path: Path, rows: list[dict]) -> None:
+    """Writes scored.jsonl: the training responses with the rewards that `--reward` gave, in the form that
+    `--old-dataset`, rpo.py and dro.py read. A response that was cut says so, and is the text that was judged."""
+    with open(path, "w", encoding="utf-8") as file:
+        for row in rows:
+            line = {key: value for key, value in row.items() if key not in NOT_SCORED}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 # --- what is written at the end
@@ -485,10 +565,15 @@ def main(args: Args) -> None:
             judge_rows(held_out_rows, judge, tokenizer)
         del judge
         gc.collect()  # sharded modules are in reference cycles
-    pairs = load_pairs(held_out_rows, args)
-    scores, score_mean, score_std = standardised_scores(rows, args)  # [N]
-    scores = scores.to(device, torch.float64 if args.precision == "fp64" else torch.float32)
+        if rank == 0:
+            write_scored(Path(args.run_dir, "scored.jsonl"), rows)
     averages = policy_averages(rows)
+    if args.old_dataset:
+        rows += load_old_rows(len(rows), tokenizer, args)
+    pairs = load_pairs(held_out_rows, args)
+    unit = unit_of_model(name, args)
+    scores, score_mean, score_std = standardised_scores(rows, args, unit)  # [N]
+    scores = scores.to(device, torch.float64 if args.precision == "fp64" else torch.float32)
     eval_rows = []  # chosen, rejected, chosen, rejected, ...
     for chosen, rejected in pairs:
         eval_rows.append(chosen)

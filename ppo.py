@@ -40,7 +40,7 @@ from common.cli import fail, parse
 from common.data import hold_out_prompts, read_rows
 from common.log import Run
 from common.meter import Phases, state_bytes
-from common.models import load_model
+from common.models import load_model, to_reward_unit
 from common.optimizer import accumulated, adamw, backward, learning_rate, optimizer_step
 from common.positions import longest_of
 from common.pretrained import resolve
@@ -62,8 +62,8 @@ class Args:
     """Reward model (hub id or folder) or `module:function` that scores responses; in gvm_td.py its scores
     replace the data set's returns."""
     critic: str = ""
-    """What the critic starts from. By default it is the reward model where that is a model, else the
-    policy."""
+    """What the critic starts from, a GVM of gvm_td.py for one. By default it is the reward model where that is a
+    model, else the policy."""
     dataset: str = "reviews"
     """Data to train on: a hub id (`id:configuration` where it has several), a folder, or local .jsonl, .json or
     .parquet files (.gz too; several with commas between), with the columns
@@ -147,6 +147,8 @@ class Args:
     """Number of prompts that are held out of training for evaluations."""
     eval_reward: tuple[str, ...] = ()
     """Reward models (hub ids or folders) or `module:function`s to report in evaluations; never trained on."""
+    save_rollouts: bool = False
+    """Write every response of training into rollouts.jsonl, data that gvm_td.py reads."""
     save_every: int = 50
     """Steps between checkpoints for `--resume`. 0: none."""
     keep: int = 2
@@ -359,6 +361,7 @@ def main(args: Args) -> None:
     policy.engine = engine  # where rollout looks for it
     optimizer = adamw(policy, args.lr)
     critic = load_model("value", critic_name, tokenizer, args, trained=True, longest=longest)
+    to_reward_unit(critic)  # where it is a GVM, whose values are of standardised scores
     critic_optimizer = adamw(critic, args.critic_lr)
     reference = load_reference(policy, ref_name, tokenizer, args, longest)
     models = [policy, critic, reference]  # those in memory: counted in the log, and parked if frozen
@@ -562,6 +565,9 @@ def main(args: Args) -> None:
             **phases.metrics(policy, response_tokens, update_tokens),
         }
         run.metrics(done, metrics, show=("objective/score", "objective/kl", "rollout/length"))
+        if args.save_rollouts:
+            numbers = {"reward": scores, "kl": kl.sum(1)}  # [B] each
+            run.rollouts(done, batch, texts, is_truncated, numbers)
         if args.kl_target:
             mean_kl = float(kl[mask].mean())  # per token
             beta = next_beta(beta, mean_kl, args.kl_target, args.batch_size)

@@ -194,15 +194,21 @@ def has_other_speakers(row: dict, kind: str) -> bool:
 def once_per_prompt(name: str, rows: list[dict]) -> list[dict]:
     """The last row of each prompt, in the place of its first: a file may hold many answers to one prompt. Rows
     that differ in a column that is not ours (a solution to compare with) are all kept."""
-    not_asked = {*OURS, *ALIASES.values(), *formats.CONVERSATIONS, "split", "row", SPLIT_BY}
-    not_asked |= {column for pair in formats.SCORES for column in pair}
     of_prompt = {}
     for row in rows:
-        others = {key: value for key, value in row.items() if key not in not_asked}
-        of_prompt[prompt_key(row["prompt"]), json.dumps(others, sort_keys=True, default=str)] = row
+        others = json.dumps(columns_of_prompt(row), sort_keys=True, default=str)
+        of_prompt[prompt_key(row["prompt"]), others] = row
     if len(of_prompt) < len(rows):
         note(f"{name}: {len(rows) - len(of_prompt)} rows dropped whose prompt another row has")
     return list(of_prompt.values())
+
+
+def columns_of_prompt(row: dict) -> dict:
+    """The columns of a row that say something about its prompt (a solution, tools) and are not ours: nothing of
+    an answer that the file may hold beside it, no split, no number."""
+    not_asked = {*OURS, *ALIASES.values(), *formats.CONVERSATIONS, "split", "row", SPLIT_BY}
+    not_asked |= {column for pair in formats.SCORES for column in pair}
+    return {key: value for key, value in row.items() if key not in not_asked}
 
 
 def read_file(name: str, split: str) -> list:

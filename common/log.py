@@ -10,12 +10,15 @@ import time
 import uuid
 from pathlib import Path
 
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import distributed, lora, vllm
 from common.cli import fail, note
+from common.data import columns_of_prompt
 from common.optimizer import warmup_of
+from common.tokenization import TOKENS
 
 SHARED_TRIES = 30  # seconds in which a rank must see what another has written
 
@@ -113,6 +116,8 @@ class Run:
         self.say_plan(total, len(rows))
         for name in ("metrics.jsonl", "samples.jsonl"):
             self.keep_before(self.dir / name, step)
+        # a step's answers are written before its checkpoint, so those of the checkpoint's own step stay
+        self.keep_before(self.dir / "rollouts.jsonl", step, evaluations=False)
         # from `step` on events of an earlier try are hidden; a step of 0 keeps none of them
         self.writer = SummaryWriter(str(self.dir), purge_step=step + 1 if step else 0)
         self.bar = tqdm(total=total, initial=step, desc=self.dir.name, disable=None)
@@ -149,16 +154,17 @@ class Run:
             )
         file.write_text(json.dumps(now))
 
-    def keep_before(self, path: Path, step: int) -> None:
-        """Keeps the lines of a .jsonl file up to a checkpoint at `step`; a fresh run keeps none."""
+    def keep_before(self, path: Path, step: int, evaluations: bool = True) -> None:
+        """Keeps the lines of a .jsonl file up to a checkpoint at `step`; a fresh run keeps none. `evaluations`:
+        whether it holds those, the last of which comes anew."""
         kept = []
         if step and path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
             for line in lines[:-1]:  # what follows the last line's end is empty, or a line that a crash tore
                 row = json.loads(line)
                 # a step's own line comes before its checkpoint, an evaluation at the end of the run after it
-                in_step = row["step"] == step and (step < self.total or "time/step_s" in row)
-                if row["step"] < step or in_step:
+                comes_anew = evaluations and step >= self.total and "time/step_s" not in row
+                if row["step"] < step or (row["step"] == step and not comes_anew):
                     kept.append(line + "\n")
         if not kept:
             path.unlink(missing_ok=True)  # some scripts write no samples
@@ -202,6 +208,24 @@ class Run:
         if name == "samples.jsonl":
             texts = [json.dumps(row, ensure_ascii=False, indent=1) for row in rows]
             self.writer.add_text("samples", "\n\n".join(f"```\n{text}\n```" for text in texts), step)
+
+    def rollouts(
+        self, step: int, rows: list[dict], texts: list[str], truncated: list[bool], numbers: dict[str, Tensor]
+    ) -> None:
+        """Appends the responses of a step to rollouts.jsonl, a line each: the prompt as in the data, the other
+        columns of its row that a reward function may ask for, the response's text, whether it was cut, and
+        `numbers` ([B] each) by name. It is data that gvm_td.py reads."""
+        numbers = {name: values.tolist() for name, values in numbers.items()}
+        lines = []
+        for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
+            of_response = {name: values[i] for name, values in numbers.items()}
+            columns = columns_of_prompt(row)
+            columns = {key: value for key, value in columns.items() if key not in TOKENS}
+            line = {**columns, "prompt": row["prompt"], "response": text, "truncated": truncated[i]}
+            line |= of_response
+            line["step"] = step  # ours, whatever the data calls by that name: a resumed run is cut by it
+            lines.append(line)
+        self.samples(step, lines, "rollouts.jsonl")
 
     def picture(self, name: str, path: str, step: int) -> None:
         """A .png file into TensorBoard."""

@@ -290,6 +290,22 @@ def standardise_head(source, config) -> None:
         config.score_std = None  # done: the export, with this config, is not to be standardised once more
 
 
+def to_reward_unit(model) -> None:
+    """Changes the head of a value model from gvm_td.py, in place, so that its values are in the unit of the
+    reward: value * return_std + return_mean. Other models stay as they are."""
+    config = model.config
+    mean = getattr(config, "return_mean", None)
+    std = getattr(config, "return_std", None)
+    if mean is None or std is None:
+        return
+    sharding.reshard(model)
+    layer = value_heads.head(model)
+    layer.weight.data.mul_(std)
+    layer.bias.data.mul_(std).add_(mean)
+    config.return_mean = None  # done: the export, with this config, is not to be changed once more
+    config.return_std = None
+
+
 def prepare_modules(module, kind: str, name: str, args, master: torch.dtype, adapted: bool) -> None:
     """What changes the modules: the same for rank 0's model and for the one that gets its weights."""
     if kind in VALUES:

@@ -15,11 +15,19 @@ from common.models import load_model
 from common.positions import longest_of
 from common.pretrained import resolve
 from common.templates import text_of
-from common.tokenization import encode, encode_plain, load_tokenizer, prompt_text, require_end, were_cut
+from common.tokenization import (
+    TOKENS,
+    encode,
+    encode_plain,
+    load_tokenizer,
+    prompt_text,
+    require_end,
+    were_cut,
+)
 from common.value_heads import sequence_scores
 
 # what `tokenize` adds to a row: no columns of the data
-OURS = ("opening_ids", "prompt_ids", "response_ids", "chosen_ids", "rejected_ids", "split_by")
+OURS = (*TOKENS, "split_by")
 
 
 class Reward:

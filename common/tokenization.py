@@ -8,6 +8,9 @@ from common import templates
 from common.cli import fail, note
 from common.pretrained import load_pretrained
 
+# what `tokenize` adds to a row: no columns of the data
+TOKENS = ("opening_ids", "prompt_ids", "response_ids", "chosen_ids", "rejected_ids")
+
 
 def load_tokenizer(
     name: str, arguments: dict[str, str] | None = None, ends: bool = True
@@ -118,9 +121,14 @@ def without_eos(tokenizer, ids: list[int]) -> list[int]:
 
 
 def encode_answer(
-    tokenizer, prompt: str | list[dict], answer: str | list[dict], tools: list | None = None
+    tokenizer,
+    prompt: str | list[dict],
+    answer: str | list[dict],
+    tools: list | None = None,
+    truncated: bool = False,
 ) -> tuple[list[int], list[int], list[int]]:
-    """(prompt tokens, answer tokens with their end, what the template writes after that).
+    """(prompt tokens, answer tokens with their end, what the template writes after that). A `truncated` answer
+    has neither an end nor anything after it.
 
     The three together are the tokens of the template's own rendering of the conversation; a token that holds
     text of both prompt and answer is the answer's. Raises ValueError where the template refuses the
@@ -129,12 +137,15 @@ def encode_answer(
     refuse_special_texts(tokenizer, answer)
     if not tokenizer.chat_template:
         prompt_ids, answer_ids = encode_plain(tokenizer, prompt, answer)
-        return prompt_ids, [*answer_ids, tokenizer.eos_token_id], []
+        end = [] if truncated else [tokenizer.eos_token_id]
+        return prompt_ids, answer_ids + end, []
     written = templates.write(tokenizer, prompt, answer, tools)
+    if truncated:
+        written = written._replace(end="", rest="")
     ids = encode(tokenizer, written.before + written.answer + written.end)
     start = len(os.path.commonprefix([encode(tokenizer, written.before), ids]))
     answer_ids = ids[start:]
-    if not written.end:
+    if not written.end and not truncated:
         answer_ids.append(tokenizer.eos_token_id)
     pad = tokenizer.pad_token_id
     if pad in answer_ids and pad not in stop_tokens(tokenizer):
@@ -208,7 +219,8 @@ def tokenize(
     whole: bool = False,
 ) -> list[dict]:
     """The rows with tokens: `opening_ids`, which a sampled answer continues; `prompt_ids`, what stands before
-    the answers of `fields`; and `<field>_ids`, each ended by the stop token.
+    the answers of `fields`; and `<field>_ids`, each ended by the stop token, except a `response` whose row says
+    that it is `truncated`.
 
     The last two are the template's own rendering, so a template may write another prompt before an answer
     than it opens (`<think>`). `whole`: with what it writes after the end, as reward models read it. Long
@@ -267,9 +279,11 @@ def row_ids(tokenizer, row: dict, answers: dict, whole: bool) -> dict[str, list[
     """The tokens of one row, see `tokenize`; `answers` by field. Raises ValueError."""
     tools = row.get("tools")
     opening_ids = encode_prompt(tokenizer, row["prompt"], tools)
-    encoded = {
-        field: encode_answer(tokenizer, row["prompt"], answer, tools) for field, answer in answers.items()
-    }
+    encoded = {}
+    for field, answer in answers.items():
+        # of a sampled response that the length limit cut, as rollouts.jsonl and scored.jsonl say
+        truncated = field == "response" and row.get("truncated") is True
+        encoded[field] = encode_answer(tokenizer, row["prompt"], answer, tools, truncated)
     # of a pair, a template may begin the two answers differently: what is common is the prompt
     prompts = [prompt_ids for prompt_ids, _, _ in encoded.values()]
     prompt_ids = os.path.commonprefix(prompts) if prompts else opening_ids

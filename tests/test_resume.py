@@ -22,6 +22,8 @@ ARGS["dvpo"] |= dict(kl_target=0.1, beta=0.2, gvm="runs/signs-context", log_odds
 ARGS["ppo"] |= dict(kl_target=0.1, beta=0.2)
 ARGS["dro"] |= dict(precompute_ref=True)
 ARGS["grpo"] |= dict(epochs=2)
+for script in helpers.ONLINE:
+    ARGS[script] |= dict(save_rollouts=True)
 # the reference's log-probabilities are kept
 ARGS["rpo"] |= dict(precompute_ref=True, reward_noise=0.5, keep_responses=0.75)
 KILLS = range(EVERY + 1, 5)  # steps logged when the kill comes: after the first checkpoint, before the last
@@ -53,6 +55,12 @@ def kill_at(world, script, run_dir, rows, delay):
     job.kill()
 
 
+def rollouts(run_dir) -> list[str]:
+    """The lines of rollouts.jsonl; none of a script that writes none."""
+    path = run_dir / "rollouts.jsonl"
+    return path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+
+
 def assert_identical(run_dir, unbroken):
     """The same bytes of weights, the same rows of metrics and samples, each step written once and in
     order."""
@@ -63,6 +71,7 @@ def assert_identical(run_dir, unbroken):
     assert training == list(range(1, STEPS + 1))
     if (unbroken / "samples.jsonl").exists():
         assert helpers.samples(run_dir) == helpers.samples(unbroken)
+    assert rollouts(run_dir) == rollouts(unbroken)
     assert helpers.exported(unbroken) and helpers.exported(run_dir) == helpers.exported(unbroken)
 
 
@@ -133,6 +142,15 @@ def test_finished_run_resumed(world, unbroken, script):
     world.run(script, **ARGS[script], run_dir=run_dir, resume=True).ok()
     assert helpers.exported(world.path(run_dir)) == helpers.exported(unbroken(script))
     assert helpers.metrics(world.path(run_dir)) == helpers.metrics(unbroken(script))
+    assert rollouts(world.path(run_dir)) == rollouts(unbroken(script))
+
+
+def test_every_step_of_a_resumed_run_is_in_its_rollouts_once(world, unbroken):
+    """And without the flag a resumed run still cuts back what is there."""
+    for script in helpers.ONLINE:
+        steps = [json.loads(line)["step"] for line in rollouts(unbroken(script))[:-1]]
+        assert steps == sorted(steps) and set(steps) == set(range(1, STEPS + 1))
+        assert len(steps) == STEPS * ARGS[script]["batch_size"]
 
 
 def test_killed_before_the_first_checkpoint(world, unbroken):
