@@ -3,6 +3,7 @@ seeds, and returns markdown; `TABLES` says which jobs it reads. A claim holds wh
 claimed sign in every seed."""
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterable
@@ -120,17 +121,33 @@ def spread(values: Iterable[float], digits: int = 2) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
+# Of Student's t by degrees of freedom: 97.5 % of it lie below.
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def half_interval(values: list[float]) -> float:
+    """Half of the 95 % t interval of the mean; infinite for a single value."""
+    count = len(values)
+    if count == 1:
+        return math.inf
+    quantile = T_975.get(count - 1, 2.262)  # more than ten values: a little too wide
+    return quantile * statistics.stdev(values) / math.sqrt(count)
+
+
 def verdict(differences: list[float]) -> str:
-    """Whether a claimed positive difference is there: by its sign in every seed, with the mean."""
+    """Whether a claimed positive difference is there: by the 95 % t interval of the differences, paired by
+    seed."""
     count = len(differences)
-    positive = sum(difference > 0 for difference in differences)
-    seeds = "1 seed" if count == 1 else f"{count} seeds"
-    mean = f"{statistics.fmean(differences):+.3g}, {seeds}"
-    if positive == count:
-        return f"**holds** ({mean})"
-    if positive == 0:
-        return f"**does not hold** ({mean})"
-    return f"not separated: {positive} of {count} seeds ({mean})"
+    mean = statistics.fmean(differences)
+    if count == 1:
+        return f"one seed, no interval ({mean:+.3g})"
+    half = half_interval(differences)
+    numbers = f"{mean:+.3g} ± {half:.2g}, {count} seeds"
+    if mean - half > 0:
+        return f"**holds** ({numbers})"
+    if mean + half < 0:
+        return f"**does not hold** ({numbers})"
+    return f"not separated ({numbers})"
 
 
 def minus(ours: list[float], theirs: list[float]) -> list[float]:
