@@ -8,7 +8,7 @@ embedded world.
 
 Resumes where it was stopped. All runs lie below runs/tables (commands in their job.json), tables there as
 table-*.md. Each table has a column with the paper's figure or claim, on its own models, and one that says
-whether it holds here: by the sign of the difference in every seed.
+whether it holds here: by the 95 % t interval of the difference, paired by seed.
 """
 
 import argparse
