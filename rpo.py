@@ -3,15 +3,17 @@ without a value model.
 
 Paper: 2506.13702 (not Robust Policy Optimization, nor Reward-aware Preference Optimization). All
 KL-regularised objectives share the optimum pi*(y|x) = pi_ref(y|x) exp(r(x, y) / tau) / Z(x). Its log-ratio is
-known up to Z, and Z is estimated from the responses at hand: over all training responses y_1 .. y_n
-to x, once, in log space,
+known up to Z = E[exp(r / tau)] under pi_ref, and Z is estimated from the responses at hand: over all training
+responses y_1 .. y_n to x, once, in log space,
 
     V(x) = tau * logsumexp_j(log pi_ref(y_j|x) + r_j / tau)
     loss = 0.5 * (log pi(y|x) - log pi_ref(y|x) - (r - V(x)) / tau)^2,  mean over responses
 
 So the targets of one prompt are those of a distribution over its responses:
 sum_j exp(log pi_ref(y_j|x) + (r_j - V) / tau) = 1. A prompt with a single response has the target log pi = 0
-whatever its reward: such prompts are dropped and counted.
+whatever its reward: such prompts are dropped and counted. That V is Z only if the responses are all there are.
+`--partition sample` takes the mean over responses drawn from pi_ref, `--partition self-normalised` the sum
+divided by that of pi_ref.
 
     python rpo.py                                                      # the embedded world, one CPU
     python rpo.py --model runs/sft/model --dataset scored.jsonl --lr 1e-5
@@ -20,7 +22,7 @@ whatever its reward: such prompts are dropped and counted.
 
 Watch `eval/pair_accuracy` (does the policy's own log-ratio order held-out answers?) and `eval/kl`; read
 samples.jsonl. Where `rpo/target` is far from 0 on average, it asks the impossible of a policy: tens of nats
-for long answers. docs/rpo.md explains the rest.
+for long answers. docs/rpo.md explains the rest, and which estimate of V to use when.
 """
 
 import random
@@ -100,8 +102,10 @@ class Args:
     """Longest response, in tokens; a longer one is cut there."""
     tau: float = 1.0
     """Temperature of the optimum, in standard deviations of the reward (2405.19107, 2506.13702: 1)."""
-    partition: bool = True
-    """Subtract V(x) from the reward. `--no-partition` is the paper's ablation."""
+    partition: Literal["reference", "sample", "self-normalised", "none"] = "reference"
+    """Estimate of V(x) = tau log Z(x) that is subtracted from the reward. reference: the paper's sum weighted
+    with pi_ref; sample: the mean, for responses drawn from pi_ref; self-normalised: the sum divided by that of
+    the weights; none: 0, the paper's ablation."""
     length_normalise: bool = False
     """Use the mean log-probability per token in place of the sum, everywhere. The papers' equations have
     sums; RPO's released code has means."""
@@ -179,21 +183,43 @@ REVIEWS = dict(
 )
 
 
-def partition_values(
-    ref_logprobs: torch.Tensor, rewards: torch.Tensor, groups: torch.Tensor, tau: float
-) -> torch.Tensor:
-    """V(x) [N] of each response's prompt: tau * logsumexp over its responses of ref_logprob + reward / tau.
-
-    Source: 2506.13702. ref_logprobs and rewards [N], groups [N] integers, one for each prompt. In float64 and
-    log space: exp of a summed log-probability is 0 in float32 below -104.
-    """
-    terms = ref_logprobs.double() + rewards.double() / tau
+def log_sum_by_group(terms: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """log sum exp of the terms of each prompt, [number of prompts]; terms and groups [N]."""
     prompts = int(groups.max()) + 1
     top = torch.full((prompts,), -torch.inf, dtype=terms.dtype, device=terms.device)
     # The largest term of each prompt is taken out before exp, which would underflow.
     top = top.scatter_reduce(0, groups, terms, "amax")
     total = torch.zeros_like(top).scatter_add(0, groups, (terms - top[groups]).exp())
-    return (tau * (top + total.log()))[groups]
+    return top + total.log()
+
+
+def partition_values(
+    ref_logprobs: torch.Tensor,
+    rewards: torch.Tensor,
+    groups: torch.Tensor,
+    tau: float,
+    partition: str = "reference",
+) -> torch.Tensor:
+    """V(x) [N] of each response's prompt, an estimate of tau log Z(x) from the prompt's responses.
+
+    Source: 2506.13702 for `reference`, the sum of pi_ref(y_j) exp(r_j / tau), and for `none`. ref_logprobs and
+    rewards [N], groups [N] integers, one for each prompt. In float64 and log space: exp of a summed
+    log-probability is 0 in float32 below -104.
+    """
+    ref_logprobs = ref_logprobs.double()
+    tilts = rewards.double() / tau  # [N]
+    if partition == "none":
+        return torch.zeros_like(tilts)
+    if partition == "reference":
+        log_z = log_sum_by_group(ref_logprobs + tilts, groups)
+    elif partition == "sample":
+        # Responses drawn from pi_ref come as often as pi_ref has them: a weight would count it twice.
+        count = log_sum_by_group(torch.zeros_like(tilts), groups)
+        log_z = log_sum_by_group(tilts, groups) - count
+    else:
+        weight = log_sum_by_group(ref_logprobs, groups)
+        log_z = log_sum_by_group(ref_logprobs + tilts, groups) - weight
+    return (tau * log_z)[groups]
 
 
 def rpo_loss(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -281,12 +307,13 @@ def main(args: Args) -> None:
     rows = thin(rows, args.keep_responses, args.seed)
     count = Counter(prompt_key(row["prompt"]) for row in rows)
     single = sum(n == 1 for n in count.values())
-    if single and args.partition:
-        # V would be the response's own reward, and the target log pi = 0 whatever that reward is.
+    if single and args.partition != "none":
+        # V would hold nothing but the response's own reward, which then cancels: the target is log pi = 0
+        # with `reference` and a log-ratio of 0 with the others, whatever the reward.
         note(f"{args.dataset}: dropped {single} of {len(count)} prompts with a single response")
         rows = [row for row in rows if count[prompt_key(row["prompt"])] > 1]
         if not rows:
-            why = "every prompt has a single response; RPO needs several, --no-partition does not"
+            why = "every prompt has a single response; RPO needs several, --partition none does not"
             fail(f"{args.dataset}: {why}")
     rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)  # [N]
     mean = rewards.mean()
@@ -333,10 +360,7 @@ def main(args: Args) -> None:
     optimizers = [optimizer]
     if reference is not None:
         models.append(reference)
-    if args.partition:
-        values = partition_values(ref_logprobs, rewards, groups, args.tau)  # [N]
-    else:
-        values = torch.zeros_like(rewards)  # [N]
+    values = partition_values(ref_logprobs, rewards, groups, args.tau, args.partition)  # [N]
     targets = (rewards - values) / args.tau  # [N]
     state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)

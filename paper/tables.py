@@ -8,7 +8,7 @@ embedded world.
 
 Resumes where it was stopped. All runs lie below runs/tables (commands in their job.json), tables there as
 table-*.md. Each table has a column with the paper's figure or claim, on its own models, and one that says
-whether it holds here: by the sign of the difference in every seed.
+whether it holds here: by the 95 % t interval of the difference, paired by seed.
 """
 
 import argparse
@@ -63,8 +63,8 @@ METHODS = {  # offline: script and flags on a file, as the embedded world's defa
 ABLATIONS = {  # of RPO: job and flags
     "tau_01": ["--tau", "0.1"],
     "tau_1": ["--tau", "1"],
-    "no_partition": ["--no-partition"],
-    "no_partition_normalised": ["--no-partition", "--length-normalise"],
+    "no_partition": ["--partition", "none"],
+    "no_partition_normalised": ["--partition", "none", "--length-normalise"],
     "keep_75": ["--keep-responses", "0.75"],
     "keep_50": ["--keep-responses", "0.5"],
     "keep_25": ["--keep-responses", "0.25"],

@@ -49,7 +49,12 @@ PAPER = {  # 2502.16944; the others' own papers
     "grpo": dict(lr=1e-6, beta=0.04, epochs=1, clip=0.2, scale_std=True, aggregation="grpo"),
     "remax": dict(lr=1e-6, epochs=1),
     "rpo": dict(
-        lr=1e-4, lr_schedule="linear", warmup_steps=150, tau=1.0, partition=True, length_normalise=False
+        lr=1e-4,
+        lr_schedule="linear",
+        warmup_steps=150,
+        tau=1.0,
+        partition="reference",
+        length_normalise=False,
     ),
     "sft": dict(lr=2e-5, lr_schedule="cosine", batch_size=16, epochs=3),
     "reward": dict(lr=2e-5, lr_schedule="linear", epochs=2),

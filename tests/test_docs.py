@@ -329,7 +329,7 @@ def test_flags_are_read_from_the_source():
     assert flags_in(argparse_source) == {"--one"}
     tyro_source = "class Options:\n    on_it: int = 1\n\nclass Other:\n    x: int\n\ntyro.cli(Options)\n"
     assert flags_in(tyro_source) == {"--on-it"}
-    assert "--no-partition" in flags_of("rpo") and "--no-tau" not in flags_of("rpo")
+    assert "--no-precompute-ref" in flags_of("rpo") and "--no-tau" not in flags_of("rpo")
     for program, flag in (
         ("tools/plan_memory.py", "--gpus"),
         ("paper/tables.py", "--only"),
@@ -348,7 +348,7 @@ def test_a_flag_that_is_wrong_is_found():
     ):
         assert len(wrong_commands(f"```\n{wrong}\n```\n")) == 1, wrong
     right = (
-        "torchrun --nproc_per_node=2 rpo.py --no-partition\npython tools/plan_memory.py --gpus 8 --model x\n"
+        "torchrun --nproc_per_node=2 rpo.py --no-precompute-ref\npython tools/plan_memory.py --gpus 8 --model x\n"
     )
     assert wrong_commands(f"```\n{right}```\n") == []
     assert "--nothing" not in all_flags()

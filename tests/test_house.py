@@ -241,6 +241,7 @@ MAY_DIFFER = {
         "Args.shared_encoder",
         "Args.value_lr",
         "REVIEWS",
+        "log_sum_by_group",
         "partition_values",
         "prompt_values",
         "rpo_loss",

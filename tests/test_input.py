@@ -159,7 +159,7 @@ BAD_ARGS = {
     "one response a prompt": (
         "rpo",
         dict(dataset="single.jsonl", eval_dataset="equal.jsonl"),
-        "--no-partition",
+        "--partition none",
     ),
     "rpo, equal rewards": (
         "rpo",

@@ -5,6 +5,8 @@ import dataclasses
 import gzip
 import importlib
 import json
+import random
+import statistics
 import types
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 
 import evaluate
 from common.cli import parse
-from paper import real_policies, real_values, report, tables, variants
+from paper import frontiers, real_policies, real_values, report, tables, variants
 from tools.jobs import Jobs
 
 
@@ -180,11 +182,95 @@ def test_commands_of_the_real_policies(tmp_path, scored):
 
 
 def test_verdict():
-    """By the sign in every seed; one seed against the others leaves it open."""
-    assert report.verdict([0.1, 0.2]).startswith("**holds**")
-    assert report.verdict([-0.1, 0.0]).startswith("**does not hold**")
-    assert report.verdict([0.5, -0.1, 0.2]) == "not separated: 2 of 3 seeds (+0.2, 3 seeds)"
-    assert "1 seed)" in report.verdict([1.0])
+    """By the 95 % t interval of the differences; the same sign in three seeds is not enough."""
+    # mean 0.2, deviation 0.1: half of the interval is 4.303 * 0.1 / sqrt(3) = 0.248
+    assert report.verdict([0.1, 0.2, 0.3]) == "not separated (+0.2 ± 0.25, 3 seeds)"
+    assert report.verdict([0.19, 0.2, 0.21]) == "**holds** (+0.2 ± 0.025, 3 seeds)"
+    assert report.verdict([-0.19, -0.2, -0.21]) == "**does not hold** (-0.2 ± 0.025, 3 seeds)"
+    assert report.verdict([1.0]) == "one seed, no interval (+1)"
+
+
+def test_intervals_are_those_of_students_t():
+    """Covered in 95 % of samples, for every number of seeds that the table of quantiles has."""
+    rng = random.Random(0)
+    for count in (2, 3, 5, 10):
+        covered = 0
+        for _ in range(4000):
+            values = [rng.gauss(1.0, 3.0) for _ in range(count)]
+            covered += abs(statistics.fmean(values) - 1.0) < report.half_interval(values)
+        assert abs(covered / 4000 - 0.95) < 0.012, count
+
+
+def test_a_drop_has_its_size():
+    """In per cent of what was gained over the SFT policy."""
+    gains = [0.8, 0.7, 0.9]
+    assert report.share_of_gain([0.4, 0.35, 0.45], gains) == "50 % of the gain over SFT"
+    assert report.share_of_gain([-0.2, -0.2, -0.2], gains) == "-25 % of the gain over SFT"
+
+
+# --- frontiers ----------------------------------------------------------------------------------------------
+
+
+def test_commands_of_the_frontiers(tmp_path):
+    """Every command is one its script accepts, and every policy of a seed is of that seed."""
+    commands = frontiers.commands()
+    wanted = [(7, f"measured_{name}") for name in ("sft", *frontiers.METHODS)]
+    jobs = Jobs(tmp_path, commands, wanted, set())
+    assert {job.name for job in jobs.order} == set(commands)
+    for job in jobs.order:
+        found = parsed(jobs.words(job))
+        assert (found.seed, found.split_seed) == (7, 7), job.name
+        if job.name not in ("sft", "measured_sft"):
+            text = " ".join(jobs.words(job))
+            assert str(tmp_path / "seed7") in text
+    found = parsed(jobs.words(next(job for job in jobs.order if job.name == "rpo_sample_0_3")))
+    assert (found.partition, found.tau) == ("sample", 0.3)
+    found = parsed(jobs.words(next(job for job in jobs.order if job.name == "grpo_0_02")))
+    assert found.beta == 0.02
+
+
+def runs_of(method: str, seed: int, points: list[tuple[float, float]]) -> list[dict]:
+    """Rows of a method, (KL, reward) each."""
+    return [{"seed": seed, "method": method, "kl": kl, "reward": reward} for kl, reward in points]
+
+
+def test_the_reward_at_a_kl_is_between_its_neighbours():
+    rows = runs_of("sft", 0, [(0.0, -1.0)]) + runs_of("rpo_none", 0, [(4.0, 2.0), (1.0, 1.0)])
+    rows += runs_of("rpo_none", 1, [(0.5, 9.0)]) + runs_of("ppo", 0, [(0.5, 9.0)])
+    points = frontiers.frontier(rows, 0, "rpo_none")
+    assert points == [(0.0, -1.0), (1.0, 1.0), (4.0, 2.0)]
+    assert frontiers.reward_at(points, 0.5) == pytest.approx(0.0)
+    assert frontiers.reward_at(points, 2.0) == pytest.approx(1.0 + 1 / 3)
+    assert frontiers.reward_at(points, 4.0) == 2.0
+    assert frontiers.reward_at(points, 4.1) is None
+
+
+def test_who_is_ahead_at_equal_kl():
+    """Paired by seed, for the seeds in which both methods get so far; the word comes from the interval."""
+    rows = []
+    for seed, ahead in enumerate((0.30, 0.31, 0.29)):
+        rows += runs_of("sft", seed, [(0.0, float(seed))])
+        rows += runs_of("dpo", seed, [(2.0, seed + 1.0)])
+        rows += runs_of("kto", seed, [(2.0, seed + 1.0 + ahead)])
+    found = frontiers.differences(rows, "kto", "dpo", 2.0)
+    assert found == pytest.approx([0.30, 0.31, 0.29])
+    assert frontiers.word(found, 3) == "**ahead**: +0.30 ± 0.02"
+    back = frontiers.differences(rows, "dpo", "kto", 1.0)
+    assert frontiers.word(back, 3) == "**behind**: -0.15 ± 0.01"
+    assert frontiers.differences(rows, "kto", "dpo", 3.0) == []
+    assert frontiers.word([], 3) == "not reached"
+    assert frontiers.word([0.1, 0.2, 0.3], 3) == "not separated: +0.20 ± 0.25"
+    assert frontiers.word([0.30, 0.31], 3) == "**ahead**: +0.30 ± 0.06, 2 of 3 seeds"
+    assert frontiers.word([0.4], 3) == "+0.40, 1 of 3 seeds: no interval"
+
+
+def test_further_seeds_are_added_to_those_that_are_there(tmp_path):
+    old = runs_of("ppo", 0, [(1.0, 1.0)]) + runs_of("dpo", 2, [(1.0, 1.0)])
+    new = runs_of("ppo", 0, [(2.0, 2.0)]) + runs_of("ppo", 1, [(3.0, 3.0)])
+    rows = frontiers.merge(old, new)
+    assert rows == [new[0], new[1], old[1]]
+    frontiers.write_data(tmp_path / "rows.json", rows)
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
 
 
 def test_tables_go_between_their_marks(tmp_path, monkeypatch, capsys):

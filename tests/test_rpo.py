@@ -61,6 +61,114 @@ def test_a_single_response_has_a_target_that_ignores_its_reward():
         assert target.item() == pytest.approx(9.0, abs=1e-6)
 
 
+PARTITIONS = ("reference", "sample", "self-normalised", "none")
+
+
+def brute_force(ref: list[float], rewards: list[float], tau: float) -> dict[str, float]:
+    """V of one prompt by each estimate, without logarithms until the end."""
+    tilts = [math.exp(reward / tau) for reward in rewards]
+    weights = [math.exp(logprob) for logprob in ref]
+    weighted = sum(weight * tilt for weight, tilt in zip(weights, tilts, strict=True))
+    return {
+        "reference": tau * math.log(weighted),
+        "sample": tau * math.log(sum(tilts) / len(tilts)),
+        "self-normalised": tau * math.log(weighted / sum(weights)),
+        "none": 0.0,
+    }
+
+
+@pytest.mark.parametrize("tau", [0.3, 1.0, 2.5])
+def test_every_estimate_of_the_partition_value_against_brute_force(tau):
+    ref, rewards, groups = ragged(2)
+    for x in range(int(groups.max()) + 1):
+        rows = [i for i, group in enumerate(groups.tolist()) if group == x]
+        expected = brute_force(ref[rows].tolist(), rewards[rows].tolist(), tau)
+        for partition in PARTITIONS:
+            values = rpo.partition_values(ref, rewards, groups, tau, partition)
+            assert values.dtype == torch.float64
+            assert values[rows].tolist() == pytest.approx([expected[partition]] * len(rows), abs=1e-9)
+
+
+def test_equal_rewards_have_their_reward_as_value():
+    """Z is exp(c / tau) where every reward is c. The sum weighted with pi_ref is off by the probability that
+    the answers at hand have together."""
+    ref, _, groups = ragged(3)
+    tau = 0.7
+    c = 1.3
+    rewards = torch.full_like(ref, c)
+    mass = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).scatter_add(0, groups, ref.exp())
+    for partition in ("sample", "self-normalised"):
+        values = rpo.partition_values(ref, rewards, groups, tau, partition)
+        torch.testing.assert_close(values, rewards)
+    values = rpo.partition_values(ref, rewards, groups, tau, "reference")
+    torch.testing.assert_close(values, c + tau * mass.log()[groups])
+
+
+def test_estimates_from_drawn_and_from_foreign_answers():
+    """On a table of 12 answers. Drawn from pi_ref, the mean is tau log Z within its Monte-Carlo error, and the
+    sum weighted with pi_ref counts pi_ref twice. With every answer once (drawn from a uniform policy) the sums
+    are exact, and the mean is not."""
+    generator = torch.Generator().manual_seed(0)
+    tau = 0.5
+    answers = 12
+    ref = (2 * torch.randn(answers, generator=generator, dtype=torch.float64)).log_softmax(0)
+    rewards = torch.randn(answers, generator=generator, dtype=torch.float64)
+    tilts = (rewards / tau).exp()
+    z = (ref.exp() * tilts).sum()
+    truth = (tau * z.log()).item()
+
+    count = 20_000
+    drawn = torch.multinomial(ref.exp(), count, replacement=True, generator=generator)
+    one_prompt = torch.zeros(count, dtype=torch.long)
+    found = {}
+    for partition in PARTITIONS:
+        values = rpo.partition_values(ref[drawn], rewards[drawn], one_prompt, tau, partition)
+        found[partition] = values[0].item()
+    # of tau log of the mean, by the delta method
+    error = tau * (tilts[drawn].std() / tilts[drawn].mean() / math.sqrt(count)).item()
+    assert abs(found["sample"] - truth) < 4 * error
+    assert 100 * error < abs(found["reference"] - truth)
+    assert 10 * error < abs(found["self-normalised"] - truth)  # pi_ref twice too, though of weight 1
+
+    one_prompt = torch.zeros(answers, dtype=torch.long)
+    for partition, exact in (("reference", True), ("self-normalised", True), ("sample", False)):
+        values = rpo.partition_values(ref, rewards, one_prompt, tau, partition)
+        assert (abs(values[0].item() - truth) < 1e-9) == exact, partition
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_the_order_of_the_responses_changes_no_value(partition):
+    ref, rewards, groups = ragged(4)
+    values = rpo.partition_values(ref, rewards, groups, 0.4, partition)
+    mixed = torch.randperm(len(ref), generator=torch.Generator().manual_seed(1))
+    again = rpo.partition_values(ref[mixed], rewards[mixed], groups[mixed], 0.4, partition)
+    torch.testing.assert_close(again, values[mixed])
+
+
+def test_a_single_response_has_a_log_ratio_of_0_by_the_normalised_estimates():
+    """Whatever its reward, as with the paper's sum: such prompts are dropped for all but `none`."""
+    ref = torch.tensor([-9.0])
+    groups = torch.tensor([0])
+    for reward in (-3.0, 5.0):
+        rewards = torch.tensor([reward], dtype=torch.float64)
+        for partition, target in (("sample", 0.0), ("self-normalised", 0.0), ("none", reward / 0.7)):
+            values = rpo.partition_values(ref, rewards, groups, 0.7, partition)
+            assert ((rewards - values) / 0.7).item() == pytest.approx(target, abs=1e-12)
+
+
+def test_no_underflow_of_the_other_estimates():
+    """Long responses in float32, and rewards that are large beside tau: exp of none of them would be finite and
+    above 0."""
+    ref = torch.tensor([-6000.0, -6001.0, -4000.0])
+    rewards = torch.tensor([900.0, -900.0, 900.0])
+    groups = torch.tensor([0, 0, 1])
+    sample = rpo.partition_values(ref, rewards, groups, 1.0, "sample")
+    assert sample.tolist() == pytest.approx([900 - math.log(2), 900 - math.log(2), 900])
+    normalised = rpo.partition_values(ref, rewards, groups, 1.0, "self-normalised")
+    first = 900 - math.log1p(math.exp(-1))
+    assert normalised.tolist() == pytest.approx([first, first, 900])
+
+
 def test_no_underflow_for_long_responses():
     """Summed log-probabilities of 2,000-token responses, in float32: exp of each is 0, V is finite and
     right."""
@@ -197,6 +305,25 @@ def test_kept_reference_is_used_on_resume_unless_it_is_of_something_else(world):
         logged = helpers.metrics(world.path(run_dir))
         first, second = (row["rpo/target"] for row in logged if "rpo/target" in row)
         assert (abs(second - first) > 50) == moved
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_prompts_with_a_single_response_are_kept_by_none_alone(world, partition):
+    rows = []
+    for i, prompt in enumerate(("soup", "soup", "soup", "fish", "fish", "cake")):
+        rows.append({"prompt": f"lunch : the {prompt} ?", "response": "very warm .", "reward": float(i)})
+    args = helpers.ARGS["rpo"] | dict(
+        dataset=world.write("few.jsonl", rows),
+        eval_dataset="scored.jsonl",
+        eval_split="train",
+        steps=1,
+        eval_prompts=0,
+        partition=partition,
+    )
+    result = world.run("rpo", **args, run_dir=f"runs/few-{partition}").ok()
+    dropped = "few.jsonl: dropped 1 of 3 prompts with a single response" in result.output
+    kept = "6 responses to 3 prompts" in result.output
+    assert (dropped, kept) == (partition != "none", partition == "none")
 
 
 def test_responses_of_2000_tokens_in_bf16(world):

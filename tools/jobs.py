@@ -10,7 +10,10 @@ lies next to each folder.
 import concurrent.futures
 import datetime
 import json
+import multiprocessing
+import os
 import re
+import runpy
 import statistics
 import subprocess
 import sys
@@ -111,6 +114,10 @@ class Jobs:
         file = self.folder(job) / "job.json"
         return file.exists() and self.record(job)["command"] == self.words(job)
 
+    def call(self, words: list[str], log) -> int:
+        """Runs a script with its flags and sends what it prints to `log`, an open file; its exit status."""
+        return subprocess.run([sys.executable, *words], stdout=log, stderr=log).returncode
+
     def _run(self, job: Job) -> float:
         """Runs a job to its end; its seconds. Raises RuntimeError where the script fails."""
         start = time.perf_counter()
@@ -122,8 +129,7 @@ class Jobs:
         with open(f"{folder}.log", "w") as log:
             log.write("$ python " + " ".join(words) + "\n")
             log.flush()
-            command = [sys.executable, str(ROOT / words[0]), *words[1:], "--run-dir", str(folder)]
-            code = subprocess.run(command, stdout=log, stderr=log).returncode
+            code = self.call([str(ROOT / words[0]), *words[1:], "--run-dir", str(folder)], log)
         if code:
             raise RuntimeError(f"{words[0]} failed, see {folder}.log")
         seconds = time.perf_counter() - start
@@ -180,6 +186,29 @@ class Jobs:
         if failed:
             first = f"error: {len(failed)} of {total} runs are missing; the same command goes on"
             sys.exit("\n".join([first, *failed.values()]))
+
+
+def run_script(words: list[str], log: str) -> None:
+    """A script with its flags in this process, which prints to the file `log`."""
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+class WarmJobs(Jobs):
+    """Jobs whose processes are forked from one that has imported torch and transformers already: importing
+    takes half of the time of a run of seconds."""
+
+    def call(self, words: list[str], log) -> int:
+        """As `Jobs.call`."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["common.models", "transformers.models.llama.modeling_llama"])
+        process = context.Process(target=run_script, args=(words, log.name))
+        process.start()
+        process.join()
+        return process.exitcode
 
 
 def expected_seconds(waiting: list[Job], took: dict[str, list[float]]) -> float:
