@@ -90,9 +90,14 @@ def run_micro_batches(
 ) -> torch.Tensor:
     """[N, width] results of `forward(micro-batch) -> [b, t]` for all N global sequences, on every rank.
 
-    Without gradient. Each rank computes its share, length-sorted; the sum over ranks puts the rest in.
+    Without gradient, and once for each different sequence: `forward` must depend on nothing else. Each rank
+    computes its share, length-sorted; the sum over ranks puts the rest in.
     `model`: which of those that --offload-frozen parks is read.
     """
+    # A response that is in several pairs is read once.
+    position = {}  # of each different sequence, in the order of their first
+    index = [position.setdefault((*prompt, None, *response), len(position)) for prompt, response in sequences]
+    sequences = list(dict(zip(index, sequences, strict=True)).values())
     out = torch.zeros(len(sequences), width, dtype=dtype, device=distributed.device())
     lengths = [len(prompt) + len(response) for prompt, response in sequences]
     mine = micro_batches(range(len(sequences)), lengths, size, distributed.rank(), distributed.world())
@@ -101,4 +106,4 @@ def run_micro_batches(
             result = forward(collate([sequences[i] for i in pick], pad_id, out.device))
             if pick:  # else it was the dummy sequence
                 out[torch.tensor(pick, device=out.device), : result.shape[1]] = result.to(dtype)
-    return distributed.all_reduce(out)
+    return distributed.all_reduce(out)[torch.tensor(index, dtype=torch.long, device=out.device)]
