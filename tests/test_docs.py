@@ -347,9 +347,7 @@ def test_a_flag_that_is_wrong_is_found():
         "python rpo.py \\\n    --nothing",
     ):
         assert len(wrong_commands(f"```\n{wrong}\n```\n")) == 1, wrong
-    right = (
-        "torchrun --nproc_per_node=2 rpo.py --no-precompute-ref\npython tools/plan_memory.py --gpus 8 --model x\n"
-    )
+    right = "torchrun --nproc_per_node=2 rpo.py --no-precompute-ref\npython tools/plan_memory.py --gpus 8 --model x\n"
     assert wrong_commands(f"```\n{right}```\n") == []
     assert "--nothing" not in all_flags()
 
