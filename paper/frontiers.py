@@ -28,6 +28,7 @@ from paper import report
 from tools.jobs import ROOT, WarmJobs
 
 DATA = ROOT / "docs/results/data/frontiers.json"
+AGAINST = ("rpo_reference", "rpo_none", "ppo")  # that the others are compared with
 KLS = (0.5, 1.0, 2.0, 4.0)  # nats at which methods are compared
 TAUS = ("0.1", "0.2", "0.3", "0.5", "1", "5")
 BETAS_OFFLINE = ("0.02", "0.05", "0.1", "0.2", "0.5", "1")
@@ -221,9 +222,11 @@ def table_of_runs(rows: list[dict]) -> str:
             found = [row for row in rows if row["method"] == name and row["strength"] == float(strength)]
             if found:
                 label = f"{method.flag.removeprefix('--')} {strength}"
+                if method.strengths == TAUS and strength == "1":
+                    label = f"**{label}, the paper's**"
                 lines.append([method.label, label, *cells(found)])
     return report.markdown(
-        ["method", "strength", "true reward", "KL (nats)", "grammatical, %", "length"], lines
+        ["method", "strength", "true reward", "KL (nats)", "grammatical, %", "length", "seeds"], lines
     )
 
 
@@ -238,16 +241,18 @@ def cells(found: list[dict]) -> list[str]:
         report.spread(kls),
         report.spread(grammatical, 0),
         report.spread(lengths, 1),
+        str(len(found)),
     ]
 
 
 def table_of_verdicts(rows: list[dict], against: str) -> str:
     """Every method compared with `against` at equal KL."""
     seeds = len({row["seed"] for row in rows})
+    measured = {row["method"] for row in rows}
     label = METHODS[against].label
     lines = []
     for name, method in METHODS.items():
-        if name != against:
+        if name != against and name in measured:
             line = [method.label]
             for kl in KLS:
                 line.append(word(differences(rows, name, against, kl), seeds))
@@ -256,23 +261,33 @@ def table_of_verdicts(rows: list[dict], against: str) -> str:
     return report.markdown(head, lines)
 
 
+def verdicts(rows: list[dict]) -> str:
+    """The tables of verdicts, one for each method that is compared with."""
+    measured = {row["method"] for row in rows}
+    tables = [table_of_verdicts(rows, against) for against in AGAINST if against in measured]
+    return "\n\n".join(tables)
+
+
 def draw(rows: list[dict], file: Path) -> None:
-    """Reward over KL: a line per method through the means over seeds, with bars of one standard deviation."""
+    """Reward over KL: a line per method through the means over seeds, with bars of one standard deviation. RPO
+    without a partition value is in both panels."""
+    measured = {row["method"] for row in rows}
     figure, axes = report.axes_of(2, 4.4)
     axes[0].set_title("offline")
-    axes[1].set_title("online, and RPO")
+    axes[1].set_title("online")
     for name, method in METHODS.items():
         online = method.strengths == BETAS_ONLINE
-        for axis in axes:
-            if online == (axis is axes[1]) or name == "rpo_none":
-                draw_line(axis, rows, name, method)
+        if name in measured and (not online or name == "rpo_none"):
+            draw_line(axes[0], rows, name, method)
+        if name in measured and (online or name == "rpo_none"):
+            draw_line(axes[1], rows, name, method)
+    if not any(METHODS[name].strengths == BETAS_ONLINE for name in measured & {*METHODS}):
+        axes[1].set_visible(False)
     for axis in axes:
         axis.set_xscale("symlog", linthresh=0.5)
-        axis.set(
-            xlabel="KL to the SFT policy (nats)", ylabel="true reward, held-out prompts", xlim=(-0.02, None)
-        )
+        axis.set(xlabel="KL to the SFT policy (nats)", ylabel="true reward, held-out prompts")
         axis.legend(frameon=False, fontsize=8)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=120, bbox_inches="tight")
 
 
 def draw_line(axis, rows: list[dict], name: str, method: Method) -> None:
@@ -308,8 +323,7 @@ def write_report(rows: list[dict], docs: Path) -> None:
     seeds = sorted({row["seed"] for row in rows})
     pages = sorted((docs / "results").glob("*.md"))
     note = f"(`python paper/frontiers.py`; seeds {', '.join(map(str, seeds))}.)"
-    verdicts = "\n\n".join(table_of_verdicts(rows, against) for against in ("rpo_reference", "ppo"))
-    report.put_between_marks(pages, "frontier_verdicts", f"{verdicts}\n\n{note}\n")
+    report.put_between_marks(pages, "frontier_verdicts", f"{verdicts(rows)}\n\n{note}\n")
     report.put_between_marks(pages, "frontiers", f"{table_of_runs(rows)}\n\n{note}\n")
     draw(rows, docs / "frontier.png")
 
@@ -334,9 +348,7 @@ def main() -> None:
         write_data(args.data, rows)
     if args.docs:
         write_report(rows, args.docs)
-    print(table_of_runs(rows))
-    for against in ("rpo_reference", "ppo"):
-        print("\n" + table_of_verdicts(rows, against))
+    print(table_of_runs(rows) + "\n\n" + verdicts(rows))
 
 
 if __name__ == "__main__":
