@@ -262,6 +262,7 @@ def wrong_commands(text: str) -> list[str]:
         for command in block.replace("\\\n", " ").splitlines():
             for call, flags in called().items():
                 _, found, rest = command.partition(f" {call} ")
+                rest = re.sub(r'"[^"]*"', "", rest)  # in quotes: options that it passes on
                 wrong = set(FLAG.findall(rest)) - flags - {"--help"}
                 if found and wrong:
                     problems.append(f"{call} has no {sorted(wrong)}: {command.strip()}")
