@@ -7,9 +7,9 @@ No policy is trained.
                    p(a | s) = pi(a | s) exp(Q(s, a) / beta) / (sum of the same over the k candidates)
 
 Among all p, sum_a p(a) Q(s, a) - beta * KL(p || pi) is greatest at p proportional to pi exp(Q / beta). With
-the optimal policy's own soft values Q* that is the policy with the greatest reward minus beta * KL (2310.17022
-learns such values for the policy that it decodes). A GVM has the values of the policies that wrote its data,
-so what is sampled here is one step of improvement over those, no optimum.
+the soft values Q* of the best policy itself that is the policy with the greatest reward minus beta * KL. A GVM
+has the values of the policies that wrote its data, so what is sampled here is one step of improvement over
+those, no optimum; 2310.17022 does the same with the values of the policy that it decodes.
 """
 
 import inspect
@@ -378,7 +378,7 @@ def token_values(gvm, sequences, size: int, pad: int) -> torch.Tensor:
 
 
 def best_of_kl(count: int) -> float:
-    """Upper bound of KL(best of n || policy) in nats: log n - (n - 1) / n. 2009.01325 has it as the value;
+    """Upper bound of KL(best of n || policy) in nats: log n - (n - 1) / n. Others have it as the value;
     2401.01879 shows that it is a bound."""
     return math.log(count) - (count - 1) / count
 

@@ -439,7 +439,8 @@ def export_scored(folder: Path, name: str, records: list[dict], scores: dict[str
 
 def with_interval(number: dict) -> str:
     """A cell of the table: mean ± half of the 95 % interval, where there is one."""
-    if not number["ci95"]:
+    ci95 = number["ci95"] or 0.0
+    if ci95 <= 1e-9 * abs(number["mean"]):  # none, or rounding: all values are equal
         return f"{number['mean']:.4g}"
     return f"{number['mean']:.4g} ± {number['ci95']:.2g}"
 

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import distributed
 from common.data import hold_out_prompts, read_rows
@@ -105,7 +107,7 @@ def commands(args: argparse.Namespace) -> tuple[dict[str, list[str]], list[str]]
 
 
 def measure_time(args: argparse.Namespace) -> None:
-    """Seconds and tokens of each method, in turns, on the same prompts; seconds.json of the run folder. The
+    """Seconds (of a CPU, its own) and tokens of each method, in turns, on the same prompts; seconds.json of the run folder. The
     models are loaded once, and the first round is not counted."""
     options = SimpleNamespace(precision="auto", shard_size=0, lora_rank=0)
     folder = resolve(args.model)
@@ -133,12 +135,14 @@ def measure_time(args: argparse.Namespace) -> None:
             found = guided(policy, guide, tokenizer, prompts, limit, 1.0, seed)
         return [decoded.tokens for decoded in found]
 
+    # On a CPU that others use too, the seconds of this process alone; a GPU's are not among those.
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     measured = {name: [] for name in methods_of(args)}
     for number in range(args.rounds + 1):
         for name, rounds in measured.items():
-            start = time.perf_counter()
+            start = clock()
             responses = respond(name, (0, number))
-            seconds = time.perf_counter() - start
+            seconds = clock() - start
             if number > 0:
                 rounds.append([round(seconds, 4), sum(map(len, responses))])
     (args.run_dir / "seconds.json").write_text(json.dumps(measured))

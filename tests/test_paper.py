@@ -15,7 +15,7 @@ import pytest
 
 import evaluate
 from common.cli import parse
-from paper import frontiers, real_policies, real_values, report, tables, variants
+from paper import decoding, frontiers, real_policies, real_values, report, tables, variants
 from tools.jobs import Jobs
 
 
@@ -176,6 +176,66 @@ def test_commands_of_the_real_policies(tmp_path, scored):
             assert found.part == "rl"
         else:
             assert found.part == "value"
+
+
+def decoding_args(**given):
+    """The arguments of paper/decoding.py that make its commands."""
+    args = dict(model="", gvm="", trained="", dataset="reviews", part="all", reward=["a:b"], prompts=4)
+    args |= dict(samples=2, batch_size=4, max_prompt_length=8, max_response_length=8, best_of=[4])
+    args |= dict(guides=["8:0.5", "8:inf"], seeds=[0])
+    return types.SimpleNamespace(**args | given)
+
+
+@pytest.mark.parametrize("world", [True, False])
+def test_commands_of_decoding(tmp_path, world):
+    """Every command is one its script accepts; of a model of one's own nothing is trained."""
+    args = decoding_args()
+    if not world:
+        args = decoding_args(model="m", gvm="g", trained="t", dataset="d.jsonl")
+    commands, wanted = decoding.commands(args)
+    assert wanted == ["plain", "best_4", "guided_8_0p5", "guided_8_inf", "trained"]
+    jobs = Jobs(tmp_path, commands, [(3, job) for job in [*wanted, "time"]], set())
+    assert {job.name for job in jobs.order} == set(commands)
+    assert ("gvm" in commands) == world
+    for job in jobs.order:
+        words = jobs.words(job)
+        if job.name == "time":
+            continue
+        found = parsed([*words, "--run-dir", "x"])
+        assert found.seed == 3
+        assert found.split_seed == (3 if world else 0)
+        if job.name == "guided_8_inf":
+            assert found.guide_beta == float("inf")
+            assert found.gvm == (str(tmp_path / "seed3/gvm/model") if world else "g")
+
+
+def test_table_of_decoding():
+    """Differences are paired, by seed or with one seed by prompt; times within a round."""
+
+    def method(*rewards):
+        found = []
+        for reward in rewards:
+            found.append({"means": {"length": 3.0, "characters": 1.0, "good": reward}, "rewards": []})
+        return found
+
+    numbers = {"world": True, "samples": 2, "seeds": [0, 1, 2]}
+    numbers["methods"] = {"plain": method(0.0, 1.0, 2.0), "best_4": method(1.0, 2.5, 2.5)}
+    numbers["times"] = {"plain": [[[1.0, 10], [4.0, 20]]] * 3, "best_4": [[[3.0, 10], [8.0, 10]]] * 3}
+    assert decoding.differences_of(numbers, "best_4", "plain") == [1.0, 1.5, 0.5]
+    assert decoding.seconds_ratios(numbers, "best_4") == [3.5] * 3  # of 3 and 4
+    table = decoding.report(numbers)
+    assert "| best of 4 | 3.00 ± 0.00 | 2.00 ± 0.87 |  | +1.00 ± 1.24, not separated | 3.5 ± 0.0 |" in table
+    assert decoding.interval([1.0, 1.1, 0.9]) == "+1.00 ± 0.25"
+    numbers["methods"] = {"plain": method(0.0), "best_4": method(1.0)}
+    numbers["methods"]["plain"][0]["rewards"] = [0.0, 2.0, 1.0, 1.0]
+    numbers["methods"]["best_4"][0]["rewards"] = [3.0, 3.0, 1.0, 2.0]
+    assert decoding.differences_of(numbers, "best_4", "plain") == [2.0, 0.5]
+
+
+def test_the_page_has_the_table_of_the_decoding_numbers():
+    numbers = json.loads((helpers.ROOT / "docs/results/data/decoding.json").read_text())
+    page = (helpers.ROOT / "docs/results/decoding.md").read_text(encoding="utf-8")
+    assert decoding.report(numbers) in page
 
 
 # --- the report ---------------------------------------------------------------------------------------------

@@ -538,6 +538,7 @@ def test_decoding_by_value(world, run, capsys, kind):
     if kind == "best-of":
         assert settings["best_of"] == 3
         assert {r["kl"] for r in records} == {math.log(3) - 2 / 3}
+        assert answers.with_interval(found["kl"]) == "0.4319"  # the same of all: no interval
         change, message = dict(best_of=4), "best_of 3 -> 4"
     else:
         assert (settings["guide_candidates"], settings["guide_beta"], settings["log_odds"]) == (4, 0.5, False)
