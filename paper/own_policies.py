@@ -30,7 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.data import hold_out_prompts, prompt_key, read_rows
-from paper.report import curve, markdown, rows_of, spread
+from paper.report import curve, markdown, minus, rows_of, spread, verdict
 from tools.jobs import ROOT, Job, Jobs
 
 ONLINE = {
@@ -68,11 +68,11 @@ VALUE_MODELS = {
     "ppo/critic": "PPO's critic at the end of its run",
 }
 
-# The options of each job that `--set` replaces. A rate is the best of equal searches, see docs/results.
+# The options of each job that `--set` replaces. The rates are where a search begins, see docs/results/own_policies.md.
 OPTIONS = {
-    "gvm_scores": "--lr 3e-5 --batch-size 32",
-    "gvm_pairs": "--lr 3e-5 --batch-size 16",
-    "reward": "--lr 3e-5 --batch-size 16 --epochs 1",
+    "gvm_scores": "--lr 1e-4 --batch-size 32",
+    "gvm_pairs": "--lr 1e-4 --batch-size 16",
+    "reward": "--lr 1e-4 --batch-size 16 --epochs 1",
     "ppo": "--lr 3e-5 --critic-lr 3e-5 --beta 0.02",
     "dvpo": "--lr 3e-5 --beta 0.05",
     "dvpo_pairs": "--lr 3e-5 --beta 0.05",
@@ -361,6 +361,20 @@ def policies_table(results: Results, names: dict[str, str], seeds: list[int], re
     return markdown(head, rows)
 
 
+def differences(results: Results, names: list[str], seeds: list[int], reward: str) -> str:
+    """Each method's training reward above that of the first of `names`, paired by seed."""
+
+    def measured(name: str) -> list[float]:
+        return [results.found[seed, name]["measured"][short(reward)] for seed in seeds]
+
+    first, *others = names
+    lines = []
+    for name in others:
+        above = verdict(minus(measured(name), measured(first)))
+        lines.append(f"- {NAMES[name]}, {short(reward)} above {NAMES[first]}: {above}")
+    return "\n".join(lines)
+
+
 def values_table(results: Results, seeds: list[int]) -> str:
     """Share of the pairs of answers that each model orders rightly, by its mean and by its last value."""
     rows = []
@@ -462,7 +476,9 @@ def report(args: argparse.Namespace, results: Results) -> str:
         table = policies_table(results, shown, seeds, rewards)
         draw(results, names, seeds, args.reward, args.out / f"real_{title}.png")
         samples = samples_table(results, shown, seeds[0], 4)
-        parts.append(f"## {title}, seeds {seeds}\n\n{table}\n\n{samples}")
+        compared = differences(results, [*shown], seeds, args.reward)
+        compared += "\n" + differences(results, [*names], seeds, args.reward)
+        parts.append(f"## {title}, seeds {seeds}\n\n{table}\n\n{compared}\n\n{samples}")
     seeds = [seed for seed in results.seeds(["values", "values_shifted"]) if seed != args.tune_seed]
     if seeds:
         parts.append(f"## value models, seeds {seeds}\n\n{values_table(results, seeds)}")

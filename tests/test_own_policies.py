@@ -171,6 +171,43 @@ def test_folders_of_a_machine_are_not_kept(tmp_path):
     assert found["command"] == "grpo.py --model SmolLM2 --dataset OUT/prompts/p.jsonl"
 
 
+def test_report_of_three_seeds(tmp_path):
+    """Tables over the counted seeds alone, paired differences, pictures; a method whose log has no KL has none
+    in the table."""
+    results = own_policies.Results(tmp_path / "r.jsonl")
+    for seed in (0, 1, 2, 3):  # 0 is of the search
+        for i, name in enumerate(own_policies.NAMES):
+            record = {"seed": seed, "name": name, "seconds": 60.0, "step_seconds": 2.0}
+            level = 100.0 if seed == 0 else 0.1 * i + 0.001 * seed * (i + 1)
+            numbers = {"reward": level, "grammatical": 0.5, "distinct_2": 0.9, "length": 12.0}
+            record["measured"] = numbers
+            record["samples"] = [["a | question", "an\nanswer"]]
+            record["curve"] = []
+            for step in (0, 12, 24):
+                point = {"step": step, "reward": level * step / 24, "length": 12.0}
+                if name != "sft":
+                    point["kl"] = step / 12
+                record["curve"].append(point)
+            results.add(record)
+        shares = {"mean": 0.7, "last": 0.6 + 0.01 * seed}
+        for where in ("values", "values_shifted"):
+            accuracy = {model: shares for model in own_policies.VALUE_MODELS}
+            results.add({"seed": seed, "name": where, "accuracy": accuracy})
+    args = SimpleNamespace(**ARGS, out=tmp_path)
+    text = own_policies.report(args, results)
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if "|" in line}
+    assert "## online, seeds [1, 2, 3]" in text
+    assert rows["RPO"][1] == "0.72 ± 0.01"
+    assert rows["RPO"][5] == "2.00 ± 0.00"
+    assert rows["SFT, best answers"][5] == "-"
+    assert rows["before"][5] == "0"
+    assert "- GRPO, reward above PPO: **holds** (+0.306 " in text
+    assert "a \\| question" in text
+    assert "| as in training | PPO's critic at the end of its run | 0.700 ± 0.000 | 0.620 ± 0.010 |" in text
+    assert (tmp_path / "real_online.png").stat().st_size > 5000
+    assert (tmp_path / "real_offline.png").stat().st_size > 5000
+
+
 # --- the lexicons -------------------------------------------------------------------------------------------
 
 

@@ -10,13 +10,14 @@ from transformers import LlamaConfig
 
 from assets import reviews
 from tools import demo
-from tools.jobs import Jobs
+from tools.jobs import Jobs, WarmJobs
 
 # A job's script: it needs the file x of each folder that its flags name, and adds a dot to its own.
 SCRIPT = """
 import pathlib, sys
 folder = pathlib.Path(sys.argv[sys.argv.index("--run-dir") + 1])
 needs = [pathlib.Path(x) for x in sys.argv[1:] if x.endswith("/model")]
+print("this is", " ".join(sys.argv))
 if "--fail" in sys.argv or not all((need / "x").exists() for need in needs):
     sys.exit(3)
 file = folder / "model/x"
@@ -40,7 +41,8 @@ def dots(out):
     return {str(path.relative_to(out).parents[1]): path.read_text() for path in sorted(out.glob("**/x"))}
 
 
-def test_jobs_wait_for_what_they_need_and_resume(script, tmp_path, capsys):
+@pytest.mark.parametrize("runner", [Jobs, WarmJobs])
+def test_jobs_wait_for_what_they_need_and_resume(runner, script, tmp_path, capsys):
     """Each once, shared ones once for all seeds, in an order that holds; nothing twice on a second call; a
     changed one anew."""
     commands = {
@@ -51,7 +53,7 @@ def test_jobs_wait_for_what_they_need_and_resume(script, tmp_path, capsys):
     out = tmp_path / "out"
 
     def run_all():
-        Jobs(out, commands, [(0, "b"), (1, "b"), (0, "a")], {"base"}).run(2)
+        runner(out, commands, [(0, "b"), (1, "b"), (0, "a")], {"base"}).run(2)
         return dots(out)
 
     assert run_all() == {"base": ".", "seed0/a": ".", "seed0/b": ".", "seed1/a": ".", "seed1/b": "."}
@@ -64,19 +66,22 @@ def test_jobs_wait_for_what_they_need_and_resume(script, tmp_path, capsys):
     assert run_all() == {"base": ".", "seed0/a": ".", "seed0/b": "..", "seed1/a": ".", "seed1/b": ".."}
 
 
-def test_a_failed_job_takes_only_what_needs_it(script, tmp_path, capsys):
+@pytest.mark.parametrize("runner", [Jobs, WarmJobs])
+def test_a_failed_job_takes_only_what_needs_it(runner, script, tmp_path, capsys):
     """The others are finished, the end says in one line each what is missing, and the next call goes on."""
     commands = {"bad": [script, "--fail"], "after": [script, "{home}/bad/model"], "good": [script]}
     out = tmp_path / "out"
 
     def run_all():
-        Jobs(out, commands, [(0, "after"), (0, "good")], set()).run(1)
+        runner(out, commands, [(0, "after"), (0, "good")], set()).run(1)
 
     with pytest.raises(SystemExit) as stopped:
         run_all()
     message = str(stopped.value)
     assert "2 of 3 runs are missing" in message
     assert "bad.log" in message
+    log = (out / "seed0/bad.log").read_text()
+    assert log.startswith("$ python ") and f"this is {script} --fail" in log
     assert (out / "seed0/good/model/x").exists()
     assert not (out / "seed0/after/job.json").exists()
     commands["bad"].remove("--fail")
