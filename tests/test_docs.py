@@ -40,7 +40,8 @@ PROGRAMS = sorted(  # what has flags and is no script
     for folder in ("tools", "paper", "benchmarks", "tests")
     for path in (ROOT / folder).glob("*.py")
 )
-PASS_ON = ("tools/plan_memory.py", "benchmarks/gpu.py")  # they pass the flags they do not know on to a script
+# they pass flags on to a script
+PASS_ON = ("tools/plan_memory.py", "benchmarks/gpu.py", "paper/semi_online.py")
 
 
 def name_of(page: Path) -> str:
