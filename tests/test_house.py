@@ -4,6 +4,7 @@ These are rules about the source, read from the source: no number of lines, no d
 """
 
 import ast
+import re
 import textwrap
 from pathlib import Path
 
@@ -358,3 +359,15 @@ def test_an_exception_from_the_linter_has_its_reason():
             _, noqa, rest = line.partition("# " + "noqa: ")
             assert not noqa or "(" in rest, f"{file}:{number}: say why in brackets after it"
             assert "# " + "fmt: skip" not in line, f"{file}:{number}: let ruff format it"
+
+
+def test_no_two_files_of_tests_share_a_run_folder():
+    """`world` is one folder for all tests of a process: a run that another file's test made would be in the way,
+    or not, by the order of the tests."""
+    of_folder = {}
+    for file in sorted((ROOT / "tests").glob("test_*.py")):
+        for folder in set(re.findall(r'run_dir="(runs/[\w-]+)"', file.read_text(encoding="utf-8"))):
+            of_folder.setdefault(folder, []).append(file.name)
+    shared = {folder: files for folder, files in of_folder.items() if len(files) > 1}
+    assert not shared
+    assert len(of_folder) > 20

@@ -34,9 +34,9 @@ def test_rollouts_hold_every_response_of_training(world, script):
     for i, row in enumerate(rows):
         row |= {"solution": i, "response": "another answer", "reward": 7.0, "policy": "p", "step": 99}
     args = ARGS[script] | dict(dataset=world.write("asked.jsonl", rows), save_rollouts=True)
-    args |= dict(steps=2, max_response_length=6, eval_every=0, run_dir=f"runs/kept-{script}")
+    args |= dict(steps=2, max_response_length=6, eval_every=0, run_dir=f"runs/semi-kept-{script}")
     world.run(script, **args).ok()
-    run_dir = world.path(f"runs/kept-{script}")
+    run_dir = world.path(f"runs/semi-kept-{script}")
     found = lines(run_dir / "rollouts.jsonl")
     assert [row["step"] for row in found] == [1] * args["batch_size"] + [2] * args["batch_size"]
     asked = {json.dumps(row["prompt"]): row["solution"] for row in rows}
@@ -92,11 +92,11 @@ def test_tokenize_reads_the_column_truncated(truncated):
 def test_rollouts_come_back_as_the_tokens_that_were_sampled(world):
     """On the embedded world, whose words are tokens: cut answers too, and gvm_td.py's judge is told so."""
     args = ARGS["dvpo"] | dict(
-        steps=1, max_response_length=9, eval_every=0, run_dir="runs/cut", save_rollouts=True
+        steps=1, max_response_length=9, eval_every=0, run_dir="runs/semi-cut", save_rollouts=True
     )
     world.run("dvpo", **args).ok()
     tokenizer = load_tokenizer(reviews.folder("policy"))
-    rows = lines(world.path("runs/cut") / "rollouts.jsonl")
+    rows = lines(world.path("runs/semi-cut") / "rollouts.jsonl")
     assert {row["truncated"] for row in rows} == {True, False}
     rows = tokenize(rows, tokenizer, ("response",), 24, 16, "rollouts")  # a longer limit cuts nothing itself
     told = []
@@ -163,19 +163,20 @@ def test_last_rows(tmp_path):
 def test_a_gvm_that_goes_on_starts_with_its_values_and_keeps_its_unit(world):
     """With a learning rate too small to move a weight, on other scores: the same head, the same return_mean and std."""
     args = ARGS["gvm_td"] | dict(reward="helpers:length_reward")
-    world.run("gvm_td", **args, run_dir="runs/first").ok()
-    again = args | dict(model="runs/first/model", reward="assets.reviews:reward", lr=1e-30, steps=1)
-    again |= dict(old_dataset="runs/first/scored.jsonl", run_dir="runs/second")
+    world.run("gvm_td", **args, run_dir="runs/semi-first").ok()
+    again = args | dict(model="runs/semi-first/model", reward="assets.reviews:reward", lr=1e-30, steps=1)
+    again |= dict(old_dataset="runs/semi-first/scored.jsonl", run_dir="runs/semi-second")
     world.run("gvm_td", **again).ok()
     first, second = (
-        load_file(world.path(f"runs/{run}/model/model.safetensors")) for run in ("first", "second")
+        load_file(world.path(f"runs/{run}/model/model.safetensors")) for run in ("semi-first", "semi-second")
     )
     assert first.keys() == second.keys()
     assert first["score.weight"].abs().max() > 0
     for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, rtol=0, atol=1e-9)
     configs = [
-        json.loads(world.path(f"runs/{run}/model/config.json").read_text()) for run in ("first", "second")
+        json.loads(world.path(f"runs/{run}/model/config.json").read_text())
+        for run in ("semi-first", "semi-second")
     ]
     for key in ("return_mean", "return_std", "gamma"):
         assert configs[0][key] == configs[1][key]
