@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=96, help="number of prompts that are held out")
     parser.add_argument("--samples", type=int, default=4, help="responses to each prompt")
     parser.add_argument("--batch-size", type=int, default=96, help="responses at a time")
-    parser.add_argument("--max-prompt-length", type=int, default=16, help="tokens")
+    parser.add_argument("--max-prompt-length", type=int, default=256, help="tokens")
     parser.add_argument("--max-response-length", type=int, default=32, help="tokens")
     parser.add_argument("--best-of", type=int, nargs="*", default=[4, 16], help="values of n")
     guides = ["8:inf", "8:1", "8:0.5", "8:0.2", "8:0.1", "32:inf", "32:0.5", "32:0.2"]
