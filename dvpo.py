@@ -60,7 +60,7 @@ from common.reference import load_reference
 from common.rewards import Reward
 from common.rollout import check_sampler, note_drift, rollout
 from common.tokenization import load_tokenizer, require_same_tokenizer, tokenize, were_cut
-from common.value_heads import response_values
+from common.value_heads import learned_signs, response_values
 
 
 @dataclass
@@ -321,8 +321,7 @@ def read_gvm_config(name: str, args: Args):
     config = load_pretrained("configuration", AutoConfig, name)
     if getattr(config, "gamma", args.gamma) != args.gamma:
         fail(f"--gamma {args.gamma}, but {args.gvm} was trained with {config.gamma}")
-    of_signs = getattr(config, "return_mean", None) == 0 and getattr(config, "return_std", None) == 1
-    if args.log_odds and not (of_signs and args.gamma == 1):
+    if args.log_odds and not (learned_signs(config) and args.gamma == 1):
         fail(
             f"--log-odds is for a GVM whose returns were +1 and -1 (gvm_td.py --source preference) with "
             f"--gamma 1, and {args.gvm} is none"

@@ -122,8 +122,9 @@ class Args:
     last_rows: int = 0
     """Use only the last rows of `--dataset`, this many: of a rollouts.jsonl, the newest answers. 0: all."""
     old_dataset: str = ""
-    """Scored responses that are mixed into the training data by `--old-share`, such as the scored.jsonl of an
-    earlier run: what an earlier GVM learned from, so that a refreshed one does not forget it."""
+    """Scored responses, in our column names, that are mixed into the training data by `--old-share`, such as
+    the scored.jsonl of an earlier run: what an earlier GVM learned from, so that a refreshed one does not
+    forget it."""
     old_share: float = 0.5
     """Share of the training rows that come from `--old-dataset`; its rows are drawn, or repeated, to fit."""
     max_characters: int = 0
@@ -360,7 +361,7 @@ def load_old_rows(count: int, tokenizer, args: Args) -> list[dict]:
     wanted = round(count * args.old_share / (1 - args.old_share))
     if not wanted:
         return []
-    rows = read_rows(args.old_dataset, "scored", columns=args.columns, skip_bad_rows=args.skip_bad_rows)
+    rows = read_rows(args.old_dataset, "scored", skip_bad_rows=args.skip_bad_rows)
     max_lengths = (args.max_prompt_length, args.max_response_length)
     rows = tokenize(rows, tokenizer, ("response",), *max_lengths, args.old_dataset, args.skip_bad_rows)
     drawn = rows * (wanted // len(rows))
@@ -446,7 +447,7 @@ def unit_of_model(name: str, args: Args) -> tuple[float, float] | None:
     std = getattr(config, "return_std", None)
     if mean is None or std is None:  # no GVM
         return None
-    of_signs = mean == 0 and std == 1
+    of_signs = value_heads.learned_signs(config)
     signs_here = args.source == "preference" and not args.reward
     if of_signs or signs_here:
         if of_signs != signs_here:

@@ -362,6 +362,9 @@ def main(args: Args) -> None:
         models.append(reference)
     values = partition_values(ref_logprobs, rewards, groups, args.tau, args.partition)  # [N]
     targets = (rewards - values) / args.tau  # [N]
+    unit = "nats per token" if args.length_normalise else "nats"
+    spread = targets.std().item()
+    note(f"targets of the log-ratio: {targets.mean().item():+.3g} {unit} on average, spread {spread:.3g}")
     state = load_checkpoint(args.run_dir, trained) if args.resume else {}
     start = state.get("step", 0)
     check_sampler(policy, tokenizer, eval_prompts, args.max_response_length, args.temperature)

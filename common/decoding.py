@@ -31,6 +31,7 @@ from common.rollout import (
     cache_argument,
     decoder_logits,
     differences,
+    padded_left,
     require_agreement,
     rollout,
     roomy,
@@ -40,7 +41,7 @@ from common.rollout import (
     uniform_numbers,
 )
 from common.tokenization import stop_tokens
-from common.value_heads import response_values
+from common.value_heads import learned_signs, response_values
 
 # Values are of standardised scores. Where those of a batch differ by less than this, rounding is measured
 # against it and not against their spread.
@@ -76,8 +77,7 @@ def check_gvm_config(name: str, log_odds: bool) -> None:
             f"--gvm {name}: trained with --context-pairs {pairs}, it first reads other answers of the policy, "
             "and there are none before decoding; take a GVM without them"
         )
-    of_signs = getattr(config, "return_mean", None) == 0 and getattr(config, "return_std", None) == 1
-    if log_odds and not (of_signs and getattr(config, "gamma", 1.0) == 1):
+    if log_odds and not (learned_signs(config) and getattr(config, "gamma", 1.0) == 1):
         fail(
             "--log-odds is for a GVM whose returns were +1 and -1 (gvm_td.py --source preference) with "
             f"--gamma 1, and {name} is none"
@@ -138,14 +138,6 @@ def check_guide(gvm, name: str, tokenizer) -> None:
 
 
 # --- candidates side by side --------------------------------------------------------------------------------
-
-
-def padded_left(prompts: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(token ids, mask) of prompts, [B, P] each, padded on the left: responses go on from the last column."""
-    width = max(map(len, prompts))
-    ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def read_prompts(gvm, ids: torch.Tensor, mask: torch.Tensor, cache) -> None:
@@ -249,7 +241,7 @@ def decode_guided(
     row_of = {}
     for prompt in prompts:
         row_of.setdefault(tuple(prompt), len(row_of))
-    feed, mask = padded_left([list(prompt) for prompt in row_of], pad, device)
+    feed, mask = padded_left([*row_of], pad, device)
     copies = torch.tensor([row_of[tuple(prompt)] for prompt in prompts], device=device)
     cache = roomy(policy.config)
     gvm_cache = roomy(guide.gvm.config)

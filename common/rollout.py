@@ -136,6 +136,14 @@ def tested_versions() -> str:
     return f"{installed}, requirements.txt has the version that is tested"
 
 
+def padded_left(prompts: list, pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(token ids, mask) of prompts, [B, P] each, padded on the left: responses go on from the last column."""
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
 def cache_argument(takes: Collection[str], kind: str) -> str:
     """The name under which a model's forward, with parameters named `takes`, takes its key-value cache.
 
@@ -215,13 +223,11 @@ def decode(
     forbidden = getattr(policy, "forbidden_tokens", None)
     ends = torch.tensor(stops, dtype=torch.long, device=device)
 
-    # The different prompts, padded on the left: responses go on from the last column. P columns.
+    # the different prompts, P columns
     row_of = {}
     for prompt in prompts:
         row_of.setdefault(tuple(prompt), len(row_of))
-    width = max(map(len, row_of))
-    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in row_of], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in row_of], device=device)
+    ids, mask = padded_left([*row_of], pad, device)
     encoder_states = None
     if encoder_decoder:
         feed = torch.full_like(ids[:, :1], policy.config.decoder_start_token_id)

@@ -229,7 +229,7 @@ def tokenize(
     lines.
     """
     kept = []
-    bad = cut = ended = 0
+    bad = cut = ended = unended = 0
     for row in rows:
         answers = {field: without_end(tokenizer, row[field]) for field in fields}
         try:
@@ -245,6 +245,7 @@ def tokenize(
             cut += len(ids[f"{field}_ids"]) > max_response_length
             ids[f"{field}_ids"] = ids[f"{field}_ids"][:max_response_length]
             ended += answers[field] != row[field]
+            unended += is_truncated(row, field)
         kept.append({**row, **answers, **ids})
     require_known_words(tokenizer, kept, name)
     if bad:
@@ -252,6 +253,8 @@ def tokenize(
     if len(kept) + bad < len(rows):
         dropped = f"dropped {len(rows) - len(kept) - bad} of {len(rows)} rows"
         note(f"{name}: {dropped}: prompt longer than --max-prompt-length {max_prompt_length}")
+    if unended:
+        note(f"{name}: {unended} answers get no end token, since their rows say that they are truncated")
     if ended:
         note(f"{name}: {ended} answers end with the text of an end token, which is not written twice")
     if cut:
@@ -275,14 +278,19 @@ def require_known_words(tokenizer, rows: list[dict], name: str) -> None:
         note(f"{name}: {100 * share:.0f} % of its tokens are unknown to the model's tokenizer")
 
 
+def is_truncated(row: dict, field: str) -> bool:
+    """Whether an answer is one that the length limit cut when it was sampled, as rollouts.jsonl and scored.jsonl
+    say of their responses."""
+    return field == "response" and row.get("truncated") is True
+
+
 def row_ids(tokenizer, row: dict, answers: dict, whole: bool) -> dict[str, list[int]]:
     """The tokens of one row, see `tokenize`; `answers` by field. Raises ValueError."""
     tools = row.get("tools")
     opening_ids = encode_prompt(tokenizer, row["prompt"], tools)
     encoded = {}
     for field, answer in answers.items():
-        # of a sampled response that the length limit cut, as rollouts.jsonl and scored.jsonl say
-        truncated = field == "response" and row.get("truncated") is True
+        truncated = is_truncated(row, field)
         encoded[field] = encode_answer(tokenizer, row["prompt"], answer, tools, truncated)
     # of a pair, a template may begin the two answers differently: what is common is the prompt
     prompts = [prompt_ids for prompt_ids, _, _ in encoded.values()]

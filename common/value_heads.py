@@ -10,6 +10,11 @@ def head(model) -> torch.nn.Module:
     return model.score if hasattr(model, "score") else model.classifier
 
 
+def learned_signs(config) -> bool:
+    """Whether a model is a GVM whose returns were +1 and -1, which gvm_td.py neither shifts nor scales."""
+    return getattr(config, "return_mean", None) == 0 and getattr(config, "return_std", None) == 1
+
+
 def response_values(
     model, input_ids: torch.Tensor, prompt_lengths: torch.Tensor, response_mask: torch.Tensor
 ) -> torch.Tensor:

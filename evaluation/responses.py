@@ -138,6 +138,15 @@ RESPONSES_REVIEWS = dict(
 OF_GVM = ("value", "kl")
 
 
+# Flags that one --decode alone reads.
+OF_DECODE = {
+    "best_of": "best-of",
+    "guide_candidates": "guided",
+    "guide_beta": "guided",
+    "log_odds": "guided",
+}
+
+
 def short_names(models: tuple[str, ...]) -> list[str]:
     """`runs/x/model` is x, anything else its last part."""
     names = []
@@ -486,8 +495,9 @@ def check_decoding(args: Responses) -> None:
         fail(f"--gvm {args.gvm} is read by --decode best-of and guided alone; name one of them")
     if args.decode != "sample" and not args.gvm:
         fail(f"--decode {args.decode} needs the value model: --gvm")
-    if args.log_odds and args.decode != "guided":
-        fail("--log-odds is for --decode guided: it changes no order of responses")
+    for name, decode in OF_DECODE.items():
+        if args.decode != decode and getattr(args, name) != getattr(Responses, name):
+            fail(f"--{name.replace('_', '-')} is for --decode {decode}; --decode is {args.decode}")
     if args.best_of < 1:
         fail(f"--best-of is {args.best_of}; at least one response is sampled")
     if args.decode == "best-of" and args.best_of > 1 and not args.temperature:

@@ -10,7 +10,6 @@ writes OUT/decoding.json (all numbers that the table is made of) and OUT/table-d
 
 import argparse
 import json
-import math
 import os
 import statistics
 import sys
@@ -28,11 +27,9 @@ from common.models import load_model
 from common.pretrained import resolve
 from common.rollout import rollout
 from common.tokenization import load_tokenizer, tokenize
-from paper.report import final, home, markdown, put_between_marks, spread
+from paper.report import final, half_interval, home, markdown, put_between_marks, spread
 from tools.jobs import ROOT, Jobs
 
-# Student's t, two-sided 95 %, by the degrees of freedom; beyond the table the normal distribution's.
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 NOT_SHOWN = ("characters", "truncated", "distinct_2")
 
 # --- the commands -------------------------------------------------------------------------------------------
@@ -188,8 +185,7 @@ def interval(differences: list[float]) -> str:
     mean = statistics.fmean(differences)
     if len(differences) < 2:
         return f"{mean:+.2f}"
-    factor = T_95.get(len(differences) - 1, 1.96)
-    half = factor * statistics.stdev(differences) / math.sqrt(len(differences))
+    half = half_interval(differences)
     verdict = "" if abs(mean) > half else ", not separated"
     return f"{mean:+.2f} ± {half:.2f}{verdict}"
 

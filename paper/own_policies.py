@@ -30,7 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.data import hold_out_prompts, prompt_key, read_rows
-from paper.report import curve, markdown, minus, rows_of, spread, verdict
+from paper.report import axes_of, curve, markdown, minus, rounded, rows_of, spread, verdict
 from tools.jobs import ROOT, Job, Jobs
 
 ONLINE = {
@@ -172,17 +172,19 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
 
     test = ["--eval-dataset", "{home}/data/test.jsonl", "--eval-split", "train", "--eval-source", "scores"]
     every = ["--eval-every", str(max(1, args.steps // args.evaluations))]
-    offline_every = ["--eval-every", str(max(1, args.offline_steps // args.evaluations))]
     judged = ["--eval-reward", *rewards, "--eval-prompts", str(args.prompts)]
     online = [*start, "--dataset", prompts, "--steps", str(args.steps), "--batch-size", str(args.batch_size)]
     online += ["--warmup-steps", "2", *every, *judged]
     halves = ["--mini-batch-size", str(args.batch_size // 2), "--epochs", "1"]
     whole = ["--mini-batch-size", str(args.batch_size)]
-    scored = [*start, "--dataset", "{home}/data/train.jsonl", "--warmup-steps", "5", *judged, *offline_every]
-    scored += ["--steps", str(args.offline_steps)]
-    scored += ["--eval-dataset", "{home}/data/test.jsonl", "--eval-split", "train"]
-    pairs = [word.replace("data/train.jsonl", "data/train_pairs.jsonl") for word in scored]
-    pairs = [word.replace("data/test.jsonl", "data/test_pairs.jsonl") for word in pairs]
+    every_offline = ["--eval-every", str(max(1, args.offline_steps // args.evaluations))]
+
+    def offline(kind: str) -> list[str]:
+        """The options of a method that learns from train{kind}.jsonl."""
+        words = [*start, "--dataset", f"{{home}}/data/train{kind}.jsonl", "--warmup-steps", "5", *judged]
+        words += ["--eval-dataset", f"{{home}}/data/test{kind}.jsonl", "--eval-split", "train"]
+        return [*words, *every_offline, "--steps", str(args.offline_steps), "--no-precompute-ref"]
+
     no_eval = ["--eval-every", "0"]
 
     jobs = {}
@@ -206,11 +208,11 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
     jobs["remax"] = ["remax.py", *online, *whole, "--reward", args.reward]
 
     jobs["sft"] = ["sft.py", *start, "--dataset", "{home}/data/best.jsonl", "--warmup-steps", "5", *judged]
-    jobs["sft"] += offline_every
-    jobs["rpo"] = ["rpo.py", *scored, "--no-precompute-ref"]
-    jobs["dro"] = ["dro.py", *scored, "--no-precompute-ref"]
-    jobs["kto"] = ["kto.py", *scored, "--no-precompute-ref"]
-    jobs["dpo"] = ["dpo.py", *pairs, "--no-precompute-ref"]
+    jobs["sft"] += every_offline
+    jobs["rpo"] = ["rpo.py", *offline("")]
+    jobs["dro"] = ["dro.py", *offline("")]
+    jobs["kto"] = ["kto.py", *offline("")]
+    jobs["dpo"] = ["dpo.py", *offline("_pairs")]
 
     options = OPTIONS | dict(args.set)
     for name, flags in options.items():
@@ -291,7 +293,8 @@ def record_of(jobs: Jobs, seed: int, name: str) -> dict:
     name = record["name"]
     found = json.loads((jobs.folder(measuring) / "responses.json").read_text())["models"][name]
     record["measured"] = {key: rounded(value["mean"]) for key, value in found.items()}
-    answers = [json.loads(line) for line in (jobs.folder(measuring) / name / "responses.jsonl").open()]
+    file = jobs.folder(measuring) / name / "responses.jsonl"
+    answers = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     per_prompt = len(answers) // len({row["row"] for row in answers})
     record["samples"] = [[row["prompt"], row["response"]] for row in answers[:: READ * per_prompt]]
     if name == REFERENCE:
@@ -321,15 +324,6 @@ def provenance(jobs: Jobs, job: Job) -> dict:
         "commit": record["commit"],
         "date": record["date"],
     }
-
-
-def rounded(value):
-    """Four significant digits of a number, and of all numbers in a dict."""
-    if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items()}
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    return value
 
 
 # --- tables and pictures ------------------------------------------------------------------------------------
@@ -408,15 +402,7 @@ def in_a_cell(text: str) -> str:
 def draw(results: Results, names: dict[str, str], seeds: list[int], reward: str, file: Path) -> None:
     """The training reward over seconds of training and over KL; a thin line a seed, a thick one for the
     mean."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: pip install matplotlib")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure, (left, right) = axes_of(2, 4)
     for name, label in names.items():
         found = [results.found[seed, name] for seed in seeds]
         length = min(len(record["curve"]) for record in found)
@@ -436,11 +422,7 @@ def draw(results: Results, names: dict[str, str], seeds: list[int], reward: str,
     right.set_xlabel("KL to the policy before training, nats per answer")
     left.set_ylabel(f"{short(reward)}, held-out prompts")
     left.legend(frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def means(columns: tuple[list[float], ...]) -> list[float]:
@@ -532,7 +514,10 @@ def main() -> None:
     methods = [*ONLINE, *OFFLINE]
     parser.add_argument("--only", nargs="+", default=methods, choices=methods, help="these methods")
     parser.add_argument(
-        "--values", action=argparse.BooleanOptionalAction, default=True, help="judge the value models too"
+        "--values",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="judge the value models too; this trains PPO and GRPO",
     )
     parser.add_argument("--tune", nargs="*", default=[], help="learning rates to try on --tune-seed")
     parser.add_argument("--tune-seed", type=int, default=0, help="of the search; never counted")

@@ -122,7 +122,19 @@ def spread(values: Iterable[float], digits: int = 2) -> str:
 
 
 # Of Student's t by degrees of freedom: 97.5 % of it lie below.
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+T_975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
+T_975 += [2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086]
+
+
+def rounded(value):
+    """Four significant digits of each number in a JSON value."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    return value
 
 
 def half_interval(values: list[float]) -> float:
@@ -130,7 +142,7 @@ def half_interval(values: list[float]) -> float:
     count = len(values)
     if count == 1:
         return math.inf
-    quantile = T_975.get(count - 1, 2.262)  # more than ten values: a little too wide
+    quantile = T_975[min(count - 2, len(T_975) - 1)]  # of more values: a little too wide
     return quantile * statistics.stdev(values) / math.sqrt(count)
 
 

@@ -31,12 +31,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from paper.report import markdown, minus, put_between_marks, rows_of, spread
+from paper.report import axes_of, half_interval, markdown, minus, put_between_marks, rounded, rows_of, spread
 from tools.jobs import ROOT, Jobs
-
-# two-sided 95 % quantiles of Student's t, by degrees of freedom; beyond them the normal one
-T_QUANTILES = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
-T_QUANTILES += [2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086]
 
 # on the embedded world, whose scripts have their own sizes for its data, but not for a file of its answers
 EMBEDDED_REFRESH = "--part all --batch-size 64 --micro-batch-size 64 --max-prompt-length 16"
@@ -261,17 +257,6 @@ def add_to_file(file: Path, settings: dict, runs: dict) -> dict:
     return json.loads(text)
 
 
-def rounded(value):
-    """Numbers of a JSON value to four digits after the point."""
-    if isinstance(value, float):
-        return round(value, 4)
-    if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [rounded(each) for each in value]
-    return value
-
-
 # --- the report ---------------------------------------------------------------------------------------------
 
 
@@ -286,9 +271,7 @@ def interval(differences: list[float]) -> str:
     mean = statistics.fmean(differences)
     if n == 1:
         return f"{mean:+.2f} (1 seed)"
-    quantile = T_QUANTILES[n - 2] if n - 2 < len(T_QUANTILES) else 1.96
-    half = quantile * statistics.stdev(differences) / n**0.5
-    return f"{mean:+.2f} ± {half:.2f}"
+    return f"{mean:+.2f} ± {half_interval(differences):.2f}"
 
 
 def of_all_seeds(found: dict) -> dict[str, dict[str, dict]]:
@@ -363,11 +346,6 @@ def pairs_to_compare(labels: list[str]) -> list[tuple[str, str]]:
 
 def draw(found: dict, file: Path) -> None:
     """Reward and KL over steps: the mean over seeds, and a band from the lowest to the highest."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     reward = found["settings"]["reward"]
     colours = {
         "frozen GVM": "#c63",
@@ -375,7 +353,7 @@ def draw(found: dict, file: Path) -> None:
         "PPO": "#444",
         "PPO, critic started from the GVM": "#27a",
     }
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, axes = axes_of(2, 4)
     methods = of_all_seeds(found)
     for label, colour in colours.items():
         runs = list(methods.get(label, {}).values())
@@ -394,10 +372,8 @@ def draw(found: dict, file: Path) -> None:
         for step in range(every, found["settings"]["steps"], every):
             axis.axvline(step, color="#ddd", lw=0.8, zorder=0)
         axis.set(xlabel="step (lines: refreshes)", title=title)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=9)
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def settings_of(args: argparse.Namespace) -> dict:

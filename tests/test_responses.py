@@ -546,8 +546,9 @@ def test_decoding_by_value(world, run, capsys, kind):
         change, message = dict(guide_beta=0.2), "guide_beta 0.5 -> 0.2"
     with pytest.raises(SystemExit, match=message):
         run(f"runs/ev-{kind}", **args | change)
+    of_value = ("decode", "gvm", *answers.OF_DECODE)
     with pytest.raises(SystemExit, match=f"decode {kind} -> None"):
-        run(f"runs/ev-{kind}", **args | dict(decode="sample", gvm=""))
+        run(f"runs/ev-{kind}", **{key: args[key] for key in args if key not in of_value})
 
 
 def test_guiding_raises_the_value(run):
@@ -643,6 +644,12 @@ BAD = {
         dict(decode="best-of", gvm="reviews", temperature=1.0, log_odds=True),
         "--log-odds",
     ),
+    "candidates without a guide": (dict(guide_candidates=4), "--guide-candidates is for --decode guided"),
+    "a beta for best of n": (
+        dict(decode="best-of", gvm="reviews", temperature=1.0, guide_beta=0.1),
+        "--guide-beta is for --decode guided; --decode is best-of",
+    ),
+    "an n for guided": (dict(decode="guided", gvm="reviews", best_of=4), "--best-of is for --decode best-of"),
     "a reward called kl": (
         dict(decode="guided", gvm="reviews", reward=("a:kl",)),
         "two columns of the same name",
