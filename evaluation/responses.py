@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from common import decoding, distributed, positions
 from common.cli import fail, note
-from common.data import hold_out_prompts, prompt_key, read_rows
+from common.data import columns_of_prompt, hold_out_prompts, prompt_key, read_rows
 from common.measures import distinct_2
 from common.models import load_model
 from common.positions import longest_of
@@ -25,6 +25,7 @@ from common.reference import fingerprint
 from common.rewards import Reward
 from common.rollout import rollout
 from common.tokenization import (
+    TOKENS,
     encode_prompt,
     load_tokenizer,
     require_same_tokenizer,
@@ -133,6 +134,9 @@ RESPONSES_REVIEWS = dict(
     reward=("assets.reviews:reward", "assets.reviews:grammatical"),
 )
 
+
+# What this command adds to a row: no columns of the data.
+OURS = ("turns", "references", "sample")
 
 # Columns of the table, and keys of a record, that decoding with a GVM adds.
 OF_GVM = ("value", "kl")
@@ -427,14 +431,20 @@ def export(folder: Path, name: str, rows: list[dict], records: list[dict], datas
     (folder / "mt_bench.jsonl").write_text(json_lines(mt_bench), encoding="utf-8")
 
 
-def export_scored(folder: Path, name: str, records: list[dict], scores: dict[str, list[float]]) -> None:
+def export_scored(
+    folder: Path, name: str, asked: list[dict], records: list[dict], scores: dict[str, list[float]]
+) -> None:
     """Writes scored.jsonl, data that rpo.py, dro.py and gvm_td.py train on. `reward` is the score of the first
-    --reward, `rewards` has all by name."""
+    --reward, `rewards` has all by name; what the rows `asked` have besides about their prompts (tools, a
+    solution) stays."""
     rows = []
-    for i, record in enumerate(records):
+    for i, (row, record) in enumerate(zip(asked, records, strict=True)):
+        columns = columns_of_prompt(row)
+        columns = {key: value for key, value in columns.items() if key not in (*TOKENS, *OURS)}
         of_record = {reward: values[i] for reward, values in scores.items()}
         first = next(iter(of_record.values()))
         scored = {
+            **columns,
             "prompt": record["prompt"],
             "response": record["response"],
             "reward": first,
@@ -612,7 +622,7 @@ def responses(args: Responses) -> None:
             scores[reward_name] = reward(asked, ended, texts[name]).tolist()
             numbers[name][reward_name] = mean(scores[reward_name], reward.name, questions)
         if scores and first_rank:
-            export_scored(Path(args.run_dir, name), name, records, scores)
+            export_scored(Path(args.run_dir, name), name, asked, records, scores)
 
     # --- text metrics and save: the other ranks need not wait for what rank 0 computes alone
     if not first_rank:

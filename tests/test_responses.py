@@ -383,6 +383,17 @@ def test_samples(world, run):
         run("runs/ev-samples", **args | dict(samples=1))
 
 
+def test_scored_rows_keep_what_is_about_their_prompt(world, run):
+    """A solution stays, for the next script's rewards; another answer and its score do not."""
+    row = {"prompt": "lunch : the soup ?", "response": "another", "reward": 7.0, "policy": "p", "solution": 3}
+    args = dict(dataset=world.write("solved.jsonl", [row]), reward=("helpers:length_reward",))
+    (scored,) = lines(run("runs/ev-columns", **args) / "reviews/scored.jsonl")
+    assert scored["solution"] == 3
+    assert scored["response"] != "another" and scored["reward"] != 7.0 and scored["policy"] == "reviews"
+    of_answer = {"prompt", "response", "reward", "policy", "rewards", "truncated"}
+    assert set(scored) == of_answer | {"solution"}
+
+
 def test_batches_do_not_change_greedy_answers(run, t5):
     """Any batch size, decoder and encoder-decoder."""
     args = dict(models=("reviews", t5), names=("a", "b"), prompts=7)
