@@ -29,7 +29,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.data import hold_out_prompts, prompt_key, read_rows
+from common.data import columns_of_prompt, hold_out_prompts, prompt_key, read_rows
 from paper.report import axes_of, curve, markdown, minus, rounded, rows_of, spread, verdict
 from tools.jobs import ROOT, Job, Jobs
 
@@ -95,7 +95,7 @@ def write_prompts(args: argparse.Namespace) -> None:
     rows = []
     for row in read_rows(args.dataset, "prompts"):
         if len(row["prompt"]) <= args.max_characters:
-            rows.append({"prompt": row["prompt"]})
+            rows.append({**about_prompt(row), "prompt": row["prompt"]})
     write_rows(args.run_dir / "prompts.jsonl", rows)
 
 
@@ -109,7 +109,7 @@ def write_data(args: argparse.Namespace) -> None:
     for row in read_rows(args.answers, "scored"):
         part = "test" if prompt_key(row["prompt"]) in test_prompts else "train"
         kept = ("prompt", "response", "reward", "policy", "truncated")  # a cut answer stays cut
-        parts[part].append({key: row[key] for key in kept})
+        parts[part].append(about_prompt(row) | {key: row[key] for key in kept})
     middle = statistics.median(row["reward"] for row in parts["train"])
     for part, rows in parts.items():
         for row in rows:
@@ -117,6 +117,12 @@ def write_data(args: argparse.Namespace) -> None:
         write_rows(args.run_dir / f"{part}.jsonl", rows)
         write_rows(args.run_dir / f"{part}_pairs.jsonl", pairs_of(rows, args.samples // 2, args.data_seed))
     write_rows(args.run_dir / "best.jsonl", best_of(parts["train"]))
+
+
+def about_prompt(row: dict) -> dict:
+    """The columns of a row that a template or a reward function may read, tools or a solution."""
+    columns = columns_of_prompt(row)
+    return {key: value for key, value in columns.items() if key not in ("rewards", "truncated")}
 
 
 def by_prompt(rows: list[dict]) -> list[list[dict]]:
@@ -135,6 +141,7 @@ def pairs_of(rows: list[dict], count: int, seed: int) -> list[dict]:
         found = [(a, b) for a in group for b in group if a["reward"] > b["reward"]]
         for better, worse in rng.sample(found, min(count, len(found))):
             pair = {
+                **about_prompt(better),
                 "prompt": better["prompt"],
                 "chosen": better["response"],
                 "rejected": worse["response"],

@@ -79,7 +79,7 @@ def test_held_out_prompts_are_in_no_training_data(seed, tmp_path):
     for i in range(30):
         for j in range(8):
             row = {"prompt": f"question {i}", "response": f"answer {i} {j}", "reward": (7 * i + 3 * j) % 5}
-            answers.append(row | {"policy": "p", "truncated": j == 0})
+            answers.append(row | {"policy": "p", "truncated": j == 0, "rewards": {"a": 1.0}, "solution": i})
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers[::-1]))
     args = SimpleNamespace(
@@ -102,6 +102,11 @@ def test_held_out_prompts_are_in_no_training_data(seed, tmp_path):
         assert len(pairs) == len(rows) // 2
         assert all((row["prompt"] in held_out) == (name == "test") for row in pairs)
         assert all(reward_of[row["chosen"]] > reward_of[row["rejected"]] for row in pairs)
+        for row in [*rows, *pairs]:
+            assert row["prompt"] == f"question {row['solution']}"
+            assert "rewards" not in row
+        assert sum(row["truncated"] for row in rows) == len(rows) // 8
+        assert not any("truncated" in row for row in pairs)
     best = read_rows(str(tmp_path / "best.jsonl"), "sft")
     assert len(best) == 23
     for row in best:
