@@ -5,6 +5,7 @@
     torchrun --nproc_per_node=8 evaluate.py responses --models runs/sft/model --dataset prompts.jsonl
     python evaluate.py judge --judge-model NAME --responses runs/evaluate/sft/responses.jsonl \\
         runs/evaluate/dvpo/responses.jsonl
+    python evaluate.py all --models runs/sft/model runs/dvpo/model --judge-model NAME --gvm runs/gvm_td/model
 
 - `values` (2502.16944 appendix E): whose values prefer the better answer? Of a GVM, a PPO critic or a reward
   model it says how often the chosen response of a pair has the strictly higher mean, percentile, last or
@@ -15,6 +16,7 @@
   AlpacaEval and MT-bench read, with text metrics and rewards.
 - `judge`: which answers does a language model prefer? It compares two files of responses, each pair in both
   orders, or gives scores from 1 to 5.
+- `all`: the three of them in one command, one table, and one page with the answers side by side.
 
 This file only chooses the command; each stands with its flags in a file of its own in evaluation/.
 docs/evaluate.md explains every number and file; `python evaluate.py values --help` lists the flags.
@@ -26,6 +28,7 @@ import tyro
 
 from common import distributed
 from common.cli import fail, parse
+from evaluation.all import All, evaluate_all
 from evaluation.judge import Judge, judge
 from evaluation.responses import RESPONSES_REVIEWS, Responses, responses
 from evaluation.values import Values, values
@@ -35,6 +38,7 @@ COMMANDS = {
     "values": (Values, {}, values),
     "responses": (Responses, RESPONSES_REVIEWS, responses),
     "judge": (Judge, {}, judge),
+    "all": (All, {}, evaluate_all),
 }
 
 

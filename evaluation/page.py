@@ -35,7 +35,8 @@ class Verdict:
     second: str
     points: float | None  # of the first: 1 won, 0 lost; None where a verdict is missing
     contradictory: bool = False  # both orders gave the same letter, A or B
-    said: list[str] = field(default_factory=list)  # the judge's own words, one text for each order
+    # the judge's own words: (heading, text) of each order
+    said: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass
@@ -252,10 +253,9 @@ def badge(verdict: Verdict, comparison: int) -> str:
     orders = ", the two orders contradict" if verdict.contradictory else ""
     label = html.escape(f"{comparison_of(verdict)}: {outcome}{points}{orders}")
     parts = [f'<div class="verdict {classes}" data-comparison="{comparison}">{label}']
-    for said in verdict.said:
-        parts.append(
-            f'<details><summary>what it said</summary><div class="said">{html.escape(said)}</div></details>'
-        )
+    for heading, said in verdict.said:
+        words = f'<div class="said">{html.escape(said)}</div>'
+        parts.append(f"<details><summary>{html.escape(heading)}</summary>{words}</details>")
     parts.append("</div>")
     return "".join(parts)
 

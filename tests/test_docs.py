@@ -17,6 +17,7 @@ COMMANDS = {  # of evaluate.py: the class of their flags, and their page
     "Values": "docs/evaluate.md",
     "Responses": "docs/evaluate_responses.md",
     "Judge": "docs/evaluate_judge.md",
+    "All": "docs/evaluate_all.md",
 }
 HOME = {name: f"evaluation/{name.lower()}" for name in COMMANDS}  # where the class is
 REFERENCE = re.compile(r"\[`([\w./]+\.py)(?:: (\w+))?`\]\(([\w./]+)\)\s+(`+)(.+?)\4(?!`)")

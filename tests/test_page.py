@@ -20,7 +20,9 @@ def questions() -> list[page.Question]:
             page.Answer("sft", f"plain {EVIL}", {"length": 3.0}),
             page.Answer("dvpo", "so good food", {"length": 4.0}, tokens),
         ]
-        verdict = page.Verdict("judge", "dvpo", "sft", points, points == 0.5, [f"It says {EVIL}"])
+        verdict = page.Verdict(
+            "judge", "dvpo", "sft", points, points == 0.5, [("dvpo as A", f"It says {EVIL}")]
+        )
         found.append(page.Question(f"question {i} {EVIL}", answers, [verdict]))
     return found
 
