@@ -174,6 +174,8 @@ class Args:
     """Optimizer steps between evaluations. 0: evaluate only at the end."""
     save_every: int = 200
     """Steps between checkpoints for `--resume`. 0: none."""
+    save_minutes: float = 0.0
+    """Minutes between checkpoints, whatever `--save-every` says. 0: not by the clock."""
     keep: int = 2
     """Number of checkpoints that are kept."""
     resume: bool = False
@@ -684,9 +686,10 @@ def main(args: Args) -> None:
             evaluate_values(done)
 
         # --- save
-        if args.save_every and (done % args.save_every == 0 or done == steps):
+        if run.saves(done):
             extra = {"value_mean": value_mean, "value_std": value_std}
             save_checkpoint(args.run_dir, done, trained, extra, args.keep)
+            run.stop_if_asked(done)
     accuracy, values = evaluate_values(steps)
     if rank == 0:
         shares = accuracy | baseline_accuracies(pairs, averages)

@@ -151,6 +151,8 @@ class Args:
     """Write every response of training into rollouts.jsonl, data that gvm_td.py reads."""
     save_every: int = 50
     """Steps between checkpoints for `--resume`. 0: none."""
+    save_minutes: float = 0.0
+    """Minutes between checkpoints, whatever `--save-every` says. 0: not by the clock."""
     keep: int = 2
     """Number of checkpoints that are kept."""
     resume: bool = False
@@ -575,8 +577,9 @@ def main(args: Args) -> None:
             evaluate(done)
 
         # --- save
-        if args.save_every and (done % args.save_every == 0 or done == args.steps):
+        if run.saves(done):
             save_checkpoint(args.run_dir, done, trained, {"beta": beta}, args.keep)
+            run.stop_if_asked(done)
     if args.eval_every and eval_rows:
         evaluate(args.steps)
     export(policy, tokenizer, f"{args.run_dir}/model", args.precision)

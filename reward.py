@@ -104,6 +104,8 @@ class Args:
     """Optimizer steps between evaluations. 0: evaluate only at the end."""
     save_every: int = 200
     """Steps between checkpoints for `--resume`. 0: none."""
+    save_minutes: float = 0.0
+    """Minutes between checkpoints, whatever `--save-every` says. 0: not by the clock."""
     keep: int = 2
     """Number of checkpoints that are kept."""
     resume: bool = False
@@ -309,8 +311,9 @@ def main(args: Args) -> None:
             evaluate_reward_model(done)
 
         # --- save
-        if args.save_every and (done % args.save_every == 0 or done == steps):
+        if run.saves(done):
             save_checkpoint(args.run_dir, done, trained, {}, args.keep)
+            run.stop_if_asked(done)
     final = evaluate_reward_model(steps)
     if rank == 0:
         table = {

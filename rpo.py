@@ -136,6 +136,8 @@ class Args:
     """Reward models (hub ids or folders) or `module:function`s to report in evaluations; never trained on."""
     save_every: int = 200
     """Steps between checkpoints for `--resume`. 0: none."""
+    save_minutes: float = 0.0
+    """Minutes between checkpoints, whatever `--save-every` says. 0: not by the clock."""
     keep: int = 2
     """Number of checkpoints that are kept."""
     resume: bool = False
@@ -462,8 +464,9 @@ def main(args: Args) -> None:
             evaluate_scored(done)
 
         # --- save
-        if args.save_every and (done % args.save_every == 0 or done == steps):
+        if run.saves(done):
             save_checkpoint(args.run_dir, done, trained, {}, args.keep)
+            run.stop_if_asked(done)
     evaluate_scored(steps)
     export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
     run.close(f"python evaluate.py responses --models {args.run_dir}/model --dataset YOUR_PROMPTS")

@@ -17,6 +17,7 @@ POSITIVE = (
     "gamma",
     "lora_alpha",
     "vllm_cache_gb",
+    "save_minutes",
     "batch_size",
     "mini_batch_size",
     "micro_batch_size",

@@ -73,6 +73,13 @@ def all_reduce_dict(sums: dict[str, torch.Tensor]) -> dict[str, float]:
     return dict(zip(sums, total.tolist(), strict=True))
 
 
+def largest(numbers: list[int]) -> list[int]:
+    """Of each number the largest of all ranks."""
+    tensor = torch.tensor(numbers, device=device())
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
 def all_gather_object(value) -> list:
     """Each rank's value (it is pickled), by rank, on every rank."""
     out = [None] * world()

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import time
 import uuid
 from pathlib import Path
@@ -17,7 +18,9 @@ from tqdm import tqdm
 from common import distributed, lora, vllm
 from common.cli import fail, note
 from common.data import columns_of_prompt
+from common.lock import lock
 from common.optimizer import warmup_of
+from common.preemption import EXIT_CODE, Preemption
 from common.tokenization import TOKENS
 
 SHARED_TRIES = 30  # seconds in which a rank must see what another has written
@@ -34,9 +37,13 @@ class Run:
         self.args = args
         self.dir = Path(args.run_dir)
         self.wandb = None
+        self.preemption = Preemption()
+        self.asked = 0  # the signal by which a rank was asked to stop
         lora.find_package(args)
         vllm.check(args)
         self.refuse_earlier_run()
+        if distributed.rank() == 0:
+            lock(self.dir)
         distributed.all_gather_object(None)  # every rank has looked before rank 0 writes
         if distributed.rank() == 0:
             self.prepare_folder()
@@ -110,6 +117,8 @@ class Run:
         On resume, what the run wrote after its checkpoint is dropped, its last evaluation too: it comes anew.
         """
         self.total = total
+        self.saved_at = time.monotonic()
+        self.preemption.at_once = ""  # from here on there is a step to finish
         if distributed.rank() != 0:
             return
         self.check_data(step, rows)
@@ -234,9 +243,42 @@ class Run:
 
             self.writer.add_image(name, imread(path)[..., :3], step, dataformats="HWC")
 
+    def saves(self, done: int) -> bool:
+        """Whether a checkpoint is due after step `done`: by --save-every, by --save-minutes, at the end, or
+        because a rank was asked to stop. The same on every rank, which all have to ask."""
+        minutes = (time.monotonic() - self.saved_at) / 60
+        by_clock = 0 < self.args.save_minutes <= minutes and distributed.rank() == 0  # one clock for all
+        self.asked, by_clock = distributed.largest([self.preemption.received, int(by_clock)])
+        regular = self.args.save_every or self.args.save_minutes
+        by_step = self.args.save_every and done % self.args.save_every == 0
+        last = done == self.total
+        due = bool(self.asked or by_clock or by_step or (regular and last))
+        if due:
+            self.saved_at = time.monotonic()
+        return due
+
+    def stop_if_asked(self, done: int) -> None:
+        """After a checkpoint: ends the run where a rank was asked to stop, with a line and a code of its
+        own."""
+        if not self.asked:
+            if done == self.total:
+                self.preemption.at_once = f"after step {done}, which is saved; --resume writes the model"
+            return
+        distributed.all_gather_object(None)  # the checkpoint is whole
+        if distributed.rank() == 0:
+            self.writer.close()
+            self.bar.close()
+            name = signal.Signals(self.asked).name
+            note(
+                f"{self.dir.name}: {name}: stopped after step {done} of {self.total}, which is saved; the same "
+                "command with --resume goes on"
+            )
+        raise SystemExit(EXIT_CODE)
+
     def close(self, what_next: str) -> None:
         """Writes out TensorBoard's events, ends the progress bar, and says where the model is and `what_next`
         to run with it."""
+        self.preemption.close()
         if distributed.rank() != 0:
             return
         self.writer.close()

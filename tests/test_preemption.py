@@ -1,0 +1,126 @@
+"""Signals: the step in flight is saved and the run ends with a code of its own. One run a folder. Checkpoints by the clock."""
+
+import os
+import re
+import signal
+import time
+
+import helpers
+import pytest
+from test_resume import ARGS, assert_identical, rows_written, unbroken  # noqa: F401 (a fixture)
+
+from common.preemption import EXIT_CODE, SAME
+
+LONG = dict(steps=4000, save_every=0, eval_every=0)  # nobody waits for its end
+
+
+def start_until(world, script, run_dir, rows=2, ranks=0, patch=None, **args):
+    """A run that has logged so many rows."""
+    job = world.start(script, ranks, patch, **ARGS[script] | args, run_dir=run_dir)
+    while rows_written(world.path(run_dir)) < rows:
+        assert job.alive(0.005), job.wait().output
+    return job
+
+
+def checkpoints_of(world, run_dir) -> list[str]:
+    """The names of the folders of checkpoints."""
+    return sorted(path.name for path in (world.path(run_dir) / "checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize(
+    "name, ranks, which", [("SIGTERM", 0, 0), ("SIGINT", 0, 0), ("SIGUSR1", 2, 0), ("SIGTERM", 2, 1)]
+)
+def test_a_signal_to_one_rank_saves_the_step_and_ends_all(world, name, ranks, which):
+    run_dir = f"runs/signal-{name}-{ranks}"
+    job = start_until(world, "sft", run_dir, ranks=ranks, **LONG)
+    os.kill(job.processes[which].pid, getattr(signal, name))
+    result = job.wait()
+    assert result.codes == [EXIT_CODE] * max(1, ranks), result.output
+    assert "Traceback" not in result.output
+    step = int(re.search(rf"{name}: stopped after step (\d+) of 4000, which is saved", result.output)[1])
+    assert checkpoints_of(world, run_dir) == [f"step-{step:06d}"]
+    assert (
+        rows_written(world.path(run_dir)) == step
+    )  # nothing is lost, and nothing is there that is not saved
+
+
+@pytest.mark.parametrize("script", ["dvpo", "gvm_td", "rpo"])
+def test_a_run_that_was_stopped_goes_on_as_if_unbroken(world, unbroken, script):  # noqa: F811
+    """Bit for bit the run that nobody stopped. The three have state of their own besides policy and optimizer."""
+    run_dir = f"runs/stopped-{script}"
+    rows = 3 if script in helpers.ONLINE else 2
+    job = start_until(world, script, run_dir, rows=rows)
+    os.kill(job.processes[0].pid, signal.SIGTERM)
+    result = job.wait()
+    assert result.codes == [EXIT_CODE], result.output
+    world.run(script, **ARGS[script], run_dir=run_dir, resume=True).ok()
+    assert_identical(world.path(run_dir), unbroken(script))
+
+
+@pytest.mark.parametrize("script", helpers.SCRIPTS)
+def test_every_script_asks_after_each_step(script):
+    """The lines are the same in all of them."""
+    text = (helpers.ROOT / f"{script}.py").read_text()
+    save = text[text.index("        # --- save\n") :]
+    assert re.match(
+        r"        # --- save\n        if run.saves\(done\):\n(            .*\n)*?"
+        r"            save_checkpoint\(args.run_dir, done, .*\)\n            run.stop_if_asked\(done\)\n",
+        save,
+    )
+
+
+def slow_save(module):
+    """Saving takes a minute."""
+    module.save_checkpoint = lambda *_: time.sleep(60)
+
+
+def test_a_second_signal_ends_at_once(world):
+    job = start_until(world, "sft", "runs/signal-twice", patch=slow_save, **LONG)
+    os.kill(job.processes[0].pid, signal.SIGTERM)
+    assert job.alive(SAME / 4)
+    os.kill(job.processes[0].pid, signal.SIGTERM)  # what torchrun passes on is the same signal
+    assert job.alive(SAME)
+    os.kill(job.processes[0].pid, signal.SIGTERM)
+    result = job.wait(20)
+    assert result.codes == [128 + signal.SIGTERM]
+    assert result.output.splitlines()[-1] == "SIGTERM again: ended at once"
+
+
+def slow_load(module):
+    """The tokenizer takes a minute."""
+    module.load_tokenizer = lambda *_: time.sleep(60)
+
+
+def test_a_signal_before_the_first_step_ends_at_once(world):
+    job = world.start("sft", patch=slow_load, **ARGS["sft"], run_dir="runs/signal-early")
+    while not world.path("runs/signal-early/args.json").exists():
+        assert job.alive(0.01)
+    os.kill(job.processes[0].pid, signal.SIGTERM)
+    result = job.wait(20)
+    assert result.codes == [EXIT_CODE]
+    assert result.output.splitlines()[-1] == "SIGTERM: stopped before the first step"
+    world.run("sft", **helpers.ARGS["sft"], run_dir="runs/signal-early").ok()  # the folder is free
+
+
+def test_one_run_a_folder(world):
+    """A second run ends in one line, whatever its flags, and the first goes on; a dead one holds nothing."""
+    job = start_until(world, "sft", "runs/locked", **LONG)
+    before = rows_written(world.path("runs/locked"))
+    for flags in (dict(resume=True), dict(overwrite=True)):
+        error = world.run("sft", **ARGS["sft"], **flags, run_dir="runs/locked").error()
+        assert f"another run writes there (process {job.processes[0].pid} on " in error
+    while rows_written(world.path("runs/locked")) <= before:
+        assert job.alive(0.005), job.wait().output
+    job.kill()
+    world.run("sft", **helpers.ARGS["sft"], run_dir="runs/locked", overwrite=True).ok()
+
+
+def test_checkpoints_by_the_clock(world):
+    args = helpers.ARGS["sft"] | dict(steps=4, keep=9, run_dir="runs/clock")
+    world.run("sft", **args | dict(save_every=0, save_minutes=1e-9)).ok()
+    assert checkpoints_of(world, "runs/clock") == [f"step-{step:06d}" for step in (1, 2, 3, 4)]
+    args["overwrite"] = True
+    world.run("sft", **args | dict(save_every=0, save_minutes=1e9)).ok()
+    assert checkpoints_of(world, "runs/clock") == ["step-000004"]  # the end is always saved
+    world.run("sft", **args | dict(save_every=3, save_minutes=1e9)).ok()
+    assert checkpoints_of(world, "runs/clock") == ["step-000003", "step-000004"]
