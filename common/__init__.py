@@ -23,7 +23,10 @@ What makes it run on one CPU and on many GPUs:
     sharding       FSDP2
     optimizer      AdamW, learning rate, accumulation, the guarded step
     checkpoints    resume and export
+    durable        files that survive a crash, checksums, pickles that run nothing
     cli, log       the command line; the run folder
+    preemption     being asked to stop
+    lock           one run a folder
     meter          seconds, memory, model FLOPs utilisation
     measures       pair accuracies, diversity
 

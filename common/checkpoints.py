@@ -1,6 +1,7 @@
 """Checkpoints to resume from, and the export that others open."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as sd
+from torch.distributed.tensor import DTensor
 
-from common import distributed, lora, sharding
-from common.cli import fail
+from common import distributed, durable, lora, sharding
+from common.cli import fail, note
 
 
 def _states(trained: dict) -> dict:
@@ -33,15 +35,33 @@ def _rng_file(folder: Path) -> Path:
     return folder / f"rng-{distributed.rank()}-of-{distributed.world()}.pt"
 
 
-def save_checkpoint(run_dir: str, step: int, trained: dict, extra: dict, keep: int) -> None:
-    """checkpoints/step-N with models, optimizers, the random state of each rank and `extra` (JSON).
+def require_finite(model, what: str) -> None:
+    """Ends with one line, on every rank, where a trained weight is not finite: it is not to be written."""
+    sharding.reshard(model)
+    bad = ""
+    for name, weight in model.named_parameters():
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        if weight.requires_grad and not bool(torch.isfinite(local).all()):
+            bad = name
+            break
+    bad = next((name for name in distributed.all_gather_object(bad) if name), "")
+    if bad:
+        fail(f"{what} is not written: its weight {bad} is not finite; a lower learning rate may help")
 
-    `trained` maps a name to (model, optimizer). It is written under another name, then renamed: what is
-    called step-N is whole. The newest `keep` checkpoints stay.
+
+def save_checkpoint(run_dir: str, step: int, trained: dict, extra: dict, keep: int) -> None:
+    """checkpoints/step-N with models, optimizers, the random state of each rank, `extra` (JSON) and checksums
+    of them all.
+
+    `trained` maps a name to (model, optimizer). It is written under another name, onto the disk, then renamed:
+    what is called step-N is whole. The newest `keep` checkpoints stay. Ends with one line where a weight is not
+    finite.
     """
     folder = Path(run_dir, "checkpoints")
     final = folder / f"step-{step:06d}"
     part = folder / f"part-{step:06d}"
+    for name, (model, _) in trained.items():
+        require_finite(model, f"{final}, {name},")
     if distributed.rank() == 0:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -51,31 +71,63 @@ def save_checkpoint(run_dir: str, step: int, trained: dict, extra: dict, keep: i
     if torch.cuda.is_available():
         rng.append(torch.cuda.get_rng_state())
     torch.save(rng, _rng_file(part))
-    dist.barrier()
     if distributed.rank() == 0:
-        (part / "state.json").write_text(json.dumps({"step": step, **extra}))
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+        durable.write_text(part / "state.json", json.dumps({"step": step, **extra}))
     dist.barrier()
+    found = _checksums(part)
+    if distributed.rank() == 0:
+        durable.write_text(part / durable.CHECKSUMS, json.dumps(found, indent=1))
+        durable.replace(part, final)
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            durable.remove(old)
+    dist.barrier()
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Those of all files of a checkpoint, on every rank; each rank reads its share."""
+    mine = durable.checksums(folder, slice(distributed.rank(), None, distributed.world()))
+    return {name: checksum for part in distributed.all_gather_object(mine) for name, checksum in part.items()}
+
+
+def newest_whole(run_dir: str) -> Path | None:
+    """The newest checkpoint whose checksums are right; None where there is none at all.
+
+    A damaged one is named and set aside, so that it is neither used nor counted. Ends with one line where all
+    are damaged.
+    """
+    folder = Path(run_dir, "checkpoints")
+    found = sorted(folder.glob("step-*"), reverse=True)
+    found = distributed.all_gather_object(found)[0]
+    for checkpoint in found:
+        wrong = durable.damage(checkpoint, _checksums(checkpoint))
+        wrong = distributed.all_gather_object(wrong)[0]  # rank 0's view
+        if not wrong:
+            return checkpoint
+        if distributed.rank() == 0:
+            aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
+        note(f"{checkpoint}: {wrong}; it is set aside as damaged-{checkpoint.name}")
+    if found:
+        fail(f"{folder}: no checkpoint is whole; --overwrite begins anew")
+    return None
 
 
 def load_checkpoint(run_dir: str, trained: dict) -> dict:
     """Restores the newest whole checkpoint in place; returns its `extra` with `step`; {} if there is none.
 
-    Rank 0 chooses it for all. Ends with one line where it is another model's.
+    Rank 0 chooses it for all. Ends with one line where it is another model's, or names what no checkpoint
+    holds: a run folder is data, and nothing in it is run.
     """
-    found = sorted(Path(run_dir, "checkpoints").glob("step-*/state.json"))
-    found = distributed.all_gather_object(found)[0]
-    if not found:
+    newest = newest_whole(run_dir)
+    if newest is None:
         return {}
-    newest = found[-1]
     states = _states(trained)
     try:
-        dcp.load(states, checkpoint_id=newest.parent / "dcp")
-    except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
-        fail(f"{newest.parent}: --resume: it is no checkpoint of these models ({reason(error)})")
+        durable.read_index(newest / "dcp")  # first, because torch says more than a line of a bad one
+        dcp.load(states, storage_reader=durable.Reader(newest / "dcp"), planner=durable.Planner())
+    except (dcp.api.CheckpointException, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        fail(f"{newest}: --resume: it is no checkpoint of these models ({reason(error)})")
     for name, (model, optimizer) in trained.items():
         sd.set_state_dict(
             model,
@@ -84,13 +136,13 @@ def load_checkpoint(run_dir: str, trained: dict) -> dict:
             optim_state_dict=states[name]["optimizer"],
             options=sd.StateDictOptions(strict=not hasattr(model, "lora")),  # of LoRA the rest is not there
         )
-    file = _rng_file(newest.parent)
+    file = _rng_file(newest)
     if file.exists():  # on another number of ranks there is none; only dropout (LoRA's) would draw from it
         rng = torch.load(file, weights_only=True)
         torch.set_rng_state(rng[0])
         if len(rng) > 1:
             torch.cuda.set_rng_state(rng[1])
-    return json.loads(newest.read_text())
+    return json.loads((newest / "state.json").read_text())
 
 
 def reason(error: BaseException) -> str:
@@ -102,7 +154,9 @@ def reason(error: BaseException) -> str:
 
 
 def export(model, tokenizer, folder: str, precision: str, **config) -> None:
-    """A Hugging Face folder: weights (compute type), config with `config`, tokenizer with its template."""
+    """A Hugging Face folder: weights (compute type), config with `config`, tokenizer with its template. Ends with
+    one line where a weight is not finite."""
+    require_finite(model, folder)
     sharding.reshard(model)
     options = sd.StateDictOptions(full_state_dict=True, cpu_offload=True)
     full = sd.get_model_state_dict(model, options=options)  # on rank 0
@@ -121,6 +175,5 @@ def export(model, tokenizer, folder: str, precision: str, **config) -> None:
         else:
             model.save_pretrained(part, state_dict=sharding.in_type(compute, model, full.items()))
         tokenizer.save_pretrained(part)
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
+        durable.replace(part, final)
     dist.barrier()

@@ -1,6 +1,7 @@
 """The command line; what is said to the user; how a run ends that cannot go on."""
 
 import os
+import threading
 import time
 from typing import NoReturn
 
@@ -29,12 +30,17 @@ POSITIVE = (
 )
 
 
+# Whether this process is about to end with an error: then a signal has nothing to wait for.
+ENDING = threading.Event()
+
+
 def fail(message: str) -> NoReturn:
     """Stops with one line, without a traceback.
 
     Of several ranks rank 0 speaks first; torchrun then ends the others.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # no tidy end: others may wait in a collective
+        ENDING.set()
         if os.environ["RANK"] != "0":
             time.sleep(10)
         os.write(2, f"error: {message}\n".encode())

@@ -6,14 +6,17 @@ import gc
 import math
 import os
 import sys
+import time
 from datetime import timedelta
 from functools import cache
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from common.cli import fail
+from common.cli import ENDING, fail
+from common.durable import disk_full
 
 
 def rank() -> int:
@@ -49,10 +52,16 @@ def launch(main, args) -> None:
     try:
         mesh(args.shard_size)  # a size that does not divide stops here
         main(args)
-    except Exception:
+    except (Exception, CheckpointException) as error:  # the second is none of the first
+        if disk_full(error):
+            fail(f"no space left on {getattr(args, 'run_dir', 'the disk')}; what was saved before is whole")
         # the other ranks may wait in a collective: no tidy end, or this one would wait with them
         if world() == 1:
             raise
+        ENDING.set()
+        if "Connection closed by peer" in str(error):
+            time.sleep(10)  # the one that has gone says why; torchrun ends this one meanwhile
+            fail(f"rank {rank()} has lost another rank: {str(error).splitlines()[0]}")
         sys.excepthook(*sys.exc_info())
         os._exit(1)
     finally:

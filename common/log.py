@@ -2,9 +2,12 @@
 
 import dataclasses
 import hashlib
+import importlib.metadata
+import inspect
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import time
@@ -15,7 +18,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common import distributed, lora, vllm
+from common import distributed, durable, lora, vllm
 from common.cli import fail, note
 from common.data import columns_of_prompt
 from common.lock import lock
@@ -94,21 +97,37 @@ class Run:
         if self.args.overwrite and not self.args.resume:
             shutil.rmtree(self.dir / "checkpoints", ignore_errors=True)
         self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / "stopped").unlink(missing_ok=True)
 
     def write_arguments(self) -> None:
-        """args.json; says which arguments differ from those that a resumed run began with."""
+        """args.json, with the script and the versions; says which arguments differ from those that a resumed
+        run began with. Ends with one line where it is another script's run, or the file is damaged."""
         file = self.dir / "args.json"
         # as a file gives them back: tuples as lists
         now = json.loads(json.dumps(dataclasses.asdict(self.args)))
+        about = {"script": Path(inspect.getfile(type(self.args))).name, "versions": versions()}
         before = dict(now)  # what the file does not say has not changed
-        if file.exists():
-            before |= json.loads(file.read_text())
+        if file.exists() and self.args.resume:
+            try:
+                before |= json.loads(file.read_text())
+            except ValueError:
+                fail(f"{file} is damaged, so --resume cannot compare the arguments; --overwrite begins anew")
+            script = before.get("script", about["script"])
+            if script != about["script"]:
+                fail(f"{self.dir} holds a run of {script}: --resume goes on with the same script")
+            was = before.get("versions", about["versions"])
+            newer = []
+            for name, version in about["versions"].items():
+                if was.get(name) != version:
+                    newer.append(f"{name} {was.get(name)} -> {version}")
+            if newer:
+                note("resuming with other versions: " + ", ".join(newer))
         before |= {"resume": True, "overwrite": self.args.overwrite}  # these two differ by their nature
         lora.check(self.args, before, now)
         changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
         if self.args.resume and changed:
             note("resuming with other arguments: " + ", ".join(changed))
-        file.write_text(json.dumps(now, indent=1))
+        durable.write_text(file, json.dumps(about | now, indent=1))
 
     def start(self, step: int, total: int, rows: list[dict]) -> None:
         """Opens the logs at `step` of `total`. `rows`: what is learned from, which a resumed run must find
@@ -117,6 +136,10 @@ class Run:
         On resume, what the run wrote after its checkpoint is dropped, its last evaluation too: it comes anew.
         """
         self.total = total
+        if step > total:
+            note(
+                f"{self.dir.name}: --steps {total}, but the checkpoint is of step {step}: it is exported as it is"
+            )
         self.saved_at = time.monotonic()
         self.preemption.at_once = ""  # from here on there is a step to finish
         if distributed.rank() != 0:
@@ -161,26 +184,32 @@ class Run:
                 f"{self.dir}: the data has changed since the run began ({before['rows']} rows, now {now['rows']}, or "
                 "other contents or tokens); --resume needs the same, --overwrite begins anew"
             )
-        file.write_text(json.dumps(now))
+        durable.write_text(file, json.dumps(now))
 
     def keep_before(self, path: Path, step: int, evaluations: bool = True) -> None:
         """Keeps the lines of a .jsonl file up to a checkpoint at `step`; a fresh run keeps none. `evaluations`:
         whether it holds those, the last of which comes anew."""
         kept = []
+        damaged = 0
         if step and path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
             for line in lines[:-1]:  # what follows the last line's end is empty, or a line that a crash tore
-                row = json.loads(line)
+                try:
+                    row = json.loads(line)
+                    of_step = row["step"]
+                except (ValueError, TypeError, KeyError):  # a power cut leaves NULs, blank lines, halves
+                    damaged += 1
+                    continue
                 # a step's own line comes before its checkpoint, an evaluation at the end of the run after it
                 comes_anew = evaluations and step >= self.total and "time/step_s" not in row
-                if row["step"] < step or (row["step"] == step and not comes_anew):
+                if of_step < step or (of_step == step and not comes_anew):
                     kept.append(line + "\n")
+        if damaged:
+            note(f"{path}: dropped {damaged} damaged lines")
         if not kept:
             path.unlink(missing_ok=True)  # some scripts write no samples
             return
-        part = path.with_suffix(".part")  # under another name first: a kill leaves no half of it
-        part.write_text("".join(kept), encoding="utf-8")
-        part.rename(path)
+        durable.write_text(path, "".join(kept))
 
     def metrics(self, step: int, values: dict, show: tuple[str, ...] = ()) -> None:
         """One line of metrics.jsonl and TensorBoard; `show` names those for the progress bar, which says of
@@ -269,6 +298,9 @@ class Run:
             self.writer.close()
             self.bar.close()
             name = signal.Signals(self.asked).name
+            durable.write_text(
+                self.dir / "stopped", f"{name} after step {done}\n"
+            )  # docs/slurm.sh looks for it
             note(
                 f"{self.dir.name}: {name}: stopped after step {done} of {self.total}, which is saved; the same "
                 "command with --resume goes on"
@@ -290,6 +322,14 @@ class Run:
             note(
                 f"{self.dir.name}: {checkpoints} ({size / 1e6:,.0f} MB) is for --resume with more steps alone"
             )
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that results may depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "tokenizers", "datasets", "numpy"):
+        found[package] = importlib.metadata.version(package)
+    return found
 
 
 def start_wandb(folder: Path, step: int, config: dict):

@@ -8,6 +8,8 @@ import signal
 import threading
 import time
 
+from common.cli import ENDING
+
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Seconds in which a signal is the same one: Ctrl-C reaches every process of a terminal, and torchrun passes on
@@ -54,6 +56,8 @@ class Preemption:
     def receive(self, number: int) -> None:
         """Keeps the first signal; ends the process at a second one, or where there is no step to finish."""
         name = signal.Signals(number).name
+        if ENDING.is_set():  # torchrun ends the others where one has failed
+            os._exit(1)
         if self.received:
             if time.monotonic() - self.received_at > SAME:
                 say(f"{name} again: ended at once")

@@ -3,11 +3,14 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import helpers
 import pytest
-from test_resume import ARGS, assert_identical, rows_written, unbroken  # noqa: F401 (a fixture)
+from test_resume import ARGS, assert_identical, rows_written
+from test_resume import unbroken as unbroken  # a fixture
 
 from common.preemption import EXIT_CODE, SAME
 
@@ -39,13 +42,13 @@ def test_a_signal_to_one_rank_saves_the_step_and_ends_all(world, name, ranks, wh
     assert "Traceback" not in result.output
     step = int(re.search(rf"{name}: stopped after step (\d+) of 4000, which is saved", result.output)[1])
     assert checkpoints_of(world, run_dir) == [f"step-{step:06d}"]
-    assert (
-        rows_written(world.path(run_dir)) == step
-    )  # nothing is lost, and nothing is there that is not saved
+    # nothing is lost, and nothing is there that is not saved
+    assert rows_written(world.path(run_dir)) == step
+    assert (world.path(run_dir) / "stopped").read_text() == f"{name} after step {step}\n"
 
 
 @pytest.mark.parametrize("script", ["dvpo", "gvm_td", "rpo"])
-def test_a_run_that_was_stopped_goes_on_as_if_unbroken(world, unbroken, script):  # noqa: F811
+def test_a_run_that_was_stopped_goes_on_as_if_unbroken(world, unbroken, script):
     """Bit for bit the run that nobody stopped. The three have state of their own besides policy and optimizer."""
     run_dir = f"runs/stopped-{script}"
     rows = 3 if script in helpers.ONLINE else 2
@@ -67,6 +70,51 @@ def test_every_script_asks_after_each_step(script):
         r"            save_checkpoint\(args.run_dir, done, .*\)\n            run.stop_if_asked\(done\)\n",
         save,
     )
+
+
+STAND_INS = {  # for the programs of a cluster
+    "srun": 'exec "$@"',
+    "torchrun": 'echo $$ > "$BIN/pid"; exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=1 "${@:2}"',
+    "scontrol": 'echo "$@" > "$BIN/requeued"',
+}
+
+
+def test_the_slurm_script_requeues_what_was_stopped(tmp_path):
+    """The script of docs/ under a stand-in for the scheduler: a signal before the limit, a requeue, the end."""
+    for name, text in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    run_dir = tmp_path / "run"
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "BIN": str(tmp_path),
+        "PYTHON": sys.executable,
+        "RUN": str(run_dir),
+        "SLURM_JOB_ID": "7",
+    }
+
+    def job(*flags):
+        words = ["bash", "docs/slurm.sh", "--eval-every", "0", "--batch-size", "8", "--mini-batch-size", "8"]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen([*words, *flags], cwd=helpers.ROOT, env=environment, **pipes)
+
+    first = job("--steps", "4000")
+    while rows_written(run_dir) < 2:
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.05)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR1)
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 0, output
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    step = int((run_dir / "stopped").read_text().split()[-1])
+    assert not (run_dir / "model").exists()
+
+    (tmp_path / "requeued").unlink()
+    second = job("--steps", str(step + 1))
+    output, _ = second.communicate(timeout=120)
+    assert second.returncode == 0 and f"done: {run_dir}/model" in output, output
+    assert [row["step"] for row in helpers.metrics(run_dir)][-1] == step + 1
+    assert not (tmp_path / "requeued").exists()
 
 
 def slow_save(module):

@@ -1,0 +1,259 @@
+"""What a run folder may have suffered, and what one from elsewhere may hold: a damaged checkpoint is set aside and the one
+before it is used, a damaged log is healed, a program is not run, and what cannot be right is not written."""
+
+import errno
+import io
+import json
+import os
+import pickle
+import shutil
+
+import helpers
+import pytest
+import torch
+from test_resume import ARGS, assert_identical
+from test_resume import unbroken as unbroken  # a fixture
+
+from common import checkpoints, durable
+
+
+class Evil:
+    """A pickle of it makes a file when it is read."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
+
+
+# --- checkpoints
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def halve(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path):
+    os.truncate(path, 0)
+
+
+def add(path):
+    path.with_name("stray").write_text("x")
+
+
+DAMAGES = [
+    (flip_a_bit, "dcp/__0_0.distcp"),
+    (halve, "dcp/__0_0.distcp"),
+    (empty, "dcp/__0_0.distcp"),
+    (os.unlink, "dcp/__0_0.distcp"),
+    (add, "dcp/__0_0.distcp"),
+    (flip_a_bit, "dcp/.metadata"),
+    (os.unlink, "dcp/.metadata"),
+    (flip_a_bit, "rng-0-of-1.pt"),
+    (os.unlink, "rng-0-of-1.pt"),
+    (flip_a_bit, "state.json"),
+    (empty, "state.json"),
+    (os.unlink, "state.json"),
+    (empty, "checksums.json"),
+    (os.unlink, "checksums.json"),
+]
+
+
+@pytest.mark.parametrize("damage, name", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
+    unbroken, group, tmp_path, capsys, damage, name
+):
+    shutil.copytree(unbroken("sft") / "checkpoints", tmp_path / "checkpoints")
+    damage(tmp_path / "checkpoints/step-000008" / name)
+    assert checkpoints.newest_whole(tmp_path) == tmp_path / "checkpoints/step-000006"
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "damaged-step-000008",
+        "step-000006",
+    ]
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1 and "step-000008: " in line
+    damage(tmp_path / "checkpoints/step-000006" / name)
+    with pytest.raises(SystemExit, match="no checkpoint is whole; --overwrite begins anew"):
+        checkpoints.newest_whole(tmp_path)
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_run_goes_on_from_the_one_before(world, unbroken, ranks):
+    run_dir = f"runs/damaged-{ranks}"
+    shutil.copytree(unbroken("sft"), world.path(run_dir))
+    flip_a_bit(world.path(run_dir) / "checkpoints/step-000008/dcp/__0_0.distcp")
+    result = world.run("sft", ranks, **ARGS["sft"], run_dir=run_dir, resume=True).ok()
+    assert result.output.count("is set aside as damaged-step-000008") == 1
+    if ranks == 0:
+        assert_identical(world.path(run_dir), unbroken("sft"))
+
+
+def checksums_again(folder):
+    """As one who can write there would."""
+    (folder / "checksums.json").write_text(json.dumps(durable.checksums(folder)))
+
+
+def test_a_program_in_a_checkpoint_is_not_run(world, unbroken):
+    """Neither in torch's index nor in what is no tensor, however right the checksums are."""
+    run_dir = world.path("runs/evil")
+    shutil.copytree(unbroken("sft"), run_dir)
+    evil = Evil(run_dir / "owned")
+    folder = run_dir / "checkpoints/step-000008"
+    (folder / "dcp/.metadata").write_bytes(pickle.dumps(evil))
+    checksums_again(folder)
+    error = world.run("sft", **ARGS["sft"], run_dir="runs/evil", resume=True).error()
+    assert "posix.mkdir, which no checkpoint holds" in error
+    assert not (run_dir / "owned").exists()
+
+    value = io.BytesIO()
+    torch.save(evil, value)
+    value.seek(0)
+    with pytest.raises(pickle.UnpicklingError):
+        durable.Planner().load_bytes(None, value)
+    assert not (run_dir / "owned").exists()
+
+
+def test_the_index_names_nothing_else():
+    for name in ("eval", "getattr", "__import__"):
+        with pytest.raises(pickle.UnpicklingError):
+            durable.IndexUnpickler(io.BytesIO()).find_class("builtins", name)
+    for name in ("load", "hub", "serialization"):
+        with pytest.raises(pickle.UnpicklingError):
+            durable.IndexUnpickler(io.BytesIO()).find_class("torch", name)
+
+
+def test_pruning_leaves_no_half_folder_under_its_name(tmp_path, monkeypatch):
+    """A kill while a folder is removed: it is not called step-N any more."""
+    folder = tmp_path / "step-000001"
+    folder.mkdir()
+    (folder / "state.json").write_text("{}")
+    removed = []
+    monkeypatch.setattr(durable.shutil, "rmtree", lambda path, **_: removed.append(path))
+    durable.remove(folder)
+    assert not folder.exists()
+    assert all(path.name.startswith("part-") for path in removed)
+
+
+# --- weights that are not finite
+
+
+@pytest.mark.parametrize("save_every", [0, 1])
+def test_weights_that_are_not_finite_are_not_written(world, save_every):
+    run_dir = f"runs/not-finite-{save_every}"
+    args = helpers.ARGS["reward"] | dict(steps=1, save_every=save_every, eval_every=0, run_dir=run_dir)
+    error = world.run("reward", patch=inf_weight, **args).error()
+    what = "checkpoints/step-000001, model," if save_every else "model"
+    assert f"{run_dir}/{what} is not written: its weight " in error
+    assert not list(world.path(run_dir).glob("**/step-*")) and not (world.path(run_dir) / "model").exists()
+
+
+def inf_weight(module):
+    """The last optimizer step leaves a weight of inf, as a step of an infinite rate does."""
+    optimizer_step = module.optimizer_step
+
+    def step(model, *rest):
+        found = optimizer_step(model, *rest)
+        weight = next(model.parameters()).data
+        (weight.to_local() if hasattr(weight, "to_local") else weight).view(-1)[0] = float("inf")
+        return found
+
+    module.optimizer_step = step
+
+
+# --- the rest of the folder
+
+
+def test_logs_with_holes_are_healed(world, unbroken):
+    """Blank lines, NULs and a torn middle, as a power cut leaves them, are dropped with a note."""
+    run_dir = world.path("runs/holes")
+    shutil.copytree(unbroken("sft"), run_dir)
+    file = run_dir / "metrics.jsonl"
+    lines = file.read_text().split("\n")
+    lines[1:1] = ["", "\0" * 40, '{"step": 2, "sft/l', "[1]", '{"loss": 1}']
+    file.write_text("\n".join(lines))
+    shutil.rmtree(run_dir / "checkpoints/step-000008")
+    result = world.run("sft", **ARGS["sft"], run_dir="runs/holes", resume=True).ok()
+    assert "metrics.jsonl: dropped 5 damaged lines" in result.output
+    assert_identical(run_dir, unbroken("sft"))
+
+
+def test_another_scripts_folder_is_refused(world, unbroken):
+    written = json.loads((unbroken("sft") / "args.json").read_text())
+    assert written["script"] == "sft.py"
+    assert written["versions"]["torch"] == torch.__version__
+    shutil.copytree(unbroken("sft"), world.path("runs/others"))
+    error = world.run("rpo", **ARGS["rpo"], run_dir="runs/others", resume=True).error()
+    assert "holds a run of sft.py" in error
+
+
+def test_other_versions_are_said_and_a_damaged_args_json_is_one_line(world, unbroken):
+    run_dir = world.path("runs/versions")
+    shutil.copytree(unbroken("sft"), run_dir)
+    written = json.loads((run_dir / "args.json").read_text())
+    written["versions"]["torch"] = "1.0"
+    (run_dir / "args.json").write_text(json.dumps(written))
+    result = world.run("sft", **ARGS["sft"], run_dir="runs/versions", resume=True).ok()
+    assert f"resuming with other versions: torch 1.0 -> {torch.__version__}" in result.output
+    halve(run_dir / "args.json")
+    error = world.run("sft", **ARGS["sft"], run_dir="runs/versions", resume=True).error()
+    assert "args.json is damaged" in error
+
+
+def test_fewer_steps_than_the_checkpoint_has(world, unbroken):
+    shutil.copytree(unbroken("sft"), world.path("runs/fewer"))
+    result = world.run("sft", **ARGS["sft"] | dict(steps=3), run_dir="runs/fewer", resume=True).ok()
+    assert "--steps 3, but the checkpoint is of step 8" in result.output
+
+
+# --- a full disk
+
+
+def full_after_the_start(module):
+    """The logs lie on a disk without room."""
+    start = module.Run.start
+
+    def started(run, *rest):
+        start(run, *rest)
+        (run.dir / "metrics.jsonl").unlink(missing_ok=True)
+        (run.dir / "metrics.jsonl").symlink_to("/dev/full")
+
+    module.Run.start = started
+
+
+def full_in_the_checkpoint(module):
+    """The checkpoint does not fit."""
+    from common import checkpoints
+
+    def save(states, *, checkpoint_id):
+        raise checkpoints.dcp.api.CheckpointException(
+            "write", {0: (OSError(errno.ENOSPC, "No space left on device"), None)}
+        )
+
+    checkpoints.dcp.save = save
+
+
+@pytest.mark.parametrize("patch", [full_after_the_start, full_in_the_checkpoint])
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_full_disk_is_one_line(world, patch, ranks):
+    run_dir = f"runs/full-{patch.__name__}-{ranks}"
+    error = world.run("sft", ranks, patch, **ARGS["sft"], run_dir=run_dir).error()
+    assert error == f"error: no space left on {run_dir}; what was saved before is whole"
+
+
+def test_other_errors_are_not_taken_for_a_full_disk():
+    assert not durable.disk_full(ValueError("x"))
+    assert not durable.disk_full(OSError(errno.ENOENT, "no such file"))
+    try:
+        try:
+            raise OSError(errno.EDQUOT, "over quota")
+        except OSError as error:
+            raise RuntimeError("cannot write") from error
+    except RuntimeError as error:
+        assert durable.disk_full(error)
