@@ -90,12 +90,19 @@ def shows_colours() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
+def visible(text: str) -> str:
+    """The text with its control characters as escapes: a token must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def as_terminal(coloured: list[tuple[str, list[Cell]]]) -> str:
     """Black text on coloured ground, by a terminal's escape sequences."""
     blocks = []
     for title, cells in coloured:
-        text = "".join(f"\033[48;2;{r};{g};{b};38;2;0;0;0m{token}\033[0m" for token, _, (r, g, b) in cells)
-        blocks.append(f"{title}\n{text}")
+        text = "".join(
+            f"\033[48;2;{r};{g};{b};38;2;0;0;0m{visible(token)}\033[0m" for token, _, (r, g, b) in cells
+        )
+        blocks.append(f"{visible(title)}\n{text}")
     return "\n".join(blocks)
 
 

@@ -24,8 +24,9 @@ def resolve(name: str, embedded: str = "policy") -> str:
 
 
 def load_pretrained(what: str, auto, name: str, **kwargs):
-    """`auto.from_pretrained(name, **kwargs)`; ends with one line where there is no such `what`."""
+    """`auto.from_pretrained(name, **kwargs)` without running code that comes with it, nor asking whether to; ends
+    with one line where there is no such `what`."""
     try:
-        return auto.from_pretrained(name, **kwargs)
+        return auto.from_pretrained(name, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
         fail(f"{name}: no {what} in such a folder or hub id ({str(error).splitlines()[0]})")

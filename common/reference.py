@@ -27,7 +27,7 @@ def fingerprint(name: str) -> str:
     """The contents of a model: a hash of its local weights and configuration, or the hub's commit."""
     files = sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("config.json")])
     if not files:
-        return f"{name}@{AutoConfig.from_pretrained(name)._commit_hash}"
+        return f"{name}@{AutoConfig.from_pretrained(name, trust_remote_code=False)._commit_hash}"
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as content:

@@ -48,7 +48,7 @@ def check(names: tuple[str, ...], args) -> None:
 def _config(name: str, flag: str):
     """The configuration of the model that `flag` names. Ends the run where there is none."""
     try:
-        return transformers.AutoConfig.from_pretrained(name)
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         fail(f"{flag} {name}: no such folder or hub id ({str(error).splitlines()[0]})")
 
@@ -176,7 +176,7 @@ def bertscore(texts: list[str], references: list[str], args, questions: list[int
     if isinstance(scorer._tokenizer, (transformers.RobertaTokenizer, transformers.GPT2Tokenizer)):
         # bert-score asks `encode` for the space before the first word, which transformers 5 ignores there.
         scorer._tokenizer = transformers.AutoTokenizer.from_pretrained(
-            args.bertscore_model, add_prefix_space=True
+            args.bertscore_model, add_prefix_space=True, trust_remote_code=False
         )
     _limit(scorer._tokenizer)
 
@@ -201,6 +201,7 @@ def toxicity(
         "text-classification",
         model=args.toxicity_model,
         device=distributed.device(),
+        trust_remote_code=False,
         model_kwargs=dict(use_safetensors=True),
         batch_size=args.micro_batch_size,
     )

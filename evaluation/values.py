@@ -30,7 +30,7 @@ from common.measures import (
 from common.models import load_model
 from common.pictures import draw_values, valued_texts
 from common.positions import longest_of
-from common.pretrained import resolve
+from common.pretrained import load_pretrained, resolve
 from common.rewards import Reward
 from common.templates import text_of
 from common.tokenization import load_tokenizer, tokenize
@@ -489,7 +489,7 @@ def values(args: Values) -> None:
     for label, folder in zip(args.models, folders, strict=True):
         # --- models
         tokenizer = load_tokenizer(folder, args.template_arguments)
-        config = AutoConfig.from_pretrained(folder)
+        config = load_pretrained("configuration", AutoConfig, folder)
         kind = "reward" if "SequenceClassification" in str(config.architectures) else "value"
         model = load_model(kind, folder, tokenizer, args, trained=False)
 

@@ -62,3 +62,12 @@ def test_the_picture_has_a_scale():
     assert title == "scale"
     assert [text.strip() for text, _, _ in cells][:: pictures.SCALE - 1] == ["-1", "3"]
     assert cells[0][2] == pictures.RED and cells[-1][2] == pictures.GREEN
+
+
+def test_a_token_does_not_steer_the_terminal():
+    """Control characters are shown as escapes, a line's end stays one."""
+    shown = pictures.as_terminal(
+        [("a \033]0;title\a", [("\033[2Jgone\r\n", 0.0, (1, 2, 3)), ("né 好", 0.0, (1, 2, 3))])]
+    )
+    assert "\033]" not in shown and "\033[2J" not in shown and "\r" not in shown and "\a" not in shown
+    assert "\\x1b[2Jgone\\r\n" in shown and "né 好" in shown

@@ -124,7 +124,7 @@ def find_config(name: str) -> transformers.PretrainedConfig:
     if name in PRESETS:
         config = PRESETS[name]()
     elif Path(name, "config.json").is_file():
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     else:
         fail(f"{name}: neither a folder with a config.json nor one of {', '.join(PRESETS)}")
     if layers:
