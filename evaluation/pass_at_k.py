@@ -132,13 +132,13 @@ def with_another_answer(ways: dict, frequency: int, votes: int, rest: int) -> di
 # --- the columns of a table ------------------------------------------------------------------------------
 
 
-def check(args, reward_names: list[str]) -> list[str]:
+def check(args) -> list[str]:
     """The names of the columns. Ends the run where `--pass-at`, `--maj-at` or `--final-answer` cannot be answered.
     `args`: the flags of `evaluate.py responses`."""
     for flag, numbers in (("--pass-at", args.pass_at), ("--maj-at", args.maj_at)):
-        if numbers and not reward_names:
+        if numbers and ":" not in "".join(args.reward[:1]):  # a model's scores are anything
             fail(
-                f"{flag} needs a --reward module:function that gives 1 for a right response and 0 for a wrong one"
+                f"{flag} needs the first --reward to be a module:function that gives 1 for right and 0 for wrong"
             )
         for k in numbers:
             if not 1 <= k <= args.samples:

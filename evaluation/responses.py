@@ -261,15 +261,24 @@ def with_system_prompt(args: Responses, row: dict) -> dict:
 
 def check_system_prompt(tokenizer, name: str, text: str) -> None:
     """Ends with one line where the model `name` has no chat template, or one that refuses a system message,
-    leaves it out or alters it."""
+    leaves it out, alters it, or writes it as if another had said it."""
     if not tokenizer.chat_template:
         fail(f"--system-prompt: {name} has no chat template, which would write it")
     question = {"role": "user", "content": "?"}
     for content in (templates.PROBE, text):  # the text may by chance stand in a default of the template
+        conversation = [{"role": "system", "content": content}, question]
         try:
-            templates.opening(tokenizer, [{"role": "system", "content": content}, question])
+            written = templates.opening(tokenizer, conversation)
         except ValueError as error:
             fail(f"--system-prompt: {name}: {error}")
+        for role in ("user", "assistant"):
+            conversation[0] = {"role": role, "content": content}
+            try:
+                same = templates.opening(tokenizer, conversation) == written
+            except ValueError:  # many want user and assistant by turns
+                same = False
+            if same:
+                fail(f"--system-prompt: {name}: its chat template writes a system message as the {role}'s")
 
 
 # --- what is there already -----------------------------------------------------------------------------
@@ -555,7 +564,7 @@ def check_arguments(args: Responses, names: list[str], reward_names: list[str]) 
     check_decoding(args)
     check_filters(args)
     of_gvm = OF_GVM if args.gvm else ()
-    at_k = pass_at_k.check(args, reward_names)
+    at_k = pass_at_k.check(args)
     columns = [
         "length",
         "characters",
@@ -692,8 +701,6 @@ def responses(args: Responses) -> None:
     # A reward model reads the text by its own template, never a policy's tokens: then its scores are the same
     # numbers for policies of any tokenizer.
     rewards = [Reward(name, tokenizers[0], args, rows) for name in args.reward]
-    if (args.pass_at or args.maj_at) and rewards[0].model is not None:
-        fail(f"--pass-at and --maj-at need rewards of 0 or 1, and --reward {args.reward[0]} is a model")
 
     # --- rollout and reward
     exported = rows  # alpaca_eval looks a question up by its text, to which no system message belongs
