@@ -392,7 +392,7 @@ def answer(policy, gvm, tokenizer, batch: list[dict], name: str, args: Responses
                 question = {"role": "user", "content": batch[i]["turns"][turn]}
                 prompts[i] = [*said, reply, question]
         try:
-            prompt_ids = [encode_prompt(tokenizer, prompts[i]) for i in asked]
+            prompt_ids = [encode_prompt(tokenizer, prompts[i], batch[i].get("tools")) for i in asked]
         except ValueError as error:  # the first turns have been tried
             fail(f"{name}: turn {turn + 1} of a question: {error}")
         longest = longest_of((), prompt_ids, args.max_response_length)
@@ -432,7 +432,8 @@ def generate(
     if whole == len(batches):
         return []
     first_rank = distributed.rank() == 0
-    asked = [encode_prompt(tokenizer, row["prompt"]) for batch in batches for row in batch]
+    rows = [row for batch in batches for row in batch]
+    asked = [encode_prompt(tokenizer, row["prompt"], row.get("tools")) for row in rows]
     longest = longest_of(
         (), asked, args.max_response_length
     )  # of the first turn; `answer` looks at the others
@@ -680,7 +681,9 @@ def responses(args: Responses) -> None:
     if first_rank:
         of_gvm = {"gvm": fingerprint(gvm_folder)} if args.gvm else {}
         for name, folder, tokenizer in zip(names, folders, tokenizers, strict=True):
-            prompts = [[encode_prompt(tokenizer, row["prompt"]), row["turns"]] for row in rows]
+            prompts = []
+            for row in rows:
+                prompts.append([encode_prompt(tokenizer, row["prompt"], row.get("tools")), row["turns"]])
             made_with = {
                 "weights": fingerprint(folder),
                 "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),

@@ -520,6 +520,31 @@ def test_a_system_prompt_that_would_not_be_read_is_refused(world, run, t5, name,
     assert "\n" not in str(error.value)
 
 
+def test_tools_of_a_row_are_written_before_its_prompt(world, run):
+    """As in training: the same question with and without tools has other answers, and other settings."""
+    folder = world.path(helpers.edit_model(world, "policy", "tools"))
+    template = folder / "chat_template.jinja"
+    tools = "{% if tools %}the {{ tools[0]['function']['name'] }} {% endif %}"
+    template.write_text(template.read_text().replace("{{ bos_token }}", "{{ bos_token }}" + tools))
+    row = {"prompt": "lunch : the soup ?"}
+    function = {"type": "function", "function": {"name": "rice", "parameters": {}}}
+    plain = world.write("plain.jsonl", [row])
+    with_tools = world.write("tools.jsonl", [row | {"tools": [function]}])
+    args = dict(models=(str(folder),), names=("m",))
+    (record,) = lines(run("runs/ev-tools", **args, dataset=with_tools) / "m/responses.jsonl")
+    tokenizer = load_tokenizer(str(folder))
+    ids = encode_prompt(tokenizer, row["prompt"], [function])
+    assert tokenizer.decode(ids).split()[:3] == [tokenizer.bos_token, "the", "rice"]
+    ours = SimpleNamespace(precision="fp32", shard_size=0, lora_rank=0)
+    policy = load_model("policy", str(folder), tokenizer, ours, trained=False)
+    (tokens,), _ = rollout(policy, tokenizer, [ids], 8, 0.0, (0, 0))
+    (other,), _ = rollout(policy, tokenizer, [encode_prompt(tokenizer, row["prompt"])], 8, 0.0, (0, 0))
+    assert tokens != other
+    assert record["response"] == tokenizer.decode(tokens, skip_special_tokens=True)
+    with pytest.raises(SystemExit, match=r"made with other settings \(prompts "):
+        run("runs/ev-tools", **args, dataset=plain)
+
+
 def mentions(prompts, responses, **_):
     """1 for a response about the soup or the fish."""
     return [int("soup" in text or "fish" in text) for text in responses]
