@@ -4,11 +4,17 @@ import inspect
 import math
 import weakref
 from collections.abc import Collection, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import transformers
 from transformers.cache_utils import DynamicLayer
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from common import distributed, sharding
 from common.batches import run_micro_batches
@@ -90,6 +96,20 @@ def roomy(config):
 # --- one batch of one rank ----------------------------------------------------------------------------------
 
 
+class Filters(NamedTuple):
+    """What changes a policy's distribution before a token is drawn; these values change nothing.
+
+    For evaluation alone. The training scripts have no such flags: the log-probabilities of their ratios, KL
+    penalties and gradients are of the full distribution, and what a filter samples is another policy's, for
+    which they would be wrong.
+    """
+
+    top_k: int = 0  # the likeliest k tokens; 0: all
+    top_p: float = 1.0  # the fewest likeliest tokens that have this probability together
+    # divides the positive logits of tokens that prompt or response hold, multiplies the negative ones
+    repetition_penalty: float = 1.0
+
+
 def sample(
     logits: torch.Tensor,
     uniforms: torch.Tensor,
@@ -130,6 +150,39 @@ def sample(
     return tokens, probs.gather(1, tokens[:, None]).squeeze(1).log()
 
 
+def sample_filtered(
+    logits: torch.Tensor,
+    uniforms: torch.Tensor,
+    temperatures: torch.Tensor,
+    forbidden: torch.Tensor | None,
+    filters: Filters,
+    said: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [B] as from `sample`, of what `filters` leave, and their log-probabilities [B] *without* filters: so
+    they can be compared with the policy's.
+
+    The order is that of transformers' `generate`: penalty, temperature, top-k, top-p. `said` [B, S] are the
+    tokens that the penalty counts. A greedy token is the likeliest after the penalty.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    if forbidden is not None:  # before top-k, which would count them
+        logits.index_fill_(1, forbidden, -torch.inf)
+    greedy = temperatures == 0
+    heats = temperatures.masked_fill(greedy, 1.0).to(logits.dtype)[:, None]
+    scores = logits
+    if filters.repetition_penalty != 1:
+        scores = RepetitionPenaltyLogitsProcessor(filters.repetition_penalty)(said, scores)
+    scores = scores / heats
+    if filters.top_k:
+        scores = TopKLogitsWarper(filters.top_k)(said, scores)
+    if filters.top_p < 1:
+        scores = TopPLogitsWarper(filters.top_p)(said, scores)
+    # the scores have their temperature by now
+    tokens, _ = sample(scores, uniforms, greedy.logical_not().to(temperatures.dtype), None)
+    logprobs = (logits / heats).log_softmax(-1)
+    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+
+
 def tested_versions() -> str:
     """The end of an error message that a library's change may be the cause of."""
     installed = f"transformers {transformers.__version__} is installed"
@@ -142,6 +195,20 @@ def padded_left(prompts: list, pad: int, device) -> tuple[torch.Tensor, torch.Te
     ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def said_before(policy, prompts: list, device) -> torch.Tensor:
+    """[B, S] tokens that a repetition penalty counts before the first token of a response, as transformers'
+    `generate` does: the prompt's, of an encoder-decoder the decoder's first.
+
+    Short prompts are padded with their own first token. The padding token may be the one that ends a response
+    (where a tokenizer has no other), and is said by no prompt.
+    """
+    if policy.config.is_encoder_decoder:
+        return torch.full((len(prompts), 1), policy.config.decoder_start_token_id, device=device)
+    width = max(map(len, prompts))
+    rows = [[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    return torch.tensor(rows, device=device)
 
 
 def cache_argument(takes: Collection[str], kind: str) -> str:
@@ -206,12 +273,13 @@ def decode(
     temperatures: torch.Tensor,
     stops: list[int],
     pad: int,
+    filters: Filters | None = None,
 ) -> list[tuple[list[int], list[float]]]:
     """A response to each of B prompts: (its tokens, their log-probabilities), of at most T tokens.
 
     `uniforms` [B, T] are the random numbers. `temperatures` [B]: 0 is greedy. A response ends with the first
     of `stops`, which belongs to it. Equal prompts are read once; a response that has ended leaves the batch,
-    so that a step costs what is unfinished.
+    so that a step costs what is unfinished. With `filters` the log-probabilities are those without them.
     """
     device = uniforms.device
     takes = inspect.signature(policy.forward).parameters
@@ -238,6 +306,7 @@ def decode(
 
     tokens = torch.full_like(uniforms, pad, dtype=torch.long)  # [B, T]
     logprobs = torch.zeros_like(uniforms)  # [B, T]
+    prompt_tokens = said_before(policy, prompts, device) if filters else None  # [B, S]
     # the responses that go on, by their place among the B: [b]
     alive = torch.arange(len(prompts), device=device)
     for t in range(uniforms.shape[1]):
@@ -257,9 +326,15 @@ def decode(
             if forbidden is not None:  # some models give fewer logits than their output layer has rows
                 forbidden = forbidden[forbidden < logits.shape[1]]
 
-        token, token_logprobs = sample(
-            logits, uniforms[alive, t], temperatures[alive], forbidden, any_greedy, any_scaled
-        )
+        if filters is None:
+            token, token_logprobs = sample(
+                logits, uniforms[alive, t], temperatures[alive], forbidden, any_greedy, any_scaled
+            )
+        else:
+            said = torch.cat([prompt_tokens[alive], tokens[alive, :t]], 1)
+            token, token_logprobs = sample_filtered(
+                logits, uniforms[alive, t], temperatures[alive], forbidden, filters, said
+            )
         tokens[alive, t] = token
         logprobs[alive, t] = token_logprobs.to(logprobs.dtype)
 
@@ -300,17 +375,20 @@ def rollout(
     seed: tuple[int, int],
     size: int = 0,
     compare: bool = True,
+    filters: Filters | None = None,
 ) -> tuple[list[list[int]], torch.Tensor]:
     """Sampled response tokens for all prompts (token lists), on every rank: N lists, stop token included
     (unless cut off); and the log-probabilities [N, T] with which they were drawn, 0 after the end.
 
     `temperature`: a number, or one for each prompt; 0 is greedy. `seed`: two numbers, the run's and the
-    step's. `size` prompts at a time (0: all of this rank's).
+    step's. `size` prompts at a time (0: all of this rank's). `filters`: what narrows the distribution that is
+    sampled; the log-probabilities stay those without them.
 
     The log-probabilities of a policy's first rollout, and of every rollout of a frozen one, are compared with
     the policy's own, and end the run where they differ by more than rounding. In later ones of a trained
     policy a difference is named in the log; with `compare=False` that is left to the caller, who has the
-    policy's log-probabilities at hand (`note_drift`).
+    policy's log-probabilities at hand (`note_drift`). vLLM has those of the filtered distribution alone, so
+    with its filters there is nothing to compare: `check_sampler` is for that.
     """
     with one_line(f"a {policy.config.model_type} model cannot be sampled"):
         responses, sampled = sample_all(
@@ -322,7 +400,10 @@ def rollout(
             size,
             stop_tokens(tokenizer),
             tokenizer.pad_token_id,
+            filters,
         )
+    if filters and getattr(policy, "engine", None):
+        return responses, sampled
     first = policy not in COMPARED
     if responses and (first or compare):
         off = differences(policy, prompts, responses, sampled, temperature)
@@ -343,6 +424,7 @@ def sample_all(
     size: int,
     stops: list[int],
     pad: int,
+    filters: Filters | None = None,
 ) -> tuple[list[list[int]], torch.Tensor]:
     """What `rollout` returns, of any `stops`: each rank samples its share, and all get all of it."""
     device = distributed.device()
@@ -356,7 +438,8 @@ def sample_all(
     found = []  # (tokens, log-probabilities) for each of `mine`
     if engine:
         asked = [prompts[i] for i in mine]
-        found = engine.generate(policy, asked, seeds, temperatures[mine].tolist(), max_new_tokens, stops)
+        heats = temperatures[mine].tolist()
+        found = engine.generate(policy, asked, seeds, heats, max_new_tokens, stops, filters or Filters())
     else:
         lengths = [len(prompts[i]) for i in mine]
         with sharding.gathered(policy):
@@ -364,7 +447,7 @@ def sample_all(
                 batch = mine[start:end]
                 uniforms = uniform_numbers(seeds[start:end], max_new_tokens, device)  # [B, T]
                 asked = [prompts[i] for i in batch]
-                found += decode(policy, asked, uniforms, temperatures[batch], stops, pad)
+                found += decode(policy, asked, uniforms, temperatures[batch], stops, pad, filters)
     policy.train(training)
 
     of_prompt = {}

@@ -1,6 +1,6 @@
-"""Rollouts by vLLM inside each training process: `--rollout-engine vllm`. Before each rollout the policy's
-weights are copied into vLLM's model, in place; with the tokens come the log-probabilities of the sampler that
-drew them."""
+"""Rollouts by vLLM inside each process: `--rollout-engine vllm`. Before each rollout of a policy that is trained
+its weights are copied into vLLM's model, in place; with the tokens come the log-probabilities of the sampler
+that drew them."""
 
 import gc
 import importlib.util
@@ -16,9 +16,11 @@ def check(args) -> None:
     """Ends with one line where vLLM is asked for and cannot be used."""
     if getattr(args, "rollout_engine", "torch") != "vllm":
         return
-    if args.importance_cap < 0:
-        fail(f"--importance-cap is {args.importance_cap}; it must not be negative (0: no weights)")
-    if not 0.01 <= args.temperature <= 2:
+    cap = getattr(args, "importance_cap", 0.0)  # evaluate.py trains nothing
+    if cap < 0:
+        fail(f"--importance-cap is {cap}; it must not be negative (0: no weights)")
+    greedy = args.temperature == 0  # in evaluate.py
+    if not greedy and not 0.01 <= args.temperature <= 2:
         fail(f"--temperature is {args.temperature}; --rollout-engine vllm samples at 0.01 to 2")
     if args.precision == "fp64":
         fail("--rollout-engine vllm: it computes in bf16 or fp32, not in fp64")
@@ -52,6 +54,8 @@ class Engine:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or all ranks share one core
         import vllm
 
+        self.longest = args.max_prompt_length + args.max_response_length
+        self.loaded = False  # whether weights have come
         self.params = vllm.SamplingParams
         try:
             self.llm = vllm.LLM(
@@ -60,8 +64,8 @@ class Engine:
                 skip_tokenizer_init=True,
                 dtype=str(distributed.dtypes(args.precision)[0]).removeprefix("torch."),
                 seed=args.seed,
-                max_model_len=args.max_prompt_length + args.max_response_length,
-                max_num_seqs=args.rollout_batch_size or 256,
+                max_model_len=self.longest,
+                max_num_seqs=getattr(args, "rollout_batch_size", 0) or 256,
                 kv_cache_memory_bytes=int(args.vllm_cache_gb * 2**30),
                 gpu_memory_utilization=0.01,  # a check at the start asks for it; the line above decides
                 enforce_eager=not torch.cuda.is_available(),
@@ -96,6 +100,7 @@ class Engine:
             fail(f"--rollout-engine vllm: {' '.join(str(error).split())}; sample with torch")
         if not self.llm.reset_prefix_cache():
             fail("--rollout-engine vllm: its prefix cache could not be emptied")
+        self.loaded = True
 
     def generate(
         self,
@@ -105,14 +110,24 @@ class Engine:
         temperatures: list[float],
         limit: int,
         stops: list[int],
+        filters,
     ) -> list[tuple[list[int], list[float]]]:
-        """As `rollout.decode`: (tokens, their log-probabilities) for each prompt; a seed for each."""
-        with sharding.gathered(policy):
-            self.load(policy)
+        """As `rollout.decode`: (tokens, their log-probabilities) for each prompt; a seed for each. With `filters`
+        (`rollout.Filters`), in vLLM's own form, the log-probabilities are those of what they leave."""
+        if not (policy.frozen and self.loaded):
+            with sharding.gathered(policy):
+                self.load(policy)
         if not prompts:
             return []
+        longest = max(map(len, prompts)) + limit
+        if longest > self.longest:  # a later turn, in evaluate.py
+            fail(
+                f"--rollout-engine vllm: a prompt with its response has up to {longest} tokens, and room was made "
+                f"for {self.longest}: raise --max-prompt-length"
+            )
         # our stops alone: without ignore_eos those of the folder's generation config would end a response too
         options = dict(max_tokens=limit, stop_token_ids=stops, ignore_eos=True, detokenize=False, logprobs=0)
+        options |= filters._asdict()  # vLLM has the same names, and values that change nothing
         if policy.forbidden_tokens is not None:
             options["logit_bias"] = dict.fromkeys(policy.forbidden_tokens.tolist(), -100.0)
         params = [

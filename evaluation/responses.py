@@ -7,6 +7,7 @@ docs/evaluate_responses.md has the formats."""
 import gc
 import hashlib
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from common import decoding, distributed, positions
+from common import decoding, distributed, positions, templates, vllm
 from common.cli import fail, note
 from common.data import columns_of_prompt, hold_out_prompts, prompt_key, read_rows
 from common.measures import distinct_2
@@ -23,7 +24,7 @@ from common.positions import longest_of
 from common.pretrained import resolve
 from common.reference import fingerprint
 from common.rewards import Reward
-from common.rollout import rollout
+from common.rollout import Filters, check_sampler, rollout
 from common.tokenization import (
     TOKENS,
     encode_prompt,
@@ -32,7 +33,7 @@ from common.tokenization import (
     stop_tokens,
     tokenize,
 )
-from evaluation import text_metrics
+from evaluation import pass_at_k, text_metrics
 from evaluation.text_metrics import WITH_REFERENCE, mean
 
 
@@ -71,6 +72,15 @@ class Responses:
     """Text metrics besides length and distinct_2. Each needs a package of its own."""
     reward: tuple[str, ...] = ()
     """Reward models (hub ids or folders) or `module:function`s to score the responses with."""
+    pass_at: tuple[int, ...] = ()
+    """Each k: the probability that one of k samples is right, by the first `--reward`, which gives 0 or 1
+    (2107.03374). It needs as many `--samples`, better more."""
+    maj_at: tuple[int, ...] = ()
+    """Each k: the probability that the most frequent final answer of k samples is right, by the first `--reward`
+    (self-consistency, 2203.11171)."""
+    final_answer: str = ""
+    """`module:function` that gives a response's final answer for `--maj-at`, None where there is none. By default
+    it is the last number."""
     bertscore_model: str = "roberta-large"
     """Encoder of BERTScore: a hub id or folder (1904.09675: roberta-large for English)."""
     bertscore_layer: int = 0
@@ -92,8 +102,17 @@ class Responses:
     """Longest prompt, in tokens. One that is longer for any of the models is dropped for all, and counted."""
     max_response_length: int = 1024
     """Longest response, in tokens; a longer one is cut there."""
+    system_prompt: str = ""
+    """A system message before each prompt, written by each model's chat template. The answers are to both."""
     temperature: float = 0.0
     """Temperature of sampling. 0: greedy."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens alone, after the temperature. 0: among all."""
+    top_p: float = 1.0
+    """Sample among the fewest likeliest tokens that have this probability together, after `--top-k`."""
+    repetition_penalty: float = 1.0
+    """Positive logits of tokens that the prompt or the response holds are divided by it, negative ones
+    multiplied, before the temperature (1909.05858)."""
     samples: int = 1
     """Responses to each prompt. Means are over all of them, intervals are those of the prompts."""
     decode: Literal["sample", "best-of", "guided"] = "sample"
@@ -111,6 +130,11 @@ class Responses:
     log_odds: bool = False
     """Guided, for a GVM trained on +1 and -1: atanh(Q), half the log-odds of being the chosen answer, in place
     of Q."""
+    rollout_engine: Literal["torch", "vllm"] = "torch"
+    """Who samples. torch: our own loop; vllm: vLLM in each process, with the policy's weights copied into
+    it."""
+    vllm_cache_gb: float = 4.0
+    """GiB of keys and values that vLLM reserves on each GPU, in addition to its copy of the weights."""
     seed: int = 0
     """Seed of all that is random in a run, except the split of the data (`--split-seed`)."""
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
@@ -144,6 +168,9 @@ OF_GVM = ("value", "kl")
 
 # Flags that one --decode alone reads.
 OF_DECODE = {
+    "top_k": "sample",
+    "top_p": "sample",
+    "repetition_penalty": "sample",
     "best_of": "best-of",
     "guide_candidates": "guided",
     "guide_beta": "guided",
@@ -221,6 +248,39 @@ def read_questions(args: Responses) -> list[dict]:
     return questions
 
 
+def with_system_prompt(args: Responses, row: dict) -> dict:
+    """The row with `--system-prompt` as the first message of its prompt. Ends the run where one is there."""
+    messages = templates.as_messages(row["prompt"])
+    for message in messages:
+        if message["role"] in ("system", "developer"):
+            fail(
+                f"{args.dataset}, row {row['row']}: it has a {message['role']} message; leave out --system-prompt"
+            )
+    return row | {"prompt": [{"role": "system", "content": args.system_prompt}, *messages]}
+
+
+def check_system_prompt(tokenizer, name: str, text: str) -> None:
+    """Ends with one line where the model `name` has no chat template, or one that refuses a system message,
+    leaves it out, alters it, or writes it as if another had said it."""
+    if not tokenizer.chat_template:
+        fail(f"--system-prompt: {name} has no chat template, which would write it")
+    question = {"role": "user", "content": "?"}
+    for content in (templates.PROBE, text):  # the text may by chance stand in a default of the template
+        conversation = [{"role": "system", "content": content}, question]
+        try:
+            written = templates.opening(tokenizer, conversation)
+        except ValueError as error:
+            fail(f"--system-prompt: {name}: {error}")
+        for role in ("user", "assistant"):
+            conversation[0] = {"role": role, "content": content}
+            try:
+                same = templates.opening(tokenizer, conversation) == written
+            except ValueError:  # many want user and assistant by turns
+                same = False
+            if same:
+                fail(f"--system-prompt: {name}: its chat template writes a system message as the {role}'s")
+
+
 # --- what is there already -----------------------------------------------------------------------------
 
 
@@ -286,7 +346,8 @@ def decode(
     the last token, and its `kl` from the policy."""
     limit = args.max_response_length
     if args.decode == "sample":
-        responses, _ = rollout(policy, tokenizer, prompt_ids, limit, args.temperature, seed)
+        filters = filters_of(args)
+        responses, _ = rollout(policy, tokenizer, prompt_ids, limit, args.temperature, seed, filters=filters)
         return responses, [{} for _ in responses]
     if args.decode == "best-of":
         found = decoding.best_of(
@@ -307,6 +368,12 @@ def decode(
     return [decoded.tokens for decoded in found], more
 
 
+def filters_of(args: Responses) -> Filters | None:
+    """What `--top-k`, `--top-p` and `--repetition-penalty` ask for; None where they change nothing."""
+    filters = Filters(args.top_k, args.top_p, args.repetition_penalty)
+    return None if filters == Filters() else filters
+
+
 def answer(policy, gvm, tokenizer, batch: list[dict], name: str, args: Responses, number: int) -> list[dict]:
     """Records of batch `number`, row by row and turn by turn. Each turn goes on top of the model's own
     answers to the turns before. `gvm` decodes with the policy, None without. `name` is the policy's, in the
@@ -320,14 +387,12 @@ def answer(policy, gvm, tokenizer, batch: list[dict], name: str, args: Responses
         asked = [i for i, row in enumerate(batch) if turn < len(row["turns"])]
         if turn > 0:
             for i in asked:
-                said = prompts[i]
-                if turn == 1:  # the first question is a text
-                    said = [{"role": "user", "content": said}]
+                said = templates.as_messages(prompts[i])  # the first question may be a text
                 reply = {"role": "assistant", "content": records[i][-1]["response"]}
                 question = {"role": "user", "content": batch[i]["turns"][turn]}
                 prompts[i] = [*said, reply, question]
         try:
-            prompt_ids = [encode_prompt(tokenizer, prompts[i]) for i in asked]
+            prompt_ids = [encode_prompt(tokenizer, prompts[i], batch[i].get("tools")) for i in asked]
         except ValueError as error:  # the first turns have been tried
             fail(f"{name}: turn {turn + 1} of a question: {error}")
         longest = longest_of((), prompt_ids, args.max_response_length)
@@ -367,11 +432,15 @@ def generate(
     if whole == len(batches):
         return []
     first_rank = distributed.rank() == 0
-    asked = [encode_prompt(tokenizer, row["prompt"]) for batch in batches for row in batch]
+    rows = [row for batch in batches for row in batch]
+    asked = [encode_prompt(tokenizer, row["prompt"], row.get("tools")) for row in rows]
     longest = longest_of(
         (), asked, args.max_response_length
     )  # of the first turn; `answer` looks at the others
     policy = load_model("policy", policy_folder, tokenizer, args, trained=False, longest=longest)
+    if args.rollout_engine == "vllm":
+        policy.engine = vllm.Engine(policy, policy_folder, args)  # where rollout looks for it
+        check_sampler(policy, tokenizer, asked, args.max_response_length, 1.0)
     gvm = None
     if args.gvm:
         gvm_folder = resolve(args.gvm, "value")
@@ -492,11 +561,25 @@ def check_arguments(args: Responses, names: list[str], reward_names: list[str]) 
         fail(f"--samples is {args.samples}; each prompt needs a response")
     if args.samples > 1 and not args.temperature:
         fail(f"--samples {args.samples} would be the same response each time: give a --temperature above 0")
+    vllm.check(args)
     check_decoding(args)
+    check_filters(args)
     of_gvm = OF_GVM if args.gvm else ()
-    columns = ["length", "characters", "truncated", "distinct_2", *of_gvm, *reward_names, *args.metrics]
+    at_k = pass_at_k.check(args)
+    columns = [
+        "length",
+        "characters",
+        "truncated",
+        "distinct_2",
+        *of_gvm,
+        *reward_names,
+        *at_k,
+        *args.metrics,
+    ]
     if len(set(columns)) < len(columns):
-        fail(f"--reward, --metrics: two columns of the same name among {', '.join(columns)}")
+        fail(
+            f"--reward, --metrics, --pass-at, --maj-at: two columns of the same name among {', '.join(columns)}"
+        )
 
 
 def check_decoding(args: Responses) -> None:
@@ -508,6 +591,8 @@ def check_decoding(args: Responses) -> None:
     for name, decode in OF_DECODE.items():
         if args.decode != decode and getattr(args, name) != getattr(Responses, name):
             fail(f"--{name.replace('_', '-')} is for --decode {decode}; --decode is {args.decode}")
+    if args.decode == "guided" and args.rollout_engine == "vllm":
+        fail("--decode guided samples with our own loop: leave out --rollout-engine vllm")
     if args.best_of < 1:
         fail(f"--best-of is {args.best_of}; at least one response is sampled")
     if args.decode == "best-of" and args.best_of > 1 and not args.temperature:
@@ -516,6 +601,20 @@ def check_decoding(args: Responses) -> None:
         fail(f"--guide-candidates is {args.guide_candidates}; at least one token is a candidate")
     if not args.guide_beta > 0:  # nor NaN
         fail(f"--guide-beta is {args.guide_beta}; it must be above 0")
+
+
+def check_filters(args: Responses) -> None:
+    """Ends the run where a filter of what is sampled is out of its range, or greedy answers would not read it."""
+    if args.top_k < 0:
+        fail(f"--top-k is {args.top_k}; it must not be negative (0: all tokens)")
+    if not 0 < args.top_p <= 1:  # nor NaN
+        fail(f"--top-p is {args.top_p}; it must be above 0 and at most 1")
+    if not 0 < args.repetition_penalty < math.inf:
+        fail(f"--repetition-penalty is {args.repetition_penalty}; it must be above 0 and finite")
+    for name in ("top_k", "top_p"):
+        if getattr(args, name) != getattr(Responses, name) and not args.temperature:
+            flag = name.replace("_", "-")
+            fail(f"--{flag} changes nothing of greedy answers: give a --temperature above 0, or leave it out")
 
 
 def generation_settings(args: Responses) -> dict:
@@ -530,6 +629,11 @@ def generation_settings(args: Responses) -> dict:
         settings["batch_size"] = args.batch_size
     if args.samples > 1:
         settings["samples"] = args.samples
+    if args.rollout_engine != "torch":
+        settings["rollout_engine"] = args.rollout_engine
+    for name in ("system_prompt", "top_k", "top_p", "repetition_penalty"):
+        if getattr(args, name) != getattr(Responses, name):
+            settings[name] = getattr(args, name)
     if args.decode != "sample":
         settings["decode"] = args.decode
     if args.decode == "best-of":
@@ -551,6 +655,9 @@ def responses(args: Responses) -> None:
     text_metrics.check(args.metrics, args)
     folders = [resolve(model) for model in args.models]
     tokenizers = [load_tokenizer(folder, args.template_arguments) for folder in folders]
+    if args.system_prompt:
+        for name, tokenizer in zip(names, tokenizers, strict=True):
+            check_system_prompt(tokenizer, name, args.system_prompt)
     if args.gvm:
         gvm_folder = resolve(args.gvm, "value")
         decoding.check_gvm_config(gvm_folder, args.log_odds)
@@ -559,6 +666,8 @@ def responses(args: Responses) -> None:
 
     # --- data
     rows = read_questions(args)
+    if args.system_prompt:
+        rows = [with_system_prompt(args, row) for row in rows]
     for name, tokenizer in zip(names, tokenizers, strict=True):
         # A prompt that is too long for one of the models is asked of none: they answer the same prompts.
         what = f"{args.dataset}, tokens of {name}"
@@ -572,7 +681,9 @@ def responses(args: Responses) -> None:
     if first_rank:
         of_gvm = {"gvm": fingerprint(gvm_folder)} if args.gvm else {}
         for name, folder, tokenizer in zip(names, folders, tokenizers, strict=True):
-            prompts = [[encode_prompt(tokenizer, row["prompt"]), row["turns"]] for row in rows]
+            prompts = []
+            for row in rows:
+                prompts.append([encode_prompt(tokenizer, row["prompt"], row.get("tools")), row["turns"]])
             made_with = {
                 "weights": fingerprint(folder),
                 "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
@@ -581,6 +692,13 @@ def responses(args: Responses) -> None:
             }
             kept.append(keep_whole_batches(Path(args.run_dir, name), made_with, batches, args.overwrite))
     kept = distributed.all_gather_object(kept)[0]
+    unfinished = [name for name, (_, whole) in zip(names, kept, strict=True) if whole < len(batches)]
+    if args.rollout_engine == "vllm" and len(unfinished) > 1:
+        # measured: a second engine in one process finds the first one's weights and cache still in memory
+        fail(
+            f"--rollout-engine vllm keeps its memory until the process ends, and {', '.join(unfinished)} have "
+            "answers to give: one of them per command; the last, with all --models, shows the table of all"
+        )
 
     # --- models that score
     # A reward model reads the text by its own template, never a policy's tokens: then its scores are the same
@@ -588,6 +706,9 @@ def responses(args: Responses) -> None:
     rewards = [Reward(name, tokenizers[0], args, rows) for name in args.reward]
 
     # --- rollout and reward
+    exported = rows  # alpaca_eval looks a question up by its text, to which no system message belongs
+    if args.system_prompt:
+        exported = [row | {"prompt": row["prompt"][1:]} for row in rows]
     row_of_record = [row for row in rows for _ in row["turns"]]
     # turns and samples of one question are not independent of each other
     questions = [i // args.samples for i, row in enumerate(rows) for _ in row["turns"]]
@@ -599,7 +720,7 @@ def responses(args: Responses) -> None:
         records += generate(folder, tokenizer, batches, whole, name, args)
         gc.collect()  # sharded modules are in reference cycles: the policy goes before the next one comes
         if first_rank:
-            export(Path(args.run_dir, name), name, rows, records, args.dataset)
+            export(Path(args.run_dir, name), name, exported, records, args.dataset)
         texts[name] = [record["response"] for record in records]
         references[name] = [record["reference"] for record in records]
         numbers[name] = {
@@ -621,6 +742,9 @@ def responses(args: Responses) -> None:
         for reward_name, reward in zip(reward_names, rewards, strict=True):
             scores[reward_name] = reward(asked, ended, texts[name]).tolist()
             numbers[name][reward_name] = mean(scores[reward_name], reward.name, questions)
+        if scores:
+            first = scores[reward_names[0]]
+            numbers[name] |= pass_at_k.columns(records, first, questions, name, args)
         if scores and first_rank:
             export_scored(Path(args.run_dir, name), name, asked, records, scores)
 

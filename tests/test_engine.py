@@ -14,12 +14,14 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import evaluate
 from assets import reviews
-from common import vllm
+from common import distributed, vllm
 from common.batches import run_micro_batches
 from common.models import load_model
 from common.rollout import COMPARED, check_sampler, rollout
 from common.tokenization import load_tokenizer
+from evaluation import responses as answers
 
 needs_vllm = pytest.mark.skipif(
     not importlib.util.find_spec("vllm"),
@@ -153,11 +155,41 @@ def test_what_cannot_run_ends_with_one_line(world, patch, args, words):
     assert words in run.error()
 
 
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (dict(decode="guided", gvm="reviews"), "leave out --rollout-engine vllm"),
+        (dict(temperature=2.5), "--temperature is 2.5"),
+        (dict(precision="fp64"), "not in fp64"),
+        (dict(models=("reviews", "reviews"), names=("a", "b")), "a, b have answers to give"),
+    ],
+)
+def test_what_evaluate_cannot_ask_of_vllm(world, group, monkeypatch, args, words):
+    """In one line, before a model is loaded."""
+    monkeypatch.chdir(world.folder)
+    monkeypatch.setattr(vllm.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(answers, "load_model", None)
+    given = EVALUATE | dict(temperature=0.0, run_dir="runs/vllm-bad") | args
+    with pytest.raises(SystemExit, match=f"error: .*{words}"):
+        evaluate.responses(evaluate.Responses(**given))
+
+
 def test_an_encoder_decoder_ends_with_one_line():
     with pytest.raises(SystemExit, match="decoders alone, not t5"):
         vllm.Engine(
             SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=True, model_type="t5")), "x", ARGS
         )
+
+
+EVALUATE = dict(
+    dataset="prompts.jsonl",
+    rollout_engine="vllm",
+    vllm_cache_gb=0.05,
+    max_prompt_length=60,
+    max_response_length=8,
+    reward=(),
+    precision="fp32",
+)
 
 
 # --- with vLLM ----------------------------------------------------------------------------------------------
@@ -258,6 +290,62 @@ def test_engine_is_the_policy(group, folder):
             parameter.mul_(1.5)
     with pytest.raises(SystemExit, match="nats a token off the policy's"):
         rollout(policy, tokenizer, prompts, 16, 1.0, (0, 1))
+
+
+EVALUATED = {
+    "greedy": dict(temperature=0.0),
+    "penalty": dict(temperature=0.0, repetition_penalty=1.5),
+    "top-k": dict(temperature=1.0, top_k=1),  # the likeliest, with any random numbers
+    "top-p": dict(temperature=1.0, top_p=1e-6),
+}
+
+
+@needs_vllm
+@pytest.mark.parametrize("kind", EVALUATED)
+def test_evaluate_answers_as_our_own_loop(world, folder, kind):
+    """The same greedy texts, with a penalty too; filters reach vLLM. A policy that is not trained is copied once."""
+    found = {}
+    for engine in ("torch", "vllm"):
+        args = EVALUATE | dict(models=(folder,), names=("m",), batch_size=7) | EVALUATED[kind]
+        args |= dict(rollout_engine=engine, run_dir=f"runs/vllm-{kind}-{engine}")
+        call = functools.partial(_evaluate, args, f"loads-{kind}-{engine}")
+        helpers.Job(world.folder, call, 0).wait().ok()
+        records = world.path(f"runs/vllm-{kind}-{engine}/m/responses.jsonl").read_text().splitlines()
+        found[engine] = [json.loads(record)["response"] for record in records]
+        settings = json.loads(world.path(f"runs/vllm-{kind}-{engine}/m/settings.json").read_text())
+        assert settings.get("rollout_engine") == ("vllm" if engine == "vllm" else None)
+    assert len(found["torch"]) == 24 and found["torch"] == found["vllm"]
+    assert world.path(f"loads-{kind}-vllm").read_text() == "load"
+
+
+def _evaluate(args, log):
+    """`evaluate.py responses` in a process of its own; each time that vLLM gets weights is in the file `log`."""
+    load = vllm.Engine.load
+
+    def told(*given):
+        with open(log, "a") as file:
+            file.write("load")
+        return load(*given)
+
+    vllm.Engine.load = told
+    distributed.launch(evaluate.responses, evaluate.Responses(**args))
+
+
+@needs_vllm
+def test_evaluate_samples_best_of_n_and_later_turns_with_vllm(world, folder):
+    """Best of n chooses among vLLM's; a turn for which there is no room ends with one line."""
+    turns = [{"prompt": "lunch : the soup ?", "turns": ["lunch : the soup ?", "supper : the fish ?"]}]
+    args = EVALUATE | dict(
+        models=(folder,), names=("m",), temperature=1.0, dataset=world.write("2.jsonl", turns)
+    )
+    best = args | dict(decode="best-of", gvm=reviews.folder("value"), best_of=3, run_dir="runs/vllm-best")
+    call = functools.partial(_evaluate, best, "loads-best")
+    helpers.Job(world.folder, call, 0).wait().ok()
+    records = world.path("runs/vllm-best/m/responses.jsonl").read_text().splitlines()
+    assert len(records) == 2 and all("value" in json.loads(record) for record in records)
+    short = args | dict(max_prompt_length=8, run_dir="runs/vllm-short")
+    line = helpers.Job(world.folder, functools.partial(_evaluate, short, "loads-short"), 0).wait().error()
+    assert "raise --max-prompt-length" in line
 
 
 @needs_vllm

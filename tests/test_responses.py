@@ -7,11 +7,13 @@ import json
 import math
 import os
 import statistics
+from pathlib import Path
 from types import SimpleNamespace
 
 import helpers
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import evaluate
 from common import distributed
@@ -383,6 +385,211 @@ def test_samples(world, run):
         run("runs/ev-samples", **args | dict(samples=1))
 
 
+def test_repetition_penalty_is_that_of_generate(world, run):
+    """Greedy answers of transformers' `generate` to each prompt alone, with the same penalty; others without."""
+    penalty = 1.3
+    out = run("runs/ev-penalty", repetition_penalty=penalty) / "reviews"
+    tokenizer = load_tokenizer(str(helpers.ROOT / "assets/policy"))
+    model = AutoModelForCausalLM.from_pretrained(helpers.ROOT / "assets/policy").eval()
+    records = lines(out / "responses.jsonl")
+    for record in records:
+        ids = torch.tensor([encode_prompt(tokenizer, record["prompt"])])
+        found = model.generate(
+            ids,
+            do_sample=False,
+            max_new_tokens=8,
+            repetition_penalty=penalty,
+            suppress_tokens=[tokenizer.pad_token_id],
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        text = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+        assert record["response"] == text
+    plain = lines(run("runs/ev-no-penalty") / "reviews/responses.jsonl")
+    assert [r["response"] for r in plain] != [r["response"] for r in records]
+    assert json.loads((out / "settings.json").read_text())["repetition_penalty"] == penalty
+
+
+def test_filters_narrow_what_is_sampled(world, run):
+    """The likeliest token alone is greedy, by top-k and by top-p; values that change nothing are not among the
+    settings, so that responses that were made before the flags are kept."""
+    hot = dict(temperature=1.5)
+    texts = {}
+    for name, args in {
+        "greedy": {},
+        "k": hot | dict(top_k=1),
+        "p": hot | dict(top_p=1e-6),
+        "hot": hot,
+        "both": hot | dict(top_k=5, top_p=0.9),
+        "off": hot | dict(top_k=0, top_p=1.0, repetition_penalty=1.0),
+    }.items():
+        out = run(f"runs/ev-filter-{name}", **args) / "reviews"
+        texts[name] = [record["response"] for record in lines(out / "responses.jsonl")]
+        settings = json.loads((out / "settings.json").read_text())
+        given = {"top_k", "top_p", "repetition_penalty"} & set(settings)
+        assert given == (set() if name == "off" else set(args) - {"temperature"})
+    assert texts["k"] == texts["p"] == texts["greedy"]
+    assert texts["off"] == texts["hot"]
+    assert len({tuple(found) for found in texts.values()}) == 3
+    with pytest.raises(SystemExit, match="top_k 5 -> 4"):
+        run("runs/ev-filter-both", **hot, top_k=4, top_p=0.9)
+
+
+TEMPLATES = {
+    "as-the-user": "{% if m['role'] != 'assistant' %}<user> {{ m['content'] }} {% else %}",
+    "dropped": "{% if m['role'] == 'system' %}{% elif m['role'] == 'user' %}<user> {{ m['content'] }} {% else %}",
+    "refused": "{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}"
+    "{% elif m['role'] == 'user' %}<user> {{ m['content'] }} {% else %}",
+    "lower": "{% if m['role'] == 'system' %}{{ m['content'] | lower }} "
+    "{% elif m['role'] == 'user' %}<user> {{ m['content'] }} {% else %}",
+    "written": "{% if m['role'] == 'system' %}waiter {{ m['content'] }} "
+    "{% elif m['role'] == 'user' %}<user> {{ m['content'] }} {% else %}",
+}
+
+
+def with_template(world, name: str) -> str:
+    """The embedded policy, whose template writes system messages by TEMPLATES[name]."""
+    folder = f"runs/system-{name}"
+    if not world.path(folder).exists():
+        helpers.edit_model(world, "policy", f"system-{name}")
+        path = world.path(f"{folder}/chat_template.jinja")
+        start = "{% if m['role'] == 'user' %}<user> {{ m['content'] }} {% else %}"
+        text = path.read_text()
+        assert text.count(start) == 1
+        path.write_text(text.replace(start, TEMPLATES[name]))
+    return folder
+
+
+def test_system_prompt(world, run):
+    """It stands before each prompt as the template writes it, and in the records, so in what is scored and in the
+    later turns; not in AlpacaEval's instructions."""
+    folder = with_template(world, "written")
+    rows = [{"prompt": turns[0], "turns": turns} for turns in TURNS]
+    args = dict(
+        models=(folder,), dataset=world.write("system.jsonl", rows), reward=("helpers:length_reward",)
+    )
+    out = run("runs/ev-system", **args, system_prompt="the rice") / f"{Path(folder).name}"
+    records = lines(out / "responses.jsonl")
+    tokenizer = load_tokenizer(str(world.path(folder)))
+    policy = load_model(
+        "policy",
+        str(world.path(folder)),
+        tokenizer,
+        SimpleNamespace(precision="fp32", shard_size=0, lora_rank=0),
+        trained=False,
+    )
+    first, second = records[:2]
+    messages = [{"role": "system", "content": "the rice"}, {"role": "user", "content": TURNS[0][0]}]
+    assert first["prompt"] == messages
+    text = f"{tokenizer.bos_token}waiter the rice <user> {TURNS[0][0]} <writer> "
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert encode_prompt(tokenizer, first["prompt"]) == ids
+    (tokens,), _ = rollout(policy, tokenizer, [ids], 8, 0.0, (0, 0))
+    assert first["response"] == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert [m["role"] for m in second["prompt"]] == ["system", "user", "assistant", "user"]
+    assert second["prompt"][2]["content"] == first["response"]
+    alpaca = json.loads((out / "alpaca_eval.json").read_text())
+    assert [row["instruction"] for row in alpaca] == [turns[0] for turns in TURNS]
+    assert lines(out / "scored.jsonl")[0]["prompt"] == messages
+    assert json.loads((out / "settings.json").read_text())["system_prompt"] == "the rice"
+    with pytest.raises(SystemExit, match="system_prompt the rice -> None"):
+        run("runs/ev-system", **args)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    {
+        "as-the-user": "writes a system message as the user's",
+        "dropped": "leaves out the system message",
+        "refused": "refuses it: no system role",
+        "lower": "leaves out the system message",
+        "reviews": "writes a system message as the assistant's",
+        "t5": "has no chat template, which would write it",
+        "there is one": "row 1: it has a system message; leave out --system-prompt",
+    }.items(),
+)
+def test_a_system_prompt_that_would_not_be_read_is_refused(world, run, t5, name, words):
+    """In one line, before a model is loaded, also with --skip-bad-rows."""
+    models = {"reviews": "reviews", "t5": t5, "there is one": with_template(world, "written")}
+    model = models.get(name) or with_template(world, name)
+    chat = [{"role": "system", "content": "the fish"}, {"role": "user", "content": "lunch ?"}]
+    args = dict(dataset=world.write("chat.jsonl", [{"prompt": chat}])) if name == "there is one" else {}
+    with pytest.raises(SystemExit, match=f"error: .*{words}$") as error:
+        run(
+            "runs/ev-bad", models=(model,), names=("m",), system_prompt="The rice", skip_bad_rows=True, **args
+        )
+    assert "\n" not in str(error.value)
+
+
+def test_tools_of_a_row_are_written_before_its_prompt(world, run):
+    """As in training: the same question with and without tools has other answers, and other settings."""
+    folder = world.path(helpers.edit_model(world, "policy", "tools"))
+    template = folder / "chat_template.jinja"
+    tools = "{% if tools %}the {{ tools[0]['function']['name'] }} {% endif %}"
+    template.write_text(template.read_text().replace("{{ bos_token }}", "{{ bos_token }}" + tools))
+    row = {"prompt": "lunch : the soup ?"}
+    function = {"type": "function", "function": {"name": "rice", "parameters": {}}}
+    plain = world.write("plain.jsonl", [row])
+    with_tools = world.write("tools.jsonl", [row | {"tools": [function]}])
+    args = dict(models=(str(folder),), names=("m",))
+    (record,) = lines(run("runs/ev-tools", **args, dataset=with_tools) / "m/responses.jsonl")
+    tokenizer = load_tokenizer(str(folder))
+    ids = encode_prompt(tokenizer, row["prompt"], [function])
+    assert tokenizer.decode(ids).split()[:3] == [tokenizer.bos_token, "the", "rice"]
+    ours = SimpleNamespace(precision="fp32", shard_size=0, lora_rank=0)
+    policy = load_model("policy", str(folder), tokenizer, ours, trained=False)
+    (tokens,), _ = rollout(policy, tokenizer, [ids], 8, 0.0, (0, 0))
+    (other,), _ = rollout(policy, tokenizer, [encode_prompt(tokenizer, row["prompt"])], 8, 0.0, (0, 0))
+    assert tokens != other
+    assert record["response"] == tokenizer.decode(tokens, skip_special_tokens=True)
+    with pytest.raises(SystemExit, match=r"made with other settings \(prompts "):
+        run("runs/ev-tools", **args, dataset=plain)
+
+
+def mentions(prompts, responses, **_):
+    """1 for a response about the soup or the fish."""
+    return [int("soup" in text or "fish" in text) for text in responses]
+
+
+def halves(prompts, responses, **_):
+    return [0.5] * len(responses)
+
+
+def last_word(text):
+    return text.split()[-1] if text.split() else None
+
+
+def test_pass_and_majority_at_k(world, run, capsys):
+    """Columns after the rewards, of prompts and not of responses; pass@1 is the mean reward; two ranks agree."""
+    args = dict(
+        dataset=world.write("mt.jsonl", MT_BENCH),
+        temperature=1.0,
+        samples=4,
+        precision="fp64",
+        reward=("test_responses:mentions", "helpers:length_reward"),
+        pass_at=(1, 4),
+        maj_at=(1, 3),
+        final_answer="test_responses:last_word",
+    )
+    out = run("runs/ev-pass", **args)
+    head = "| distinct_2 | mentions | length_reward | pass@1 | pass@4 | maj@1 | maj@3 |"
+    assert head in capsys.readouterr().out
+    found = json.loads((out / "responses.json").read_text())["models"]["reviews"]
+    assert found["mentions"]["n"] == 20 and found["pass@1"]["n"] == 5
+    for column in ("pass@1", "maj@1"):
+        assert found[column]["mean"] == pytest.approx(found["mentions"]["mean"])
+    assert found["pass@1"]["ci95"] == pytest.approx(found["mentions"]["ci95"])
+    groups = {}
+    for record in lines(out / "reviews/responses.jsonl"):
+        groups.setdefault((record["row"], record["turn"]), []).append(mentions(None, [record["response"]])[0])
+    assert found["pass@4"]["mean"] == statistics.fmean(max(group) for group in groups.values())
+    assert 0 < found["pass@1"]["mean"] < found["pass@4"]["mean"]
+    call = functools.partial(_main, SMALL | dict(batch_size=7) | args | dict(run_dir="runs/ev-pass-2"))
+    helpers.Job(world.folder, call, 2).wait().ok()
+    assert world.path("runs/ev-pass-2/responses.json").read_bytes() == (out / "responses.json").read_bytes()
+    with pytest.raises(SystemExit, match="--reward test_responses:halves gave 0.5 for row 1, response"):
+        run("runs/ev-pass", **args | dict(reward=("test_responses:halves",)))
+
+
 def test_scored_rows_keep_what_is_about_their_prompt(world, run):
     """A solution stays, for the next script's rewards; another answer and its score do not."""
     row = {"prompt": "lunch : the soup ?", "response": "another", "reward": 7.0, "policy": "p", "solution": 3}
@@ -497,6 +704,7 @@ def test_finished_models_are_not_generated_again(world, run, monkeypatch):
 
 CHANGES = {
     "temperature": 0.5,
+    "repetition_penalty": 1.2,
     "max_response_length": 9,
     "precision": "fp64",
     "prompts": 5,
@@ -677,6 +885,40 @@ BAD = {
     "turns": (dict(dataset="turns.jsonl"), "turns.jsonl, row 1", "list of texts"),
     "no response": (dict(reference="response"), "row 1", "'response'"),
     "no such reward": (dict(reward=("nowhere:f",)), "--reward nowhere:f"),
+    "a negative k": (dict(top_k=-1, temperature=1.0), "--top-k is -1"),
+    "no probability": (dict(top_p=0.0, temperature=1.0), "--top-p is 0.0"),
+    "too much probability": (dict(top_p=1.1, temperature=1.0), "--top-p is 1.1"),
+    "a probability that is no number": (dict(top_p=math.nan, temperature=1.0), "--top-p is nan"),
+    "no penalty": (dict(repetition_penalty=0.0), "--repetition-penalty is 0.0"),
+    "an endless penalty": (dict(repetition_penalty=math.inf), "--repetition-penalty is inf"),
+    "greedy top-k": (dict(top_k=3), "--top-k", "--temperature"),
+    "greedy top-p": (dict(top_p=0.5), "--top-p", "--temperature"),
+    "best of n of filtered ones": (
+        dict(decode="best-of", gvm="reviews", temperature=1.0, top_p=0.9),
+        "--top-p is for --decode sample; --decode is best-of",
+    ),
+    "guided with a penalty": (
+        dict(decode="guided", gvm="reviews", repetition_penalty=1.2),
+        "--repetition-penalty is for --decode sample; --decode is guided",
+    ),
+    "pass@k without a reward": (dict(pass_at=(1,)), "--pass-at", "--reward"),
+    "pass@k of a reward model": (dict(pass_at=(1,), reward=("./judge",)), "--pass-at", "module:function"),
+    "too few samples": (
+        dict(maj_at=(3,), samples=2, temperature=1.0, reward=("helpers:length_reward",)),
+        "--maj-at 3",
+        "--samples, which is 2",
+    ),
+    "pass@0": (dict(pass_at=(0,), reward=("helpers:length_reward",)), "--pass-at 0"),
+    "pass@1 twice": (
+        dict(pass_at=(1, 1), reward=("helpers:length_reward",)),
+        "two columns of the same name",
+        "pass@1, pass@1",
+    ),
+    "a final answer that nothing reads": (dict(final_answer="a:b"), "--final-answer a:b", "--maj-at"),
+    "no such final answer": (
+        dict(final_answer="nowhere:f", maj_at=(1,), reward=("helpers:length_reward",)),
+        "--final-answer nowhere:f",
+    ),
     "two rewards of one name": (dict(reward=("a:f", "b:f")), "two columns of the same name", "f, f"),
 }
 

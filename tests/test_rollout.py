@@ -30,7 +30,7 @@ from common import rollout as sampler
 from common.batches import run_micro_batches
 from common.checks import TOLERANCE, disturbed
 from common.models import load_model
-from common.rollout import batches_of, check_sampler, decode, rollout, sample
+from common.rollout import Filters, batches_of, check_sampler, decode, rollout, sample, sample_filtered
 from common.tokenization import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("group")
@@ -300,7 +300,7 @@ def tiny(family, **more):
     return model
 
 
-def plain_logprobs(model, prompt, response):
+def plain_logprobs(model, prompt, response, temperature=1.0):
     """One sequence alone, without cache, mask or padding."""
     with torch.no_grad():
         if model.config.is_encoder_decoder:
@@ -312,7 +312,8 @@ def plain_logprobs(model, prompt, response):
             logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[
                 0, len(prompt) - 1 : -1
             ]
-    return logits.double().log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
+    logprobs = (logits.double() / temperature).log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(response)[:, None]).squeeze(1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -355,6 +356,91 @@ def test_decode_gives_every_model_class_its_cache_mask_and_positions(family):
             for name in takes:
                 expected = (mask.cumsum(1) - 1).clamp(min=0)[:, -feed.shape[1] :]
                 assert torch.equal(kwargs[name], expected), f"{family}: {name} in step {step}"
+
+
+FILTERS = {
+    "top-k": Filters(top_k=3),
+    "top-p": Filters(top_p=0.6),
+    "penalty": Filters(repetition_penalty=1.7),
+    "reward for repetition": Filters(repetition_penalty=0.6),
+    # each narrows what the one before leaves: another order is another distribution
+    "all": Filters(top_k=6, top_p=0.7, repetition_penalty=1.3),
+}
+
+
+# greedy, the likeliest token is always among those that top-k and top-p leave
+FILTERED = [(name, 0.8) for name in FILTERS] + [(name, 0.0) for name in FILTERS if not name.startswith("top")]
+
+
+@pytest.mark.parametrize("name, temperature", FILTERED)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_filters_are_those_of_generate(monkeypatch, family, name, temperature):
+    """With the same random numbers the responses are those of transformers' `generate` to each prompt alone.
+    Here they are in one batch with padding, whose token is also the one that ends a response, as for GPT-2."""
+    filters = FILTERS[name]
+    model = tiny(family)
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15, 16], [12, 13, 14]]
+    uniforms = torch.rand(4, 20, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    temperatures = torch.full((4,), temperature, dtype=torch.float64)
+    with torch.no_grad():
+        free = decode(model, prompts, uniforms, temperatures, [], 0, filters)
+        plain = decode(model, prompts, uniforms, temperatures, [], 0)
+        end = free[2][0][4]
+        found = decode(model, prompts, uniforms, temperatures, [end], end, filters)
+    assert [tokens for tokens, _ in free] != [tokens for tokens, _ in plain]
+    draws = []
+
+    def inverse_cdf(probs, num_samples):
+        u = draws.pop(0)
+        return torch.searchsorted(probs.double().cumsum(-1), u.expand(1, 1), right=True)
+
+    monkeypatch.setattr(torch, "multinomial", inverse_cdf)
+    options = dict(do_sample=temperature > 0, max_new_tokens=20, eos_token_id=end, pad_token_id=end)
+    if temperature:
+        options |= dict(temperature=temperature, top_k=filters.top_k, top_p=filters.top_p)
+    for prompt, numbers, (tokens, logprobs) in zip(prompts, uniforms, found, strict=True):
+        draws[:] = numbers
+        given = torch.tensor([prompt])
+        out = model.generate(given, **options, repetition_penalty=filters.repetition_penalty)[0]
+        start = 1 if family == "t5" else len(prompt)
+        assert tokens == out[start:].tolist()
+        # without filters, so that they can be compared with the policy's
+        own = plain_logprobs(model, prompt, tokens, temperature or 1.0)
+        assert (torch.tensor(logprobs).double() - own).abs().max().item() < 1e-4
+
+
+def test_filtered_tokens_have_their_share_of_the_probability():
+    """Exact, over N evenly spaced numbers; a forbidden token is not among the k likeliest."""
+    n = 10_000
+    probs = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
+    uniforms = torch.arange(n).double() / n
+    said = torch.full((n, 1), 1)
+    for filters, forbidden, expected in (
+        (Filters(top_k=2), None, {0: 4 / 7, 1: 3 / 7}),
+        (Filters(top_k=2), torch.tensor([0]), {1: 2 / 3, 2: 1 / 3}),
+        (Filters(top_p=0.75), None, {0: 8 / 17, 1: 6 / 17, 2: 3 / 17}),  # the one that passes 0.75 is in
+        (Filters(top_p=1e-9), None, {0: 1.0}),
+    ):
+        tokens, logprobs = sample_filtered(
+            probs.log().repeat(n, 1), uniforms, torch.ones(n), forbidden, filters, said
+        )
+        counts = tokens.bincount(minlength=5).tolist()
+        for token, count in enumerate(counts):
+            assert abs(count - n * expected.get(token, 0.0)) <= 1.01, (filters, token)
+        left = 1.0 if forbidden is None else 0.6
+        torch.testing.assert_close(logprobs.exp(), probs[tokens] / left)
+
+
+def test_a_filtered_rollout_is_compared_with_the_policy(tokenizer, policy):
+    """As any other: the log-probabilities are those of the whole distribution, and a wrong one ends the run."""
+    prompts = [[5, 6, 7, 8], [9, 10]] * 3
+    filters = Filters(top_k=2, repetition_penalty=1.5)
+    narrow, sampled = rollout(policy, tokenizer, prompts, 8, 1.0, (0, 0), filters=filters)
+    wide, _ = rollout(policy, tokenizer, prompts, 8, 1.0, (0, 0))
+    assert narrow != wide
+    again, _ = rollout(policy, tokenizer, prompts[:2], 8, 1.0, (0, 0), filters=filters)
+    assert again == narrow[:2]  # whatever else is in the batch
+    assert (sampled <= 0).all() and sampled.min() < -0.5
 
 
 class OtherName(LlamaForCausalLM):
@@ -557,7 +643,7 @@ class Stale:
         self.loads = 0
         self.copy = {name: p.detach().clone() for name, p in policy.named_parameters()}
 
-    def generate(self, policy, prompts, seeds, temperatures, limit, stops):
+    def generate(self, policy, prompts, seeds, temperatures, limit, stops, filters):
         self.loads += 1
         uniforms = [
             torch.rand(limit, generator=torch.Generator().manual_seed(seed)).double() for seed in seeds
