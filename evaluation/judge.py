@@ -108,8 +108,8 @@ def check(args: Judge) -> None:
         fail(f"--responses: {args.mode} takes two files or more, not {len(args.responses)}")
     if len(set(args.responses)) < len(args.responses):
         fail("--responses: a file is named twice")
-    if len(set(args.judge_model)) < len(args.judge_model):
-        fail("--judge-model: a judge is named twice")
+    if len({file_name(name) for name in args.judge_model}) < len(args.judge_model):
+        fail("--judge-model: a judge is named twice, or two by names that give the same file")
     for flag, values in (("--endpoint", args.endpoint), ("--key-variable", args.key_variable)):
         if len(values) not in (1, len(args.judge_model)):
             fail(f"{flag}: give one for all judges, or one for each of the {len(args.judge_model)}")
@@ -536,17 +536,17 @@ def file_name(name: str) -> str:
 def write_benchmark(folder: Path, judge: str, judgements: list[dict], mode: str) -> None:
     """Writes rows of benchmark_judgements where the benchmark's tool looks for them, under `folder`."""
     folder = folder / "model_judgment"
-    if mode == "arena-hard":
-        by_model = {}
-        for row in judgements:  # two baselines of one model are two files: the tool has one
-            by_model.setdefault((row["model"], row["baseline"]), []).append(row)
-        several = len(by_model) > 1
-        for (model, baseline), rows in by_model.items():
-            name = file_name(f"{model}_against_{baseline}" if several else model)
-            write_lines(folder / file_name(judge) / f"{name}.jsonl", rows)
-    else:
+    if mode != "arena-hard":
         kind = "single" if mode == "mt-bench" else "pair"
         write_lines(folder / f"{file_name(judge)}_{kind}.jsonl", judgements)
+        return
+    of_baseline = {}
+    for row in judgements:
+        of_baseline.setdefault(row["baseline"], []).append(row)
+    for baseline, rows in of_baseline.items():
+        # A folder for each baseline: show_result takes all files of a folder for one comparison.
+        of_judge = f"{judge}_against_{baseline}" if len(of_baseline) > 1 else judge
+        write_lines(folder / file_name(of_judge) / f"{file_name(rows[0]['model'])}.jsonl", rows)
 
 
 def write_lines(file: Path, rows: list[dict]) -> None:

@@ -465,6 +465,21 @@ def test_arena_hard(tmp_path):
     assert again["benchmark"] == out["benchmark"]
 
 
+def test_arena_hard_against_two_baselines(tmp_path):
+    """Their judgements are in two folders: show_result would take those of one for one comparison."""
+    pytest.importorskip("openai", reason="pip install openai")
+    files = [("dvpo", "good"), ("sft", "bad"), ("ppo", "good too")]
+    files = tuple(write(tmp_path / f"{name}.jsonl", arena(name, [word])) for name, word in files)
+    with serving(lambda *_: "[[A>B]]") as server:
+        out, error = run(server, files, tmp_path / "run", mode="arena-hard")
+    assert error is None
+    assert [of["against"] for of in out["benchmark"]] == ["sft", "ppo"]
+    for baseline in ("sft", "ppo"):
+        (row,) = lines(tmp_path / f"run/model_judgment/m_against_{baseline}/dvpo.jsonl")
+        assert row["baseline"] == baseline
+    assert len(list((tmp_path / "run/model_judgment").rglob("*.jsonl"))) == 2
+
+
 def test_arena_hard_judgements_that_are_none(tmp_path):
     row = {"uid": "u", "category": "c", "judge": "j", "model": "m", "games": [{"score": "A>B"}] * 2}
     flags = dict(mode="arena-hard", responses=(), judge_model=())
@@ -539,7 +554,7 @@ def test_two_judges_and_three_files(three, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("KEY_ONE", "sk-first-key")
     monkeypatch.setenv("KEY_TWO", "sk-second-key")
     flags = dict(judge_model=("gpt", "claude"), key_variable=("KEY_ONE", "KEY_TWO"))
-    with serving(by_worth) as one, serving(lambda *_: "Verdict: A") as two:
+    with serving(by_worth) as one, serving(lambda *_: "sk-first-key\nVerdict: A") as two:
         flags["endpoint"] = (one.endpoint, two.endpoint)
         out, error = run(NOWHERE, three, tmp_path / "run", **flags)
     assert error is None
@@ -568,7 +583,7 @@ def test_two_judges_and_three_files(three, tmp_path, monkeypatch, capsys):
     for row in found:
         assert row["outputs"][0].startswith("rpo")
         assert row["outputs"][1].startswith(row["files"][1])
-        assert row["answer"].startswith("Verdict: ")
+        assert row["answer"].startswith("Verdict: " if row["judge"] == "gpt" else "***\nVerdict: ")
         if row["judge"] == "gpt":
             seen = row["outputs"] if row["order"] == "AB" else row["outputs"][::-1]
             a, b = (WORTH[text.split()[1]] for text in seen)
