@@ -15,6 +15,7 @@
   AlpacaEval and MT-bench read, with text metrics and rewards.
 - `judge`: which answers does a language model prefer? It compares two files of responses, each pair in both
   orders, or gives scores from 1 to 5.
+- `length_controlled`: AlpacaEval 2's length-controlled win rate from the judge's verdicts, by alpaca_eval.
 
 This file only chooses the command; each stands with its flags in a file of its own in evaluation/.
 docs/evaluate.md explains every number and file; `python evaluate.py values --help` lists the flags.
@@ -27,6 +28,7 @@ import tyro
 from common import distributed
 from common.cli import fail, parse
 from evaluation.judge import Judge, judge
+from evaluation.length_controlled import LengthControlled, length_controlled
 from evaluation.responses import RESPONSES_REVIEWS, Responses, responses
 from evaluation.values import Values, values
 
@@ -35,6 +37,7 @@ COMMANDS = {
     "values": (Values, {}, values),
     "responses": (Responses, RESPONSES_REVIEWS, responses),
     "judge": (Judge, {}, judge),
+    "length_controlled": (LengthControlled, {}, length_controlled),
 }
 
 
@@ -47,7 +50,7 @@ def main(argv: list[str]) -> None:
     if name not in COMMANDS:
         fail(f"give one of the commands {', '.join(COMMANDS)}: python evaluate.py values --help")
     flags, reviews, command = COMMANDS[name]
-    if name == "judge":  # no model of ours: no data set, no processes
+    if name in ("judge", "length_controlled"):  # no model of ours: no data set, no processes
         command(tyro.cli(flags, args=argv[1:]))
     else:
         distributed.launch(command, parse(flags, reviews, argv[1:]))
