@@ -70,9 +70,9 @@ def read_pairs(file: str) -> list[dict]:
 
 
 def numbered_pairs(pairs: list[dict], reference: list[dict]) -> tuple[list[int], list[dict]]:
-    """(number of each pair's instruction among AlpacaEval's, the pairs), by number, without pairs that have no
-    verdict. `reference`: AlpacaEval's rows in their order, with `instruction` and `output`. Ends the run where a
-    prompt is not AlpacaEval's, or the answers say nothing of length."""
+    """(number of each pair's instruction among AlpacaEval's, the pairs), in the order of the numbers.
+    `reference`: AlpacaEval's rows in their order, with `instruction` and `output`. Ends the run where a prompt is
+    not AlpacaEval's, where no pair has a verdict, or where the answers say nothing of length."""
     number_of = {}
     for number, row in enumerate(reference):
         number_of.setdefault(row["instruction"], number)
@@ -81,25 +81,30 @@ def numbered_pairs(pairs: list[dict], reference: list[dict]) -> tuple[list[int],
         first = " ".join(unknown[0].split())[:60]
         why = "the regression needs the difficulty of each, known for AlpacaEval's own instructions alone"
         fail(f"{len(unknown)} of {len(pairs)} prompts are not AlpacaEval's ({first!r}): {why}")
-    judged = [pair for pair in pairs if pair["preference"] is not None]
-    # The folds of the regression's cross-validation depend on the order.
-    judged.sort(key=lambda pair: number_of[pair["instruction"]])
-    if len(judged) < len(pairs):
-        note(f"left out {len(pairs) - len(judged)} of {len(pairs)} pairs: no verdict")
-    differences = {len(pair["output_1"]) - len(pair["output_2"]) for pair in judged}
+    missing = sum(pair["preference"] is None for pair in pairs)
+    if missing == len(pairs):
+        fail(f"none of {len(pairs)} pairs has a verdict")
+    if missing:
+        what = f"{missing} of {len(pairs)} pairs have no verdict"
+        note(
+            f"{what}: not in the win rate; the length-controlled rate has what the regression predicts for them"
+        )
+    differences = {len(pair["output_1"]) - len(pair["output_2"]) for pair in pairs}
     if len(differences) < 2:
         # The package divides by the standard deviation of the differences.
-        fail(f"{len(judged)} judged pairs, all with the same difference of length: nothing to control for")
-    numbers = [number_of[pair["instruction"]] for pair in judged]
+        fail(f"{len(pairs)} pairs, all with the same difference of length: nothing to control for")
+    # The folds of the regression's cross-validation depend on the order.
+    pairs = sorted(pairs, key=lambda pair: number_of[pair["instruction"]])
+    numbers = [number_of[pair["instruction"]] for pair in pairs]
     others = 0
-    for number, pair in zip(numbers, judged, strict=True):
+    for number, pair in zip(numbers, pairs, strict=True):
         others += pair["output_1"] != reference[number]["output"]
     if others:
-        what = f"{others} of {len(judged)} answers of the reference are not AlpacaEval 2's ({REFERENCE})"
+        what = f"{others} of {len(pairs)} answers of the reference are not AlpacaEval 2's ({REFERENCE})"
         note(f"{what}: the rate is against another opponent, not comparable with the leaderboard's")
-    if len(judged) < len(reference):
-        note(f"{len(judged)} of AlpacaEval's {len(reference)} instructions")
-    return numbers, judged
+    if len(pairs) < len(reference):
+        note(f"{len(pairs)} of AlpacaEval's {len(reference)} instructions")
+    return numbers, pairs
 
 
 def read_hub_file(name: str) -> str:
@@ -128,11 +133,11 @@ def length_controlled(args: LengthControlled) -> None:
         fail(f"evaluate.py length_controlled needs the package: {command} ({error})")
     reference = json.loads(Path(read_hub_file(REFERENCE)).read_text(encoding="utf-8"))
     read_hub_file(DIFFICULTIES)  # the package fetches it again, from the cache
-    numbers, judged = numbered_pairs(pairs, reference)
+    numbers, pairs = numbered_pairs(pairs, reference)
 
     # --- regression
     # Its index is where the package looks for the number of an instruction.
-    table = pandas.DataFrame(judged, index=numbers)
+    table = pandas.DataFrame(pairs, index=numbers)
     table["generator_1"] = "reference"
     table["generator_2"] = "model"
     with warnings.catch_warnings():
@@ -141,7 +146,7 @@ def length_controlled(args: LengthControlled) -> None:
     found = {key: float(value) for key, value in found.items()}
     lc_rate = f"{found['length_controlled_winrate']:.2f} (standard error {found['lc_standard_error']:.2f})"
     win_rate = f"{found['win_rate']:.2f} (standard error {found['standard_error']:.2f})"
-    note(f"length-controlled win rate {lc_rate}, win rate {win_rate}, {len(judged)} pairs")
+    note(f"length-controlled win rate {lc_rate}, win rate {win_rate}, {len(pairs)} pairs")
 
     # --- save
     folder = Path(args.run_dir)
@@ -149,5 +154,8 @@ def length_controlled(args: LengthControlled) -> None:
     text = json.dumps({"judged": args.judged, **found}, indent=1)
     (folder / "length_controlled.json").write_text(text + "\n", encoding="utf-8")
     annotations = table.assign(number=numbers).to_dict(orient="records")
+    for row in annotations:
+        if math.isnan(row["preference"]):
+            row["preference"] = None  # NaN is not JSON
     text = json.dumps(annotations, indent=1, ensure_ascii=False)
     (folder / "annotations.json").write_text(text + "\n", encoding="utf-8")
