@@ -1,13 +1,12 @@
 """`evaluate.py responses`: answers of policies to the same prompts, one turn or several, and what they are
 worth.
 
-Answers are kept batch by batch, and written in the forms in which AlpacaEval and MT-bench read them.
-docs/evaluate_responses.md has the formats."""
+Answers are kept batch by batch, and written in the forms in which AlpacaEval, MT-bench and Arena-Hard
+read them. docs/evaluate_responses.md has the formats."""
 
 import gc
 import hashlib
 import json
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -33,6 +32,7 @@ from common.tokenization import (
     tokenize,
 )
 from evaluation import text_metrics
+from evaluation.benchmarks import export
 from evaluation.text_metrics import WITH_REFERENCE, mean
 
 
@@ -390,45 +390,6 @@ def generate(
 
 
 # --- what is written -----------------------------------------------------------------------------------
-
-
-def export(folder: Path, name: str, rows: list[dict], records: list[dict], dataset: str) -> None:
-    """Writes alpaca_eval.json (first turns of first samples: it holds one answer to a prompt) and
-    mt_bench.jsonl (all turns, a choice for each sample), the forms that alpaca_eval and FastChat's llm_judge
-    read. `records` are those of `rows`, row by row and turn by turn."""
-    alpaca = []
-    mt_bench = []
-    texts = [record["response"] for record in records]
-    start = 0
-    for row in rows:
-        end = start + len(row["turns"])
-        turns = texts[start:end]
-        start = end
-        if row["sample"] > 0:  # its question is the last one written
-            mt_bench[-1]["choices"].append({"index": row["sample"], "turns": turns})
-            continue
-        prompt = row["prompt"]
-        if not isinstance(prompt, str):
-            prompt = "\n".join(message["content"] for message in prompt)
-        instruction = {
-            "instruction": prompt,
-            "output": turns[0],
-            "generator": name,
-            "dataset": row.get("dataset", dataset),
-        }
-        alpaca.append(instruction)
-        answer_id = hashlib.sha256(json.dumps([name, prompt, turns]).encode()).hexdigest()[:22]
-        conversation = {
-            "question_id": row.get("question_id", row["row"]),
-            "answer_id": answer_id,
-            "model_id": name,
-            "choices": [{"index": 0, "turns": turns}],
-            "tstamp": time.time(),
-        }
-        mt_bench.append(conversation)
-    alpaca_text = json.dumps(alpaca, indent=1, ensure_ascii=False)
-    (folder / "alpaca_eval.json").write_text(alpaca_text, encoding="utf-8")
-    (folder / "mt_bench.jsonl").write_text(json_lines(mt_bench), encoding="utf-8")
 
 
 def export_scored(

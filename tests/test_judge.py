@@ -4,7 +4,6 @@ import ast
 import contextlib
 import dataclasses
 import email.utils
-import http.server
 import json
 import math
 import os
@@ -24,103 +23,10 @@ import pytest
 
 openai = pytest.importorskip("openai", reason="the judge needs openai: pip install openai")
 
+from judge_server import FAST, run, serving, write
+
 import evaluate
-from evaluation import judge as asking
-
-FAST = dict(judge_model="m", backoff=0.002, timeout=60.0, tries=4, concurrency=4)
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """`script(question, number of the request, how often this question came before)` gives the judge's text,
-    (status, headers, body), "cut" for a closed connection, "half" for one closed within the body, or a
-    number of seconds to be silent."""
-
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self, script):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.script = script
-        self.lock = threading.Lock()
-        self.active = 0
-        self.most = 0
-        self.asked = []
-        self.times = []
-        self.bodies = []
-        self.keys = []
-        self.endpoint = f"http://127.0.0.1:{self.server_port}/v1"
-
-    def handle_error(self, request, client_address):
-        pass  # a client that gave up
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    wbufsize = 1 << 16  # head and body in one packet, or each reply waits for an acknowledgement
-
-    def log_message(self, *args):
-        pass
-
-    def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        question = body["messages"][-1]["content"]
-        with server.lock:
-            number = len(server.asked)
-            before = server.asked.count(question)
-            server.asked.append(question)
-            server.times.append(time.monotonic())
-            server.bodies.append(body)
-            server.keys.append(self.headers["authorization"])
-            server.active += 1
-            server.most = max(server.most, server.active)
-        try:
-            does = None
-            time.sleep(0.004)  # so that requests overlap
-            does = server.script(question, number, before)
-            if does in ("cut", "half") or isinstance(does, float):
-                if does == "half":
-                    self.send_response(200)
-                    self.send_header("content-length", "100")
-                    self.end_headers()
-                    self.wfile.write(b'{"choices": [')
-                    self.wfile.flush()
-                self.close_connection = True
-                return
-        finally:
-            with server.lock:
-                server.active -= 1
-            if isinstance(does, float):
-                time.sleep(does)  # by now nobody waits
-        if isinstance(does, str):
-            choice = {"index": 0, "message": {"role": "assistant", "content": does}, "finish_reason": "stop"}
-            does = 200, {}, json.dumps({"id": "x", "object": "chat.completion", "choices": [choice]})
-        status, headers, text = does
-        self.send_response(status)
-        for name, value in (
-            {"content-type": "application/json"} | headers | {"content-length": str(len(text.encode()))}
-        ).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-
-@contextlib.contextmanager
-def serving(script):
-    server = Server(script)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+from evaluation import asking, verdicts, win_rates
 
 
 @pytest.fixture
@@ -133,20 +39,6 @@ def pair(tmp_path):
         one.append({"prompt": f"q{i}?", "response": f"one {first} {i}"})
         two.append({"prompt": f"q{i}?", "response": f"two {second} {i}"})
     return write(tmp_path / "one.jsonl", one), write(tmp_path / "two.jsonl", two)
-
-
-def run(server, files, folder, **changes):
-    """(summary, error or None)"""
-    endpoint = server if isinstance(server, str) else server.endpoint
-    error = None
-    try:
-        evaluate.judge(
-            evaluate.Judge(responses=files, run_dir=str(folder), **FAST | {"endpoint": endpoint} | changes)
-        )
-    except SystemExit as stop:
-        error = str(stop)
-    file = Path(folder, "judge.json")
-    return json.loads(file.read_text(), parse_constant=pytest.fail) if file.exists() else None, error
 
 
 def shown(question):
@@ -202,7 +94,7 @@ def lines(folder):
     ],
 )
 def test_verdicts(text, verdict):
-    assert asking.parse_verdict("pairwise", text) == verdict
+    assert verdicts.parse_verdict("pairwise", text) == verdict
 
 
 @pytest.mark.parametrize(
@@ -229,25 +121,25 @@ def test_verdicts(text, verdict):
     ],
 )
 def test_scores(text, score):
-    assert asking.parse_verdict("score", text) == score
+    assert verdicts.parse_verdict("score", text) == score
 
 
 def test_fill_leaves_braces_of_answers_alone():
     template = "{prompt}|{answer_a}|{answer_b}|{other}"
     assert (
-        asking.fill(template, prompt="{answer_a}", answer_a="{answer_b} {}", answer_b=r"\1")
+        verdicts.fill(template, prompt="{answer_a}", answer_a="{answer_b} {}", answer_b=r"\1")
         == r"{answer_a}|{answer_b} {}|\1|{other}"
     )
-    for mode, text in (("pairwise", asking.PAIRWISE), ("score", asking.SCORE)):
+    for mode, text in (("pairwise", verdicts.PAIRWISE), ("score", verdicts.SCORE)):
         parts = (
             dict(prompt="P", answer="R") if mode == "score" else dict(prompt="P", answer_a="R", answer_b="S")
         )
-        filled = asking.fill(text, **parts)
+        filled = verdicts.fill(text, **parts)
         assert "{" not in filled
         assert filled.count("P\n")
         assert "\nR\n" in filled
         # a judge that repeats its instructions has said nothing
-        assert asking.parse_verdict(mode, filled) is None
+        assert verdicts.parse_verdict(mode, filled) is None
 
 
 # --- numbers -------------------------------------------------------------------------------------------
@@ -266,21 +158,21 @@ def test_wilson_inverts_the_score_test(mean, n):
                 outside = middle
         return inside
 
-    low, high = asking.wilson(mean, n)
+    low, high = win_rates.wilson(mean, n)
     assert low == pytest.approx(end(mean, 0.0), abs=1e-6)
     assert high == pytest.approx(end(mean, 1.0), abs=1e-6)
 
 
 def test_average():
     values = [1, 5, 4, 4, 2]
-    out = asking.average(values)
+    out = win_rates.average(values)
     half = 1.959963984540054 * math.sqrt(2.7) / math.sqrt(5)  # variance 2.7, by hand
     assert out["mean"] == 3.2
     assert statistics.variance(values) == pytest.approx(2.7)
     assert out["ci95"] == pytest.approx([3.2 - half, 3.2 + half])
-    assert math.isnan(asking.average([3])["ci95"][0])
-    assert math.isnan(asking.average([])["mean"])
-    assert all(map(math.isnan, asking.wilson(math.nan, 0)))
+    assert math.isnan(win_rates.average([3])["ci95"][0])
+    assert math.isnan(win_rates.average([])["mean"])
+    assert all(map(math.isnan, win_rates.wilson(math.nan, 0)))
 
 
 def test_pairwise_numbers_by_hand():
@@ -297,13 +189,13 @@ def test_pairwise_numbers_by_hand():
         {"responses": ["s", "s"], "judged": [None] * 2}
     ]
     for row, points in zip(rows, [p for _, _, p in table] + [0.5], strict=True):
-        row["points"] = asking.pair_points(row)
+        row["points"] = win_rates.pair_points(row)
         assert row["points"] == points
-    out = asking.pairwise_summary(rows)
+    out = win_rates.pairwise_summary(rows)
     assert (out["pairs"], out["judged"], out["identical"]) == (7, 6, 1)
     assert (out["wins"], out["ties"], out["losses"]) == (2, 3, 1)
     assert out["win_rate"] == pytest.approx((1 + 0.5 + 0.75 + 0 + 0.5 + 0.5) / 6)
-    assert out["ci95"] == asking.wilson(out["win_rate"], 6)
+    assert out["ci95"] == win_rates.wilson(out["win_rate"], 6)
     assert out["win_rate_without_ties"] == pytest.approx(2 / 3)
     assert out["contradictory"] == pytest.approx(1 / 5)
     assert out["says_a"] == pytest.approx(5 / 7)
@@ -342,7 +234,7 @@ def test_each_pair_once_in_each_order(pair, tmp_path):
         0.7,
         0.0,
     )
-    assert out["ci95"] == pytest.approx(asking.wilson(0.7, 10))
+    assert out["ci95"] == pytest.approx(win_rates.wilson(0.7, 10))
     assert out["says_a"] == 0.5
     assert out["judgements"] == dict(
         wanted=20, cached=0, valid=20, unparsable=0, failed=0, not_asked=0, cut=0
@@ -397,7 +289,7 @@ def test_request(pair, tmp_path, monkeypatch):
         run(server, pair, tmp_path / "run", prompts=1)  # other settings: other questions
         assert server.keys[-1] == "Bearer none"
         assert len(server.asked) == 4
-        run(server, pair, tmp_path / "run", prompts=1, judge_model="other")
+        run(server, pair, tmp_path / "run", prompts=1, judge_model=("other",))
         assert len(server.asked) == 6
 
 
@@ -411,6 +303,7 @@ FAULTS = {
     "no answer": (200, {}, '{"error": {"message": "upstream"}}'),
     "a page": (200, {"content-type": "text/html"}, "<html>login</html>"),
     "a list": (200, {}, "[]"),
+    "nothing": (200, {}, ""),
     "slow": 1.5,
     "cut": "cut",
     "half": "half",
@@ -692,7 +585,7 @@ def test_scores_and_forms_of_files(tmp_path, capsys):
     assert out["difference"] == {
         "n": 4,
         "mean": 0.5,
-        "ci95": pytest.approx(asking.average([1, 2, 0, -1])["ci95"]),
+        "ci95": pytest.approx(win_rates.average([1, 2, 0, -1])["ci95"]),
     }
     said = capsys.readouterr().out
     assert "1 of its prompts are not in every file" in said
@@ -733,14 +626,14 @@ def test_arguments_and_files_that_make_no_sense(pair, tmp_path, monkeypatch):
     bad = write(tmp_path / "bad.jsonl", [{"prompt": "p", "response": "r"}, {"prompt": "p", "text": "r"}])
     other = write(tmp_path / "other.jsonl", [{"prompt": "p", "response": "r"}])
     for files, changes, words in [
-        (pair[:1], {}, "takes two files, not 1"),
+        (pair[:1], {}, "takes two files or more, not 1"),
         ((pair[0], "none.jsonl"), {}, "none.jsonl: no such file"),
         ((pair[0], bad), {}, "bad.jsonl, row 2: no 'response'"),
         ((pair[0], other), {}, "no prompt is in both"),
         (pair, {"concurrency": 0}, "--concurrency"),
         (pair, {"extra": "[1]"}, "--extra"),
         (pair, {"extra": "{"}, "--extra"),
-        (pair, {"endpoint": "localhost:8000"}, "begins with http"),
+        (pair, {"endpoint": ("localhost:8000",)}, "begins with http"),
         (pair, {"template": "none"}, "--template none: no such file"),
     ]:
         _, error = run("http://127.0.0.1:9/v1", files, tmp_path / "run", **changes)
@@ -813,7 +706,7 @@ def test_transformers_serve(tmp_path, mode):
                 break
             time.sleep(0.5)
         endpoint = f"http://127.0.0.1:{port}/v1"
-        settings = dict(mode=mode, judge_model=MODEL, max_tokens=96, timeout=300.0, concurrency=1)
+        settings = dict(mode=mode, judge_model=(MODEL,), max_tokens=96, timeout=300.0, concurrency=1)
         out, error = run(endpoint, files, tmp_path / "run", **settings)
         assert error is None, (tmp_path / "log").read_text()[-2000:]
         counts = out["judgements"]
