@@ -17,6 +17,7 @@
 - `judge`: which answers does a language model prefer? It compares two files of responses, each pair in both
   orders, or gives scores from 1 to 5.
 - `all`: the three of them in one command, one table, and one page with the answers side by side.
+- `length_controlled`: AlpacaEval 2's length-controlled win rate from the judge's verdicts, by alpaca_eval.
 
 This file only chooses the command; each stands with its flags in a file of its own in evaluation/.
 docs/evaluate.md explains every number and file; `python evaluate.py values --help` lists the flags.
@@ -30,6 +31,7 @@ from common import distributed
 from common.cli import fail, parse
 from evaluation.all import All, evaluate_all
 from evaluation.judge import Judge, judge
+from evaluation.length_controlled import LengthControlled, length_controlled
 from evaluation.responses import RESPONSES_REVIEWS, Responses, responses
 from evaluation.values import Values, values
 
@@ -39,6 +41,7 @@ COMMANDS = {
     "responses": (Responses, RESPONSES_REVIEWS, responses),
     "judge": (Judge, {}, judge),
     "all": (All, {}, evaluate_all),
+    "length_controlled": (LengthControlled, {}, length_controlled),
 }
 
 
@@ -51,7 +54,7 @@ def main(argv: list[str]) -> None:
     if name not in COMMANDS:
         fail(f"give one of the commands {', '.join(COMMANDS)}: python evaluate.py values --help")
     flags, reviews, command = COMMANDS[name]
-    if name == "judge":  # no model of ours: no data set, no processes
+    if name in ("judge", "length_controlled"):  # no model of ours: no data set, no processes
         command(tyro.cli(flags, args=argv[1:]))
     else:
         distributed.launch(command, parse(flags, reviews, argv[1:]))

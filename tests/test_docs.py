@@ -18,8 +18,16 @@ COMMANDS = {  # of evaluate.py: the class of their flags, and their page
     "Responses": "docs/evaluate_responses.md",
     "Judge": "docs/evaluate_judge.md",
     "All": "docs/evaluate_all.md",
+    "LengthControlled": "docs/evaluate_benchmarks.md",
 }
-HOME = {name: f"evaluation/{name.lower()}" for name in COMMANDS}  # where the class is
+
+
+def command_of(name: str) -> str:
+    """LengthControlled -> length_controlled: the command, and its file in evaluation/."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+HOME = {name: f"evaluation/{command_of(name)}" for name in COMMANDS}  # where the class is
 REFERENCE = re.compile(r"\[`([\w./]+\.py)(?:: (\w+))?`\]\(([\w./]+)\)\s+(`+)(.+?)\4(?!`)")
 NUMBERED = re.compile(r"[\w./]+\.py(?::\d+|#L\d+)")  # a line number, in whatever form: it would drift
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
@@ -28,7 +36,22 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 FOREIGN = {  # flags of other programs: which
     "--help": "argparse and tyro",
     "--logdir": "tensorboard",
+    "--annotators_config": "alpaca_eval",
+    "--max_instances": "alpaca_eval",
     "--model_outputs": "alpaca_eval",
+    "--reference_outputs": "alpaca_eval",
+    "--apply_chat_template": "lm_eval",
+    "--batch_size": "lm_eval",
+    "--gen_kwargs": "lm_eval",
+    "--log_samples": "lm_eval",
+    "--model_args": "lm_eval",
+    "--output_path": "lm_eval and alpaca_eval",
+    "--tasks": "lm_eval",
+    "--model-list": "FastChat",
+    "--control-features": "arena-hard-auto",
+    "--judge-names": "arena-hard-auto",
+    "--local-dir": "hf download",
+    "--repo-type": "hf download",
     "--nnodes": "torchrun",
     "--nproc_per_node": "torchrun",
     "--shutdown-timeout": "torchrun",
@@ -253,7 +276,7 @@ def called() -> dict[str, frozenset[str]]:
     """How a command line calls what is ours, and the flags that may follow."""
     calls = {f"{script}.py": flags_of(script) for script in SCRIPTS}
     for name in COMMANDS:
-        calls[f"evaluate.py {name.lower()}"] = flags_of(HOME[name], name)
+        calls[f"evaluate.py {command_of(name)}"] = flags_of(HOME[name], name)
     for program in PROGRAMS:
         passed_on = script_flags() if program in PASS_ON else frozenset()
         calls[program] = program_flags(program) | passed_on
@@ -315,7 +338,7 @@ def test_option_tables_of_evaluate():
             if not same(said, flags[flag])
         ]
         assert not wrong, (page, wrong)
-        assert set(table) == set(flags) or f"evaluate.py {name.lower()} --help" in text, (
+        assert set(table) == set(flags) or f"evaluate.py {command_of(name)} --help" in text, (
             f"{page}: {set(flags) - set(table)}"
         )
 
