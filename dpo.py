@@ -383,7 +383,7 @@ def main(args: Args) -> None:
         if args.save_every and (done % args.save_every == 0 or done == steps):
             save_checkpoint(args.run_dir, done, trained, {}, args.keep)
     evaluate_pairs(steps)
-    export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
+    export(policy, tokenizer, f"{args.run_dir}/model", args.precision, made_by=(args, __file__))
     run.close(f"python evaluate.py responses --models {args.run_dir}/model --dataset YOUR_PROMPTS")
 
 

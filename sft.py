@@ -287,7 +287,7 @@ def main(args: Args) -> None:
         if args.save_every and (done % args.save_every == 0 or done == steps):
             save_checkpoint(args.run_dir, done, trained, {}, args.keep)
     evaluate_responses(steps)
-    export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
+    export(policy, tokenizer, f"{args.run_dir}/model", args.precision, made_by=(args, __file__))
     run.close(f"a policy to train from it, with --model {args.run_dir}/model")
 
 

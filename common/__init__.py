@@ -23,6 +23,7 @@ What makes it run on one CPU and on many GPUs:
     sharding       FSDP2
     optimizer      AdamW, learning rate, accumulation, the guarded step
     checkpoints    resume and export
+    model_card     the README.md of an exported folder
     cli, log       the command line; the run folder
     meter          seconds, memory, model FLOPs utilisation
     measures       pair accuracies, diversity

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint import state_dict as sd
 
 from common import distributed, lora, sharding
 from common.cli import fail
+from common.model_card import write_card
 
 
 def _states(trained: dict) -> dict:
@@ -101,8 +102,9 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"
 
 
-def export(model, tokenizer, folder: str, precision: str, **config) -> None:
-    """A Hugging Face folder: weights (compute type), config with `config`, tokenizer with its template."""
+def export(model, tokenizer, folder: str, precision: str, made_by=None, **config) -> None:
+    """A Hugging Face folder: weights (compute type), config with `config`, tokenizer with its template, and with
+    `made_by`, the arguments of `write_card` after the tokenizer, a model card."""
     sharding.reshard(model)
     options = sd.StateDictOptions(full_state_dict=True, cpu_offload=True)
     full = sd.get_model_state_dict(model, options=options)  # on rank 0
@@ -121,6 +123,8 @@ def export(model, tokenizer, folder: str, precision: str, **config) -> None:
         else:
             model.save_pretrained(part, state_dict=sharding.in_type(compute, model, full.items()))
         tokenizer.save_pretrained(part)
+        if made_by:  # before the old folder goes: it may be the base, whose card is read
+            write_card(part, model, tokenizer, *made_by)
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
     dist.barrier()
