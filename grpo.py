@@ -556,7 +556,7 @@ def main(args: Args) -> None:
             run.stop_if_asked(done)
     if args.eval_every and eval_rows:
         evaluate_kl_optional(args.steps)
-    export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
+    export(policy, tokenizer, f"{args.run_dir}/model", args.precision, made_by=(args, __file__))
     run.close(f"python evaluate.py responses --models {args.run_dir}/model --dataset YOUR_PROMPTS")
 
 

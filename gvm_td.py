@@ -703,6 +703,7 @@ def main(args: Args) -> None:
         tokenizer,
         f"{args.run_dir}/model",
         args.precision,
+        made_by=(args, __file__),
         gamma=args.gamma,
         return_mean=score_mean,
         return_std=score_std,

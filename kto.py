@@ -455,7 +455,7 @@ def main(args: Args) -> None:
             save_checkpoint(args.run_dir, done, trained, {}, args.keep)
             run.stop_if_asked(done)
     evaluate_labelled(steps)
-    export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
+    export(policy, tokenizer, f"{args.run_dir}/model", args.precision, made_by=(args, __file__))
     run.close(f"python evaluate.py responses --models {args.run_dir}/model --dataset YOUR_PROMPTS")
 
 

@@ -328,7 +328,8 @@ def main(args: Args) -> None:
     pad = tokenizer.pad_token_id
     limit = args.max_response_length
     reward_is_model = ":" not in args.reward or Path(args.reward).exists()
-    critic_name = resolve(args.critic or (args.reward if reward_is_model else args.model))
+    critic_start = args.critic or (args.reward if reward_is_model else args.model)
+    critic_name = resolve(critic_start)
     require_same_tokenizer(tokenizer, critic_name, "--critic")
 
     # --- data
@@ -582,8 +583,9 @@ def main(args: Args) -> None:
             run.stop_if_asked(done)
     if args.eval_every and eval_rows:
         evaluate(args.steps)
-    export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
-    export(critic, tokenizer, f"{args.run_dir}/critic", args.precision)
+    export(policy, tokenizer, f"{args.run_dir}/model", args.precision, made_by=(args, __file__))
+    made_by = (args, __file__, critic_start)
+    export(critic, tokenizer, f"{args.run_dir}/critic", args.precision, made_by=made_by)
     run.close(f"python evaluate.py responses --models {args.run_dir}/model --dataset YOUR_PROMPTS")
 
 

@@ -329,7 +329,7 @@ def main(args: Args) -> None:
         )
     scores = predict_scores(sequences[: 2 * 500])  # a sample: the spread is known to 2 % then
     statistics = {"score_mean": scores.mean().item(), "score_std": scores.std().item()}
-    export(model, tokenizer, f"{args.run_dir}/model", args.precision, **statistics)
+    export(model, tokenizer, f"{args.run_dir}/model", args.precision, made_by=(args, __file__), **statistics)
     run.close(f"python ppo.py --model YOUR_POLICY --reward {args.run_dir}/model")
 
 

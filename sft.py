@@ -290,7 +290,7 @@ def main(args: Args) -> None:
             save_checkpoint(args.run_dir, done, trained, {}, args.keep)
             run.stop_if_asked(done)
     evaluate_responses(steps)
-    export(policy, tokenizer, f"{args.run_dir}/model", args.precision)
+    export(policy, tokenizer, f"{args.run_dir}/model", args.precision, made_by=(args, __file__))
     run.close(f"a policy to train from it, with --model {args.run_dir}/model")
 
 

@@ -24,6 +24,7 @@ What makes it run on one CPU and on many GPUs:
     optimizer      AdamW, learning rate, accumulation, the guarded step
     checkpoints    resume and export
     durable        files that survive a crash, checksums, pickles that run nothing
+    model_card     the README.md of an exported folder
     cli, log       the command line; the run folder
     preemption     being asked to stop
     lock           one run a folder

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from common import distributed, durable, lora, sharding
 from common.cli import fail, note
+from common.model_card import write_card
 
 
 def _states(trained: dict) -> dict:
@@ -153,9 +154,10 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"
 
 
-def export(model, tokenizer, folder: str, precision: str, **config) -> None:
-    """A Hugging Face folder: weights (compute type), config with `config`, tokenizer with its template. Ends with
-    one line where a weight is not finite."""
+def export(model, tokenizer, folder: str, precision: str, made_by=None, **config) -> None:
+    """A Hugging Face folder: weights (compute type), config with `config`, tokenizer with its template, and with
+    `made_by`, the arguments of `write_card` after the tokenizer, a model card. Ends with one line where a weight
+    is not finite."""
     require_finite(model, folder)
     sharding.reshard(model)
     options = sd.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -175,5 +177,7 @@ def export(model, tokenizer, folder: str, precision: str, **config) -> None:
         else:
             model.save_pretrained(part, state_dict=sharding.in_type(compute, model, full.items()))
         tokenizer.save_pretrained(part)
+        if made_by:  # before the old folder goes: it may be the base, whose card is read
+            write_card(part, model, tokenizer, *made_by)
         durable.replace(part, final)
     dist.barrier()

@@ -23,6 +23,7 @@ KINDS = {  # the columns a row must have, by kind of data set
     "scored": ("prompt", "response", "reward"),
     "labelled": ("prompt", "response", "label"),
     "responses": ("prompt", "response"),  # all of them, where `sft` takes UltraFeedback's best
+    "best_of": ("prompt", "response"),  # of each prompt the right answers, then the wrong ones
 }
 OURS = (
     "prompt",

@@ -54,11 +54,17 @@ def ours(row: dict, kind: str) -> list[dict]:
     """The rows of ours that a row holds; [] where it teaches nothing of this kind (a tie). Raises ValueError."""
     row = {column: value for column, value in row.items() if value is not None}
     row = with_parsed(row)
+    if kind == "best_of":
+        return of_best_of(row)
     has_own_answer = {"response", "chosen", "rejected", "reward"} & set(row)  # --columns may have named one
     if is_ultrafeedback(row) and not has_own_answer:
         return of_ultrafeedback(row, kind)
     if is_ranked(row) and not has_own_answer:
         return of_ranked(row, kind)
+    if kind == "preference" and is_list_of_answers(row.get("chosen")):
+        raise ValueError(
+            "chosen is a list of answers, as in RewardBench 2, and not one; --source best-of reads it"
+        )
     row = with_pair(row, kind)
     if row is None:
         return []
@@ -537,6 +543,32 @@ def of_ranked(row: dict, kind: str) -> list[dict]:
             answer = {"response": each["answer"], "reward": -each["rank"], "policy": each.get("model")}
             scored.append({"prompt": prompt, **answer})
     return best_and_worst(scored, kind)
+
+
+def is_list_of_answers(value) -> bool:
+    """A list of texts, and not the messages of one answer."""
+    return isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
+
+
+def of_best_of(row: dict) -> list[dict]:
+    """RewardBench 2's nesting: lists of right answers in `chosen` and of wrong ones in `rejected`. A row for each
+    answer, the right ones first: its place `answer` from 0, `right` of all `answers`. Raises ValueError."""
+    for side in ("chosen", "rejected"):
+        if side not in row:
+            raise ValueError(f"no {side!r} among the columns; name yours with --columns {side} YOURS")
+        if not is_list_of_answers(row[side]):
+            raise ValueError(f"{side} is {type(row[side]).__name__}, not a list of texts with at least one")
+    answers = [*row["chosen"], *row["rejected"]]
+    right = len(row["chosen"])
+    for column, count in (("num_correct", right), ("total_completions", len(answers))):
+        if row.get(column, count) != count:
+            raise ValueError(f"{column} is {row[column]!r}, and the row has {count}")
+    rest = {column: value for column, value in row.items() if column not in ("chosen", "rejected")}
+    rows = []
+    for i, answer in enumerate(answers):
+        place = {"answer": i, "right": right, "answers": len(answers)}
+        rows.append(with_system({**rest, "response": answer, **place}))
+    return rows
 
 
 def is_finite_number(value) -> bool:

@@ -1,6 +1,6 @@
 """`evaluate.py values`: do value models prefer the better answer? Pair accuracies, pictures of token values.
 
-The numbers are those of 2502.16944 appendix E; docs/evaluate.md explains them."""
+The numbers are those of 2502.16944 appendix E, and RewardBench's; docs/evaluate.md explains them."""
 
 import gc
 import json
@@ -24,6 +24,7 @@ from common.measures import (
     longer_wins,
     make_pairs,
     pair_accuracy,
+    response_statistics,
     sample_pairs,
     whole_pairs,
 )
@@ -35,6 +36,7 @@ from common.rewards import Reward
 from common.templates import text_of
 from common.tokenization import load_tokenizer, tokenize
 from common.value_heads import response_values, sequence_scores
+from evaluation import reward_bench
 
 
 @dataclass
@@ -49,10 +51,10 @@ class Values:
     dataset: str = ""
     """Pairs or scored responses: a hub id (`id:configuration` where it has several), a folder, or local .jsonl, .json or
     .parquet files (.gz too; several with commas between);
-    RewardBench's files are read as they are."""
-    source: Literal["preference", "scores"] = "preference"
+    RewardBench's files are read as they are, those of version 2 with `--source best-of`."""
+    source: Literal["preference", "scores", "best-of"] = "preference"
     """What the data set holds. preference: prompt, chosen, rejected; scores: prompt, response, reward (all
-    pairs of a prompt at least `--gap` apart)."""
+    pairs of a prompt at least `--gap` apart); best-of: prompt, lists of answers in chosen and rejected."""
     split: str = "train"
     """Split of a hub data set; of a local file, the value that its column `split` must have."""
     reward: str = ""
@@ -60,7 +62,7 @@ class Values:
     gap: float = 0.0
     """Smallest difference of scores that makes a pair."""
     max_pairs: int = 0
-    """Size of a random sample of the pairs. 0: all."""
+    """Size of a random sample of the pairs, with `--source best-of` of the prompts. 0: all."""
     fraction: float = 1.0
     """Share of the prompts to judge: those that a run with this `--eval-fraction` holds out."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -76,7 +78,7 @@ class Values:
     skip_bad_rows: bool = False
     """Drop and count unusable rows (an empty response is one) instead of stopping at the first."""
     max_characters: int = 0
-    """Drop and count pairs with a response longer than this many characters. 0: no limit."""
+    """Drop and count pairs, or prompts, with a response longer than this many characters. 0: no limit."""
     max_prompt_length: int = 1024
     """Longest prompt, in tokens; longer ones are dropped and counted."""
     max_response_length: int = 1024
@@ -90,7 +92,7 @@ class Values:
     text: tuple[str, ...] = ()
     """A prompt and responses to it, to be drawn token by token."""
     draw: int = 2
-    """Number of pairs that are drawn token by token."""
+    """Number of pairs that are drawn token by token; of a prompt with many answers the first right and wrong one."""
     run_dir: str = "runs/evaluate"
     """Folder of values.json, values.md, values.jsonl and the pictures."""
     seed: int = 0
@@ -178,6 +180,19 @@ def policy_baseline(pairs: list[tuple[dict, dict]], averages: dict[str, float]) 
     return {"score": better_policy_wins(pairs, averages)}
 
 
+def response_scores(token_values: list[float], kind: str, gamma: float, lam: float) -> dict[str, float]:
+    """The columns of one response: a score for each statistic of its token values and for their backup; of a
+    reward model its score, which `token_values` then holds alone."""
+    if kind == "reward":
+        return {"score": token_values[0]}
+    return response_statistics(token_values) | {"backup": backup(token_values, gamma, lam)}
+
+
+def length_scores(rows: list[tuple[dict, ...]]) -> list[list[dict[str, float]]]:
+    """The baseline's columns of each answer: its number of characters as its score."""
+    return [[{"score": float(len(text_of(row["response"])))} for row in answers] for answers in rows]
+
+
 def by_subset(measure, pairs: list, subsets: list[str | None], *settings) -> dict[str, dict[str, float]]:
     """`measure(pairs, *settings)` of all pairs (row `all`), of each named subset, and the plain mean over
     subsets (row `average`), in which a small subset counts as much as a large one. `subsets`: each pair's,
@@ -198,15 +213,18 @@ def by_subset(measure, pairs: list, subsets: list[str | None], *settings) -> dic
 
 
 def accuracy_table(tables: dict[str, dict]) -> str:
-    """Markdown: a row for each model or baseline, and for each of its subsets."""
+    """Markdown: a row for each model or baseline, and for each of its subsets. What a row counts, `pairs` or
+    `prompts`, is the same in all."""
+    first = next(iter(next(iter(tables.values())).values()))
+    unit = "prompts" if "prompts" in first else "pairs"
     lines = [
-        "| share of pairs | pairs | " + " | ".join(COLUMNS) + " |",
+        f"| share of {unit} | {unit} | " + " | ".join(COLUMNS) + " |",
         "|---" * (len(COLUMNS) + 2) + "|",
     ]
     for name, table in tables.items():
         for subset, shares in table.items():
             label = name if subset == "all" else f"{name}: {subset}"
-            cells = [label, str(shares["pairs"])]
+            cells = [label, str(shares[unit])]
             for column in COLUMNS:
                 cells.append(f"{shares[column]:.3f}" if column in shares else "")
             lines.append("| " + " | ".join(cells) + " |")
@@ -258,14 +276,18 @@ def as_the_run(args: Values) -> tuple[Values, dict[str, float]]:
 
 
 def drop_long(rows: list[dict], args: Values) -> list[dict]:
-    """The rows whose responses have at most `--max-characters` characters; the others are counted."""
+    """The rows whose responses have at most `--max-characters` characters; the others are counted. With
+    `--source best-of` all answers of a prompt go with a long one."""
     columns = ("chosen", "rejected") if args.source == "preference" else ("response",)
-    short = [
-        row for row in rows if all(len(text_of(row[column])) <= args.max_characters for column in columns)
+    long_rows = [
+        i for i, row in enumerate(rows) if any(len(text_of(row[c])) > args.max_characters for c in columns)
     ]
-    dropped = len(rows) - len(short)
-    note(f"{args.dataset}: dropped {dropped} of {len(rows)} rows: response over --max-characters")
-    return short
+    if args.source == "best-of":
+        long_groups = {rows[i]["group"] for i in long_rows}
+        long_rows = [i for i, row in enumerate(rows) if row["group"] in long_groups]
+    dropped = set(long_rows)
+    note(f"{args.dataset}: dropped {len(dropped)} of {len(rows)} rows: response over --max-characters")
+    return [row for i, row in enumerate(rows) if i not in dropped]
 
 
 def responses_of_pairs(rows: list[dict]) -> list[dict]:
@@ -278,10 +300,49 @@ def responses_of_pairs(rows: list[dict]) -> list[dict]:
     return responses
 
 
+def with_groups(rows: list[dict], args: Values) -> list[dict]:
+    """Best-of rows with `group`, the number of their prompt. Where a prompt fits no rule of RewardBench 2 the run
+    ends, or drops and counts it with `--skip-bad-rows`."""
+    groups = []
+    for row in rows:
+        if row["answer"] == 0:
+            groups.append([])
+        groups[-1].append({**row, "group": len(groups) - 1})
+    kept = []
+    bad = 0
+    seen = set()
+    for group in groups:
+        try:
+            reward_bench.check_prompt(group[0], seen)
+            kept += group
+        except ValueError as error:
+            if not args.skip_bad_rows:
+                name = f"{args.dataset}, row {group[0]['row']}"
+                fail(f"{name}: {error} (or drop such rows with --skip-bad-rows)")
+            bad += 1
+    if bad:
+        note(f"{args.dataset}: dropped {bad} prompts of {len(groups)} that RewardBench 2's rules do not fit")
+    return kept
+
+
+def whole_groups(rows: list[dict]) -> list[tuple[dict, ...]]:
+    """The answers of each prompt, the right ones first. A prompt of which an answer was dropped, as one that cannot
+    be written is, is left out and counted."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    whole = [tuple(group) for group in groups.values() if len(group) == group[0]["answers"]]
+    if len(whole) < len(groups):
+        note(f"dropped {len(groups) - len(whole)} prompts of {len(groups)} of which an answer was dropped")
+    return whole
+
+
 def load_rows(args: Values) -> list[dict]:
     """The responses to judge, one per row: held out, with a `reward` unless `--reward` is to give it.
     Ends the run where none is left."""
-    if args.source == "preference":
+    if args.source == "best-of":
+        kind = "best_of"
+    elif args.source == "preference":
         kind = "preference"
     elif args.reward:
         kind = "responses"
@@ -296,6 +357,8 @@ def load_rows(args: Values) -> list[dict]:
         split_seed=args.split_seed,
         skip_bad_rows=args.skip_bad_rows,
     )
+    if args.source == "best-of":
+        rows = with_groups(rows, args)
     if args.max_characters:
         rows = drop_long(rows, args)
     _, held_out = hold_out(rows, args.fraction, args.split_seed)
@@ -333,12 +396,17 @@ def with_rewards(rows: list[dict], tokenizer, args: Values) -> list[dict]:
     return scored
 
 
-def choose_pairs(rows: list[dict], args: Values) -> list[tuple[dict, dict]]:
-    """The (chosen, rejected) pairs of rows to judge, at most `--max-pairs`. Ends the run without one.
+def choose_pairs(rows: list[dict], args: Values) -> list[tuple[dict, ...]]:
+    """The (chosen, rejected) pairs of rows to judge, or with `--source best-of` all answers of each prompt, the right
+    ones first; at most `--max-pairs`. Ends the run without one.
 
     Preference data are pairs already, whatever `--gap` says.
     """
-    if args.source == "preference":
+    if args.source == "best-of":
+        pairs = whole_groups(rows)
+        if not pairs:
+            fail(f"{args.dataset}: no prompt is left with all of its answers")
+    elif args.source == "preference":
         pairs = whole_pairs(rows)
     else:
         pairs = make_pairs(rows, args.gap)
@@ -346,6 +414,11 @@ def choose_pairs(rows: list[dict], args: Values) -> list[tuple[dict, dict]]:
         fail(f"{args.dataset}: no two responses to a prompt with --gap between them")
     if args.max_pairs:
         pairs = sample_pairs(pairs, args.max_pairs)
+    if args.source == "best-of":
+        prompts = [answers[0] for answers in pairs]
+        ties_alone = all(reward_bench.is_ties(row.get("subset")) for row in prompts)
+        if ties_alone and not reward_bench.has_ties_score(prompts):
+            fail(f"{args.dataset}: {reward_bench.NO_TIES_SCORE}")
     return pairs
 
 
@@ -385,54 +458,86 @@ def predict(model, kind: str, rows: list[dict], tokenizer, args: Values) -> list
 
 
 def predict_pairs(
-    model, kind: str, pairs: list[tuple[dict, dict]], config, tokenizer, args: Values
-) -> list[tuple[list[float], list[float]]]:
-    """The (chosen's, rejected's) token values of each pair. The prompts begin with the context that the model
-    was trained with, or with `--context-pairs` of it."""
+    model, kind: str, pairs: list[tuple[dict, ...]], config, tokenizer, args: Values
+) -> list[tuple[list[float], ...]]:
+    """The token values of each response of each pair, or of each prompt's answers. The prompts begin with the context
+    that the model was trained with, or with `--context-pairs` of it."""
     rows = [row for pair in pairs for row in pair]  # chosen, rejected, chosen, rejected, ...
     context_pairs = args.context_pairs
     if context_pairs < 0:
         context_pairs = getattr(config, "context_pairs", 0)
     context_length = getattr(config, "context_length", 256)
     rows = add_context(rows, context_pairs, rows, tokenizer, context_length, args.seed)
-    predicted = predict(model, kind, rows, tokenizer, args)
-    return list(zip(predicted[::2], predicted[1::2], strict=True))
+    predicted = iter(predict(model, kind, rows, tokenizer, args))
+    return [tuple(next(predicted) for _ in pair) for pair in pairs]
+
+
+def table_of(
+    kind: str, pairs: list[tuple[dict, ...]], pair_values: list[tuple[list[float], ...]], config, args: Values
+) -> dict[str, dict]:
+    """A model's rows of the table, with RewardBench's where the subsets are its. `config`: the model's."""
+    gamma = getattr(config, "gamma", 1.0)
+    subsets = [pair[0].get("subset") for pair in pairs]
+    if args.source == "best-of":
+        scores = []
+        for answers in pair_values:
+            scores.append([response_scores(token_values, kind, gamma, args.lam) for token_values in answers])
+        return reward_bench.best_of_table(pairs, scores)
+    if kind == "reward":
+        table = by_subset(score_accuracy, pair_values, subsets)
+    else:
+        table = by_subset(accuracies, pair_values, subsets, gamma, args.lam)
+    return table | reward_bench.section_rows(table)
 
 
 # --- what is shown -------------------------------------------------------------------------------------
 
 
 def baseline_tables(
-    pairs: list[tuple[dict, dict]], subsets: list[str | None], averages: dict[str, float]
+    pairs: list[tuple[dict, ...]], averages: dict[str, float], args: Values
 ) -> dict[str, dict]:
-    """The baselines' tables by name. The one by policy is left out where no policy's average is known."""
-    tables = {"baseline: the longer one": by_subset(length_baseline, pairs, subsets)}
+    """The baselines' tables by name. The one by policy is left out where no policy's average is known, and of prompts
+    with several answers."""
+    longer = "baseline: the longer one"
+    if args.source == "best-of":
+        return {longer: reward_bench.best_of_table(pairs, length_scores(pairs))}
+    subsets = [chosen.get("subset") for chosen, _ in pairs]
+    table = by_subset(length_baseline, pairs, subsets)
+    tables = {longer: table | reward_bench.section_rows(table)}
     policies = {row.get("policy") for pair in pairs for row in pair}
     if policies & set(averages):
         tables["baseline: the better policy"] = by_subset(policy_baseline, pairs, subsets, averages)
     return tables
 
 
+def say_what_is_missing(
+    label: str, table: dict[str, dict], pairs: list[tuple[dict, ...]], args: Values
+) -> None:
+    """Notes on what the model's table lacks of RewardBench."""
+    if args.source == "best-of":
+        lines = reward_bench.incomplete_ties([answers[0] for answers in pairs])
+    else:
+        lines = reward_bench.incomplete_sections(table)
+    for line in lines:
+        note(f"{label}: RewardBench: {line}")
+
+
 def pair_records(
-    model: str,
-    pairs: list[tuple[dict, dict]],
-    pair_values: list[tuple[list[float], list[float]]],
-    subsets: list[str | None],
+    model: str, pairs: list[tuple[dict, ...]], pair_values: list[tuple[list[float], ...]], args: Values
 ) -> list[dict]:
-    """The rows of values.jsonl, one per pair."""
+    """The rows of values.jsonl, one per pair. With `--source best-of` one per prompt, and each side is a list."""
     records = []
-    for pair, of_pair, subset in zip(pairs, pair_values, subsets, strict=True):
-        chosen, rejected = pair
-        chosen_values, rejected_values = of_pair
-        record = {
-            "model": model,
-            "subset": subset,
-            "prompt": chosen["prompt"],
-            "chosen": chosen["response"],
-            "rejected": rejected["response"],
-            "chosen_values": chosen_values,
-            "rejected_values": rejected_values,
-        }
+    for pair, of_pair in zip(pairs, pair_values, strict=True):
+        record = {"model": model, "subset": pair[0].get("subset"), "prompt": pair[0]["prompt"]}
+        responses = [row["response"] for row in pair]
+        if args.source == "best-of":
+            right = pair[0]["right"]
+            record["id"] = pair[0].get("id")
+            record |= {"chosen": responses[:right], "rejected": responses[right:]}
+            record |= {"chosen_values": of_pair[:right], "rejected_values": of_pair[right:]}
+        else:
+            record |= {"chosen": responses[0], "rejected": responses[1]}
+            record |= {"chosen_values": of_pair[0], "rejected_values": of_pair[1]}
         records.append(record)
     return records
 
@@ -455,7 +560,10 @@ def save(tables: dict[str, dict], records: list[dict], args: Values) -> None:
     (folder / "values.json").write_text(json.dumps(accuracy, indent=1))
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in records]
     (folder / "values.jsonl").write_text("".join(lines), encoding="utf-8")
-    note(f"{text}\nties are not wins; the standard error of a share of n pairs is at most 0.5 / sqrt(n)")
+    ties = "ties are not wins"
+    if args.source == "best-of":
+        ties = "a right answer that shares the highest score with k - 1 others counts 1 / k"
+    note(f"{text}\n{ties}; the standard error of a share of n pairs or prompts is at most 0.5 / sqrt(n)")
 
 
 # --- the command ---------------------------------------------------------------------------------------
@@ -468,6 +576,8 @@ def values(args: Values) -> None:
         fail("--models: give at least one")
     if len(args.text) == 1:
         fail("--text: give a prompt and at least one response to it")
+    if args.reward and args.dataset and args.source != "scores":
+        fail("--reward scores the responses of --source scores alone")
     folders = [resolve(name, "value") for name in args.models]
     args, averages = as_the_run(args)
     if not args.dataset and not args.text:
@@ -498,19 +608,17 @@ def values(args: Values) -> None:
         if rows:
             pairs = choose_pairs(with_tokens(rows, tokenizer, args, kind), args)
             pair_values = predict_pairs(model, kind, pairs, config, tokenizer, args)
-            subsets = [chosen.get("subset") for chosen, _ in pairs]
-            if kind == "reward":
-                tables[label] = by_subset(score_accuracy, pair_values, subsets)
-            else:
-                gamma = getattr(config, "gamma", 1.0)
-                tables[label] = by_subset(accuracies, pair_values, subsets, gamma, args.lam)
+            tables[label] = table_of(kind, pairs, pair_values, config, args)
+            say_what_is_missing(label, tables[label], pairs, args)
             if not baselines:  # on the pairs that the first model's length limits leave
-                baselines = baseline_tables(pairs, subsets, averages)
-            records += pair_records(label, pairs, pair_values, subsets)
+                baselines = baseline_tables(pairs, averages, args)
+            records += pair_records(label, pairs, pair_values, args)
             if kind == "value":
                 for pair, of_pair in zip(pairs[: args.draw], pair_values[: args.draw], strict=True):
+                    # the first rejected answer, after all right ones
+                    wrong = pair[0]["right"] if args.source == "best-of" else 1
                     pictures.append(picture("chosen: ", pair[0], of_pair[0], tokenizer))
-                    pictures.append(picture("rejected: ", pair[1], of_pair[1], tokenizer))
+                    pictures.append(picture("rejected: ", pair[wrong], of_pair[wrong], tokenizer))
         if texts and kind == "value":
             text_rows = with_tokens(texts, tokenizer, args)
             text_values = predict(model, kind, text_rows, tokenizer, args)

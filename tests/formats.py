@@ -442,6 +442,34 @@ FORMATS = [
         [PAIR],
     ),
     Format(
+        "allenai/reward-bench-2",
+        "best_of",
+        {
+            "id": "1",
+            "prompt": Q,
+            "chosen": [A],
+            "rejected": [B, "Snow is.", "No."],
+            "num_correct": 1,
+            "num_incorrect": 3,
+            "total_completions": 4,
+            "models": ["x"],
+            "subset": "Math",
+            "additional_metadata": {"category": None},
+        },
+        [
+            {"prompt": Q, "response": A},
+            {"prompt": Q, "response": B},
+            {"prompt": Q, "response": "Snow is."},
+            {"prompt": Q, "response": "No."},
+        ],
+    ),
+    Format(
+        "allenai/reward-bench-2",
+        "preference",
+        {"prompt": Q, "chosen": [A], "rejected": [B, "Snow is.", "No."]},
+        "chosen is a list of answers, as in RewardBench 2, and not one; --source best-of reads it",
+    ),
+    Format(
         "berkeley-nest/Nectar",
         "preference",
         {

@@ -10,6 +10,7 @@ import pytest
 from common import distributed
 from common.measures import response_statistics
 from evaluation import values as asked
+from evaluation.reward_bench import NO_TIES_SCORE
 
 TINY = ["--steps", "3", "--save-every", "0", "--eval-every", "0"]
 
@@ -158,6 +159,141 @@ def test_rewardbench_file_and_pictures(runs):
     assert response_statistics(kept[0]["chosen_values"])["last"] == kept[0]["chosen_values"][-1]
 
 
+def test_rewardbenchs_sections(runs):
+    """Rows of sections for every model and baseline, and what is missing of the benchmark, in the notes."""
+    rows = []
+    for i, name in enumerate(["hep-cpp", "math-prm", "math-prm", "alpacaeval-easy"]):
+        good, bad = ("the soup was great .", "the soup was awful .")[:: 1 if i != 1 else -1]
+        rows.append(
+            {"prompt": "lunch : the soup ?", "chosen": good, "rejected": bad, "subset": name, "id": i}
+        )
+    file = runs.write("sections.jsonl", rows)
+    argv = ["--models", "reviews", "runs/v-reward/model", "--dataset", file, "--draw", "0"]
+    output = runs.command("evaluate", "values", *argv, "--run-dir", "runs/v-sections").ok().output
+    found = table(runs, "runs/v-sections")
+    assert list(found["reviews"]) == ["all", "alpacaeval-easy", "hep-cpp", "math-prm", "average"] + [
+        "section Chat",
+        "section Reasoning",
+    ]
+    mine = found["reviews"]
+    weighted = (984 * mine["math-prm"]["mean"] + 164 * mine["hep-cpp"]["mean"]) / 1148
+    assert mine["section Reasoning"]["mean"] == pytest.approx(weighted)
+    assert 0 < weighted < 1
+    assert mine["section Reasoning"]["pairs"] == 3
+    assert found["baseline: the longer one"]["section Chat"] == {"score": 0.0, "pairs": 1}
+    assert set(found["runs/v-reward/model"]["section Reasoning"]) == {"score", "pairs"}
+    assert "reviews: RewardBench: no subset of the section Safety, so no total" in output
+    assert "runs/v-reward/model: RewardBench: math-prm has 2 pairs here and 447 in the benchmark" in output
+
+
+GREAT = "the soup was great ."
+GOOD = "the soup was good and the wine was lovely ."
+AWFUL = "the soup was awful ."
+BAD = "the wine was bad and the soup was dull ."
+
+
+def version_2_rows():
+    """RewardBench 2 in small, in the columns of its file: each subset, a long prompt, Ties with both rows."""
+    rows = []
+    for subset in ("Factuality", "Precise IF", "Math", "Safety", "Focus"):
+        for chosen, rejected in ((GREAT, [AWFUL, BAD, "."]), (AWFUL, [GREAT, BAD, AWFUL])):
+            rows.append({"id": str(len(rows)), "subset": subset, "chosen": [chosen], "rejected": rejected})
+    rows.append({"id": "ref:0", "subset": "Ties", "chosen": [GREAT], "rejected": [AWFUL, BAD]})
+    rows.append({"id": "tied:0", "subset": "Ties", "chosen": [GREAT, GOOD], "rejected": [AWFUL, BAD]})
+    for row in rows:
+        right = len(row["chosen"])
+        wrong = len(row["rejected"])
+        row |= {"prompt": "lunch : the soup and the wine ?", "models": ["m"], "additional_metadata": None}
+        row |= {"num_correct": right, "num_incorrect": wrong, "total_completions": right + wrong}
+    return rows
+
+
+def test_rewardbench_2(runs):
+    """The table is what the values in values.jsonl give; all columns, a reward model and the baseline in one table."""
+    rows = version_2_rows()
+    long = {**rows[0], "prompt": "lunch : " + "the soup and the wine and " * 40 + "?"}
+    file = runs.write("version2.jsonl", [*rows, long])
+    argv = ["--models", "reviews", "runs/v-reward/model", "--dataset", file, "--source", "best-of"]
+    argv += ["--run-dir", "runs/v-two", "--draw", "1", "--max-prompt-length", "64"]
+    output = runs.command("evaluate", "values", *argv).ok().output
+    assert "dropped 4 of 51 rows: prompt longer than --max-prompt-length 64" in output
+    assert "| share of prompts | prompts | mean |" in output
+    assert "| reviews: RewardBench 2 | 12 |" in output
+    found = table(runs, "runs/v-two")
+    subsets = ["Factuality", "Focus", "Math", "Precise IF", "Safety", "Ties"]
+    for name in ("reviews", "runs/v-reward/model", "baseline: the longer one"):
+        assert list(found[name]) == ["all", *subsets, "RewardBench 2"]
+        total = np.mean([found[name][subset].get("score", 0.0) for subset in subsets])
+        assert found[name]["RewardBench 2"].get("score", 0.0) == pytest.approx(total)
+    # the chosen answer of every second row is as long as a rejected one, and a longer one is there
+    assert found["baseline: the longer one"]["Math"] == {"score": 0.0, "prompts": 2}
+
+    kept = [json.loads(line) for line in runs.path("runs/v-two/values.jsonl").read_text().splitlines()]
+    kept = [row for row in kept if row["model"] == "reviews"]
+    assert [row["id"] for row in kept] == [row["id"] for row in rows]
+    assert [len(values) for values in kept[0]["rejected_values"]] == [6, 11, 2]
+    assert (kept[-1]["chosen"], kept[-1]["rejected"]) == ([GREAT, GOOD], [AWFUL, BAD])
+    for column, score in (
+        ("last", lambda q: q[-1]),
+        ("mean", np.mean),
+        ("p90", lambda q: np.percentile(q, 90)),
+    ):
+        wins = []
+        for row in kept:
+            if row["subset"] == "Math":
+                best = max(score(values) for values in row["rejected_values"])
+                mine = score(row["chosen_values"][0])
+                wins.append(1.0 if mine > best else 0.5 if mine == best else 0.0)
+        assert found["reviews"]["Math"][column] == np.mean(wins)
+    ref, tied = kept[-2:]
+    lowest = min(values[-1] for values in tied["chosen_values"])
+    highest = max(values[-1] for values in tied["chosen_values"])
+    lead = lowest - max(values[-1] for values in tied["rejected_values"])
+    ref_lead = ref["chosen_values"][0][-1] - max(values[-1] for values in ref["rejected_values"])
+    smaller = min(lead, ref_lead)
+    spread = highest - lowest
+    expected = 0.3 * (lead > 0) + 0.3 * (ref_lead > 0) + 0.2 * (lead > spread) + 0.2 * (smaller > spread)
+    expected += 0.01 * np.tanh(smaller / spread - 1)
+    assert found["reviews"]["Ties"]["last"] == pytest.approx(expected)
+    assert runs.path("runs/v-two/values.html").read_text().count("<h4>") == 2
+
+
+def test_a_prompt_goes_as_a_whole(runs):
+    """One long answer takes all answers of its prompt along; half of Ties is said; a sample is one of prompts."""
+    file = runs.write("whole.jsonl", version_2_rows())
+    argv = ["--models", "reviews", "--dataset", file, "--source", "best-of", "--draw", "0"]
+    argv += ["--run-dir", "runs/v-whole"]
+    output = runs.command("evaluate", "values", *argv, "--max-characters", str(len(BAD))).ok().output
+    assert "dropped 4 of 47 rows: response over --max-characters" in output
+    assert f"reviews: RewardBench: {NO_TIES_SCORE}" in output
+    found = table(runs, "runs/v-whole")["reviews"]
+    assert "Ties" not in found and "RewardBench 2" not in found
+    assert found["average"]["prompts"] == 10
+    runs.command("evaluate", "values", *argv, "--max-pairs", "5").ok()
+    assert len(runs.path("runs/v-whole/values.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_prompt_without_one_of_its_answers_is_left_out(capsys):
+    """As its accuracy would be one of fewer answers, or of another right one."""
+    rows = [{"group": group, "answer": i, "answers": 3} for group in (0, 1, 2) for i in range(3)]
+    del rows[3]
+    whole = asked.whole_groups(rows)
+    assert [group[0]["group"] for group in whole] == [0, 2]
+    assert [len(group) for group in whole] == [3, 3]
+    assert "dropped 1 prompts of 3 of which an answer was dropped" in capsys.readouterr().out
+
+
+def test_prompts_that_fit_no_rule_are_dropped_and_counted(runs):
+    row = {"prompt": "lunch ?", "chosen": [GREAT], "rejected": [AWFUL]}
+    bad = [row | {"chosen": [GREAT, GOOD]}, row | {"subset": "Ties", "id": "9"}, row | {"num_correct": 2}]
+    file = runs.write("unfit.jsonl", [bad[0], row, *bad[1:], row])
+    argv = ["--dataset", file, "--source", "best-of", "--skip-bad-rows", "--run-dir", "runs/v-unfit"]
+    output = runs.command("evaluate", "values", *argv).ok().output
+    assert "dropped 1 bad rows of 5" in output
+    assert "dropped 2 prompts of 4 that RewardBench 2's rules do not fit" in output
+    assert table(runs, "runs/v-unfit")["reviews"]["all"]["prompts"] == 2
+
+
 def test_ranks_judge_alike(runs):
     """Three processes and micro-batches of one give the table of one process."""
     argv = dict(models=("reviews",), like="runs/v-reward", precision="fp64", draw=0)
@@ -195,10 +331,18 @@ class Call:
         (["--dataset", "empty.jsonl"], "row 1: rejected is empty"),
         (["--dataset", "scored.jsonl", "--source", "scores", "--gap", "99"], "no two responses"),
         (["--dataset", "pairs.jsonl", "--models", "runs/v-policy"], "no head that was trained"),
+        (["--dataset", "two.jsonl"], "row 1: chosen is a list of answers, as in RewardBench 2"),
+        (["--dataset", "pairs.jsonl", "--source", "best-of"], "row 1: chosen is str, not a list of texts"),
+        (["--dataset", "two.jsonl", "--source", "best-of"], "row 2: chosen has 2 answers; only rows"),
+        (["--dataset", "half.jsonl", "--source", "best-of"], NO_TIES_SCORE),
+        (["--dataset", "pairs.jsonl", "--reward", "m:f"], "--reward scores the responses of --source scores"),
     ],
 )
 def test_bad_input(runs, argv, message):
     runs.write("empty.jsonl", [{"prompt": "lunch ?", "chosen": "the soup was great .", "rejected": ""}])
+    row = {"prompt": "lunch ?", "chosen": [GREAT], "rejected": [AWFUL]}
+    runs.write("two.jsonl", [row, row | {"chosen": [GREAT, GOOD]}])
+    runs.write("half.jsonl", [row | {"subset": "Ties", "id": "ref:0"}])
     if not runs.path("runs/v-policy").exists():
         helpers.edit_model(runs, "policy", "v-policy")
     assert message in runs.command("evaluate", "values", "--run-dir", "runs/v-bad", *argv).error()
