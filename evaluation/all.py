@@ -7,7 +7,6 @@ import gc
 import hashlib
 import json
 import os
-import re
 import shlex
 import shutil
 import time
@@ -25,7 +24,7 @@ from common.pretrained import resolve
 from common.reference import fingerprint
 from common.rollout import rollout
 from common.tokenization import encode_prompt, load_tokenizer, tokenize
-from evaluation.judge import Judge, fill, prompt_text, read_template
+from evaluation.judge import Judge, file_name, prompt_text, read_template
 from evaluation.judge import judge as ask_judge
 from evaluation.page import Answer, Question, Verdict, write_page
 from evaluation.responses import (
@@ -90,6 +89,7 @@ GIVEN = (
     "--responses",
     "--judge-model",
     "--endpoint",
+    "--mode",
     "--run-dir",
     "--reward",
     "--seed",
@@ -131,11 +131,10 @@ def values_args(args: All) -> Values:
     return parse(Values, {}, [*words, *flags_of("values", args.values_flags)])
 
 
-def judge_words(args: All, judge: str, first: Path, second: Path, folder: Path) -> list[str]:
-    """The flags of `evaluate.py judge` for two files of responses."""
-    endpoint = args.endpoint[args.judge_model.index(judge) if len(args.endpoint) > 1 else 0]
-    words = ["--responses", str(first), str(second), "--judge-model", judge, "--endpoint", endpoint]
-    words += ["--run-dir", str(folder), "--seed", str(args.seed)]
+def judge_words(args: All, first: Path, second: Path, folder: Path) -> list[str]:
+    """The flags of `evaluate.py judge` for two files of responses, by all judges."""
+    words = ["--responses", str(first), str(second), "--judge-model", *args.judge_model]
+    words += ["--endpoint", *args.endpoint, "--run-dir", str(folder), "--seed", str(args.seed)]
     return [*words, *flags_of("judge", args.judge_flags)]
 
 
@@ -155,14 +154,9 @@ def run_judge(words: list[str]) -> bool:
     return True
 
 
-def judge_folder(args: All, judge: str, candidate: str) -> Path:
-    """Where the verdicts of a judge about a model and the first one lie."""
-    return Path(args.run_dir, "judge", file_name(judge), candidate)
-
-
-def file_name(judge: str) -> str:
-    """A judge's name as that of a folder."""
-    return re.sub(r"[^\w.-]+", "_", judge)
+def judge_folder(args: All, candidate: str) -> Path:
+    """Where the verdicts about a model and the first one lie."""
+    return Path(args.run_dir, "judge", candidate)
 
 
 # --- before anything is spent ---------------------------------------------------------------------------
@@ -198,20 +192,19 @@ def plan(args: All, asked: Responses, questions: list[dict], names: list[str]) -
     )
     if left:
         note(f"  at most {tokens:,} tokens{time_of_answers(asked, questions, left, args.dry_run)}")
-    for judge in args.judge_model:
-        folders = [judge_folder(args, judge, name) for name in names[1:]]
-        there = sum(count_lines(folder / "judgements.jsonl") for folder in folders)
-        questions_left = max(0, 2 * len(questions) * (len(names) - 1) - there)
-        limits = tyro.cli(Judge, args=judge_words(args, judge, Path("a"), Path("b"), Path("c")))
-        if limits.prompts:
-            questions_left = min(questions_left, 2 * limits.prompts * (len(names) - 1))
-        # a character is about a quarter of a token
-        one = len(read_template(limits)) // 4 + 2 * asked.max_response_length
-        note(f"{judge}: at most {questions_left} questions (both orders), {there} answers are there")
-        if questions_left:
-            read = questions_left * one
-            written = questions_left * limits.max_tokens
-            note(f"  at most about {read:,} tokens to read and {written:,} to write, the prompts not counted")
+    if not args.judge_model:
+        return
+    settings = tyro.cli(Judge, args=judge_words(args, Path("a"), Path("b"), Path("c")))
+    there = sum(count_lines(judge_folder(args, name) / "judgements.jsonl") for name in names[1:])
+    pairs = len(args.judge_model) * (len(names) - 1) * (settings.prompts or len(questions))
+    left = max(0, 2 * pairs - there)
+    note(f"{', '.join(args.judge_model)}: at most {left} questions (both orders), {there} answers are there")
+    if left:
+        # a token is about four characters
+        one = len(read_template(settings)) // 4 + 2 * asked.max_response_length
+        read = left * one
+        written = left * settings.max_tokens
+        note(f"  at most about {read:,} tokens to read and {written:,} to write, the prompts not counted")
 
 
 def count_lines(file: Path) -> int:
@@ -259,20 +252,20 @@ def duration(seconds: float) -> str:
 
 
 def try_judges(args: All) -> None:
-    """Asks each judge about one pair, before hours are spent on answers that nobody can judge. Ends the run
+    """Asks the judges about one pair, before hours are spent on answers that nobody can judge. Ends the run
     where one does not answer."""
-    for judge in args.judge_model:
-        folder = Path(args.run_dir, "judge", file_name(judge), "try")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        files = [folder / "a.jsonl", folder / "b.jsonl"]
-        for file, fruit in zip(files, ("An apple.", "No."), strict=True):
-            file.write_text(json_lines([{"prompt": "Name a fruit.", "response": fruit}]))
-        note(f"{judge}: a try")
-        start = time.perf_counter()
-        if not run_judge(judge_words(args, judge, *files, folder)):
-            fail(f"--judge-model {judge} does not answer; nothing was spent on answers yet")
-        note(f"{judge}: two questions took {time.perf_counter() - start:.1f} s")
+    folder = Path(args.run_dir, "judge", "try")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    files = [folder / "a.jsonl", folder / "b.jsonl"]
+    for file, fruit in zip(files, ("An apple.", "No."), strict=True):
+        file.write_text(json_lines([{"prompt": "Name a fruit.", "response": fruit}]))
+    note(f"a try of {', '.join(args.judge_model)}:")
+    start = time.perf_counter()
+    if not run_judge(judge_words(args, *files, folder)):
+        fail("--judge-model: no answer to a try; nothing was spent on answers yet")
+    a_question = (time.perf_counter() - start) / (2 * len(args.judge_model))
+    note(f"{a_question:.1f} s a question")
 
 
 # --- values of the answers ------------------------------------------------------------------------------
@@ -322,8 +315,7 @@ def tokens_of(gvm, tokenizer, rows: list[dict], count: int, settings: Values) ->
 
 def read_answers(args: All, name: str) -> list[dict]:
     """The records of a model's answers."""
-    text = Path(args.run_dir, "answers", name, "responses.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    return read_lines(Path(args.run_dir, "answers", name, "responses.jsonl"))
 
 
 # --- table and page -------------------------------------------------------------------------------------
@@ -405,38 +397,38 @@ def page_questions(args: All, names: list[str], tokens: dict, scores: dict) -> t
 def read_verdicts(args: All, names: list[str]) -> dict[tuple, Verdict]:
     """(judge, model, prompt, its answer, the first model's answer) -> what the judge said."""
     found = {}
-    for judge in args.judge_model:
-        for candidate in names[1:]:
-            folder = judge_folder(args, judge, candidate)
-            if not (folder / "results.jsonl").is_file():
-                continue
-            template = read_template(
-                tyro.cli(Judge, args=judge_words(args, judge, Path("a"), Path("b"), folder))
-            )
-            said = {}
-            for line in (folder / "judgements.jsonl").read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                said[row["prompt"]] = row["answer"]
-            for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                first, second = row["responses"]
-                texts = []
-                for as_a, a, b in ((candidate, first, second), (names[0], second, first)):
-                    question = fill(template, prompt=row["prompt"], answer_a=a, answer_b=b)
-                    if question in said:
-                        texts.append((f"what it said, {as_a} as A", said[question]))
-                contradictory = row["judged"] in (["A", "A"], ["B", "B"])
-                verdict = Verdict(judge, candidate, names[0], row["points"], contradictory, texts)
-                found[judge, candidate, row["prompt"], first, second] = verdict
+    for candidate in names[1:]:
+        folder = judge_folder(args, candidate)
+        if not (folder / "results.jsonl").is_file():
+            continue
+        said = {}  # the same key without the model -> (heading, text) of each order
+        for row in read_lines(folder / "verdicts.jsonl"):
+            if row["answer"] is not None:
+                as_a = candidate if row["order"] == "AB" else names[0]
+                heading = f"what it said, {as_a} as A"
+                said.setdefault((row["judge"], row["prompt"], *row["outputs"]), []).append(
+                    (heading, row["answer"])
+                )
+        for row in read_lines(folder / "results.jsonl"):
+            key = (row["prompt"], *row["responses"])
+            contradictory = row["judged"] in (["A", "A"], ["B", "B"])
+            words = said.get((row["judge"], *key), [])
+            verdict = Verdict(row["judge"], candidate, names[0], row["points"], contradictory, words)
+            found[row["judge"], candidate, *key] = verdict
     return found
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The rows of a .jsonl file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 def read_scores(args: All, names: list[str]) -> dict[str, list[dict[str, float]]]:
     """model -> the rewards of each answer, by name."""
     found = {}
     for name in names:
-        lines = Path(args.run_dir, "answers", name, "scored.jsonl").read_text(encoding="utf-8").splitlines()
-        found[name] = [json.loads(line)["rewards"] for line in lines]
+        rows = read_lines(Path(args.run_dir, "answers", name, "scored.jsonl"))
+        found[name] = [row["rewards"] for row in rows]
     return found
 
 
@@ -456,7 +448,7 @@ def evaluate_all(args: All) -> None:
     plan(args, asked, questions, names)
     if args.dry_run:
         return
-    if first_rank:
+    if first_rank and args.judge_model:
         try_judges(args)
 
     # --- what needs the models
@@ -472,15 +464,18 @@ def evaluate_all(args: All) -> None:
     answers = Path(args.run_dir, "answers")
     missing = []
     summaries = {}  # (judge, model) -> what evaluate.py judge found
-    for judge in args.judge_model:
-        for candidate in names[1:]:
-            files = [answers / name / "responses.jsonl" for name in (candidate, names[0])]
-            folder = judge_folder(args, judge, candidate)
-            note(f"{judge}: {candidate} against {names[0]}")
-            if not run_judge(judge_words(args, judge, *files, folder)):
-                missing.append(f"{judge} on {candidate}")
-            if (folder / "judge.json").is_file():
-                summaries[judge, candidate] = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
+    agreements = {}
+    for candidate in names[1:] if args.judge_model else ():
+        files = [answers / name / "responses.jsonl" for name in (candidate, names[0])]
+        folder = judge_folder(args, candidate)
+        note(f"{candidate} against {names[0]}:")
+        if not run_judge(judge_words(args, *files, folder)):
+            missing.append(candidate)
+        if (folder / "judge.json").is_file():
+            found = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
+            for of_judge in found["judges"]:
+                summaries[of_judge["judge"], candidate] = of_judge["comparisons"][0]
+            agreements[candidate] = found.get("agreement", [])
 
     # --- save
     numbers = json.loads((answers / "responses.json").read_text(encoding="utf-8"))["models"]
@@ -491,7 +486,7 @@ def evaluate_all(args: All) -> None:
     rows = answers_table(args, names, numbers, summaries)
     tables = [("answers", rows)]
     text = markdown(rows) + "\n"
-    result = {"args": vars(args), "answers": numbers, "judge": {}}
+    result = {"args": vars(args), "answers": numbers, "judge": {}, "agreement": agreements}
     for (judge, candidate), summary in summaries.items():
         result["judge"].setdefault(judge, {})[candidate] = summary
     if args.value_models:

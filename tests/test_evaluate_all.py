@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("openai", reason="the judge needs openai: pip install openai")
 
-from test_judge import serving
+from judge_server import serving
 
 
 def prefers_long(question, number, before):
@@ -70,7 +70,7 @@ def test_answers_values_and_verdicts_in_one_table(world, trained):
     result, page = read(world, "runs/all")
     answers = lines(world, "runs/all/answers/trained/responses.jsonl")
     assert result["answers"]["trained"]["length"]["n"] == len(answers) == 6
-    rows = lines(world, "runs/all/judge/long/trained/results.jsonl")
+    rows = lines(world, "runs/all/judge/trained/results.jsonl")
     points = [
         1.0 if len(a) > len(b) else 0.0 if len(a) < len(b) else 0.5
         for a, b in (row["responses"] for row in rows)
@@ -122,7 +122,7 @@ def test_a_judge_that_is_not_there_ends_the_run_before_any_answer(world, trained
 
     with serving(refuses) as server:
         found = world.command("evaluate", *flags(server, "runs/all_refused"))
-    assert "nothing was spent on answers yet" in found.output.splitlines()[-1]
+    assert "no answer to a try; nothing was spent on answers yet" in found.output.splitlines()[-1]
     assert found.codes == [1]
     assert not world.path("runs/all_refused/answers").exists()
 
@@ -133,7 +133,7 @@ def test_a_judge_that_dies_loses_nothing(world, trained):
 
     with serving(dies) as server:
         found = world.command("evaluate", *flags(server, "runs/all_dies"))
-    assert "judgements are missing (long on trained)" in found.output.splitlines()[-1]
+    assert "judgements are missing (trained)" in found.output.splitlines()[-1]
     _, page = read(world, "runs/all_dies")
     assert page.count('class="verdict missing') > 0
     with serving(prefers_long) as server:
