@@ -27,18 +27,8 @@ def needs(*packages):
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
-def importable(module):
-    """alpaca_eval is there and yet not importable where setuptools has no pkg_resources."""
-    try:
-        importlib.import_module(module)
-    except ImportError:
-        return False
-    return True
-
-
-needs_alpaca = pytest.mark.skipif(
-    not importable("alpaca_eval"), reason='not importable: pip install alpaca_eval==0.6.6 "setuptools<81"'
-)
+# alpaca_eval imports pkg_resources, which the newest setuptools do not have.
+needs_alpaca = needs("alpaca_eval", "pkg_resources")
 
 
 # --- a judge that answers by rule --------------------------------------------------------------------------
