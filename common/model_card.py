@@ -147,7 +147,7 @@ def read_metrics(run_dir: str) -> list[dict]:
 
 def count_rows(run_dir: str) -> str:
     file = Path(run_dir, "data.json")
-    return f"{json.loads(file.read_text())['rows']:,} rows" if file.is_file() else ""
+    return f"{json.loads(file.read_text())['rows']:,} rows to learn from" if file.is_file() else ""
 
 
 def kind_of(model) -> str:

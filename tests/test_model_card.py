@@ -75,7 +75,7 @@ def test_a_global_value_models_card(runs):
     assert unit in card.text and "answers nothing" in card.text
     assert "https://arxiv.org/abs/2502.16944" in card.text
     rows = json.loads(runs.path("runs/card-gvm/data.json").read_text())["rows"]
-    assert f"`scored.jsonl`, split `train`, part `all`, {rows:,} rows" in card.text
+    assert f"`scored.jsonl`, split `train`, part `all`, {rows:,} rows to learn from" in card.text
     assert ["--source", "scores", "preference"] in rows_of(card.text, "## Arguments")
     assert "--run-dir" not in card.text and "--gamma" not in card.text
 
@@ -180,6 +180,19 @@ def test_a_hub_id_passes_through_our_own_cards(world, tmp_path):
         {"license": "llama3.2", "license_link": "LICENSE.txt"},
     )
     validate_repo_id("org/name")
+
+
+def test_the_base_may_be_the_folder_that_is_replaced(world):
+    """Its card is read before it goes, and its text does not stay."""
+    ours = "---\nbase_model: org/name\nlicense: mit\ntags:\n- value-first\n---\nold text\n"
+    make_policy(world, "card-again/model", ours)
+    argv = ["--model", "runs/card-again/model", "--run-dir", "runs/card-again", "--dataset", "scored.jsonl"]
+    argv += ["--max-prompt-length", "24", "--max-response-length", "16", "--eval-prompts", "4"]
+    world.command("sft", *STEPS, *argv).ok()
+    card = card_of(world, "runs/card-again/model")
+    assert (card.data.base_model, card.data.license) == ("org/name", "mit")
+    assert "`runs/card-again/model` (a local folder), which comes from `org/name`" in card.text
+    assert "old text" not in card.text
 
 
 @pytest.mark.parametrize("readme", ["", "# A model\n", "---\nnot: [closed\n---\n"])
