@@ -18,6 +18,7 @@ import tyro
 from common import distributed
 from common.cli import fail, note, parse
 from common.data import prompt_hash
+from common.lock import lock
 from common.models import load_model
 from common.pictures import valued_texts
 from common.pretrained import resolve
@@ -448,6 +449,8 @@ def evaluate_all(args: All) -> None:
     plan(args, asked, questions, names)
     if args.dry_run:
         return
+    if first_rank:
+        lock(Path(args.run_dir))
     if first_rank and args.judge_model:
         try_judges(args)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from common.cli import fail, note
 from common.data import Unreadable, check_row, prompt_hash, read_file
+from common.lock import lock
 from common.templates import text_of
 from evaluation import benchmarks, verdicts
 from evaluation.asking import (
@@ -770,7 +771,7 @@ def judge(args: Judge) -> None:
         return
 
     # --- answers
-    folder.mkdir(parents=True, exist_ok=True)
+    lock(folder)
     cache = Cache(file)
     cache.answers = dict(known)
     failures_of = {}  # judge -> key -> reason

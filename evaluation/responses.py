@@ -17,6 +17,7 @@ from tqdm import tqdm
 from common import decoding, distributed, positions, templates, vllm
 from common.cli import fail, note
 from common.data import columns_of_prompt, hold_out_prompts, prompt_key, read_rows
+from common.lock import lock
 from common.measures import distinct_2
 from common.models import load_model
 from common.positions import longest_of
@@ -640,6 +641,7 @@ def responses(args: Responses) -> None:
     settings = generation_settings(args)
     kept = []  # of each model: (records, number of whole batches)
     if first_rank:
+        lock(Path(args.run_dir))
         of_gvm = {"gvm": fingerprint(gvm_folder)} if args.gvm else {}
         for name, folder, tokenizer in zip(names, folders, tokenizers, strict=True):
             prompts = []

@@ -716,3 +716,26 @@ def test_transformers_serve(tmp_path, mode):
     finally:
         server.terminate()
         server.wait(30)
+
+
+def test_a_second_run_in_the_folder_is_one_line(pair, tmp_path):
+    """While another process holds it. The lock is of processes: in this one it would be granted again."""
+    code = "import sys; from pathlib import Path; from common.lock import lock\n"
+    code += "lock(Path(sys.argv[1])); print(flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    holder.stdout.readline()
+    try:
+        with serving(lambda *_: "Verdict: A") as server:
+            _, error = run(server, pair, tmp_path / "run")
+        assert f"another run writes there (process {holder.pid} on " in error
+        assert not server.asked
+    finally:
+        holder.communicate("\n")
+    with serving(lambda *_: "Verdict: A") as server:
+        _, error = run(server, pair, tmp_path / "run")
+    assert error is None
