@@ -79,7 +79,7 @@ def majority_at_k(answers: list[Hashable], rewards: list[float], k: int) -> floa
     """The mean, over all subsets of k of the n samples, of the reward of the most frequent final answer.
 
     An answer None casts no vote; a subset without any vote is wrong. Among answers that are equally frequent each
-    is taken with equal probability, which is the mean of taking the one that was sampled first. An answer's
+    is taken with equal probability: in expectation the same as the one that was sampled first. An answer's
     reward is the mean over the samples that give it: they may differ, where a reward reads more than the answer.
     """
     n = len(answers)
