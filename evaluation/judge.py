@@ -691,6 +691,52 @@ def verdict_lines(rows: list[dict], judge: Endpoint, names: list[str], pairwise:
     return lines
 
 
+def with_answers(
+    drawn: list[dict], keys: dict, answers: dict, failed: dict[str, str], stop: str, args: Judge
+) -> list[dict]:
+    """The rows of one judge: those drawn, with `answers` (raw), `judged` (verdicts or scores) and `failures`
+    (reasons), one for each response, and for pairs `points`. `keys`: (row, which) -> key of the question;
+    `answers` and `failed`: key -> (answer, finish reason) and key -> reason; `stop`: why no more were asked."""
+    rows = []
+    for i, drawn_row in enumerate(drawn):
+        row = dict(drawn_row)
+        row["answers"] = [None] * len(row["responses"])
+        row["judged"] = [None] * len(row["responses"])
+        row["failures"] = [""] * len(row["responses"])
+        for which in row["asks"]:
+            key = keys[i, which]
+            if key in answers:
+                answer = answers[key][0]
+                row["answers"][which] = answer
+                row["judged"][which] = parse_verdict(args.mode, answer, bool(args.template))
+            else:
+                row["failures"][which] = failed.get(key, f"not asked: {stop}")
+        if args.mode in verdicts.PAIRS:
+            row["points"] = pair_points(row)
+        rows.append(row)
+    return rows
+
+
+def count_judgements(
+    rows: list[dict], keys: dict, answers: dict, known: dict, failed: dict
+) -> dict[str, int]:
+    """How many judgements were wanted of a judge, and what became of them; the arguments as above, `known`: what
+    the cache held before."""
+    wanted = list(keys.values())
+    finishes = [answers[key][1] for key in wanted if key in answers]
+    valid = sum(row["judged"][which] is not None for row in rows for which in row["asks"])
+    lost = sum(key in failed for key in wanted)
+    return {
+        "wanted": len(wanted),
+        "cached": sum(key in known for key in wanted),
+        "valid": valid,
+        "unparsable": len(finishes) - valid,
+        "failed": lost,
+        "not_asked": len(wanted) - len(finishes) - lost,
+        "cut": sum(finish == "length" for finish in finishes),
+    }
+
+
 def judge(args: Judge) -> None:
     """Asks the judges what the cache does not know yet, and writes what their answers say."""
     if args.judgements:
@@ -753,39 +799,10 @@ def judge(args: Judge) -> None:
     for each in judges:
         keys = keys_of[each.model]
         failed = failures_of[each.model]
-        rows = []
-        for i, drawn_row in enumerate(drawn):
-            row = dict(drawn_row)
-            row["answers"] = [None] * len(row["responses"])
-            row["judged"] = [None] * len(row["responses"])
-            row["failures"] = [""] * len(row["responses"])
-            for which in row["asks"]:
-                key = keys[i, which]
-                if key in cache.answers:
-                    answer = cache.answers[key][0]
-                    row["answers"][which] = answer
-                    row["judged"][which] = parse_verdict(args.mode, answer, bool(args.template))
-                else:
-                    row["failures"][which] = failed.get(key, f"not asked: {stops[each.model]}")
-            if pairwise:
-                row["points"] = pair_points(row)
-            rows.append(row)
+        rows = with_answers(drawn, keys, cache.answers, failed, stops[each.model], args)
         of_judges[each.model] = rows
-
-        wanted = list(keys.values())
-        finishes = [cache.answers[key][1] for key in wanted if key in cache.answers]
-        valid = sum(row["judged"][which] is not None for row in rows for which in row["asks"])
-        lost = sum(key in failed for key in wanted)
-        counts = {
-            "wanted": len(wanted),
-            "cached": sum(key in known for key in wanted),
-            "valid": valid,
-            "unparsable": len(finishes) - valid,
-            "failed": lost,
-            "not_asked": len(wanted) - len(finishes) - lost,
-            "cut": sum(finish == "length" for finish in finishes),
-        }
-        missing[each.model] = len(wanted) - len(finishes)
+        counts = count_judgements(rows, keys, cache.answers, known, failed)
+        missing[each.model] = counts["failed"] + counts["not_asked"]
         if len(judges) > 1:
             note(f"\njudge {each.model}:")
         summary["judges"].append(

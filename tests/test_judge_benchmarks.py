@@ -615,6 +615,42 @@ def test_a_judge_that_refuses_leaves_the_other_its_numbers(three, tmp_path):
     assert (out["agreement"][0]["share"], out["agreement"][0]["kappa"]) == (1.0, 1.0)
 
 
+@pytest.mark.parametrize("mode", ["pairwise", "arena-hard", "mt-bench", "mt-bench-pairwise"])
+def test_two_judges_that_behave_badly(three, mt_bench, tmp_path, mode):
+    """Every first try of both fails, in all ways by turns; each question is judged once by each."""
+    pytest.importorskip("openai", reason="pip install openai")
+    faults = [
+        (429, {"retry-after": "0.01"}, "{}"),
+        (500, {}, "oops"),
+        (200, {}, '{"choices": [{"mess'),
+        (200, {}, ""),
+        (200, {"content-type": "text/html"}, "<html>"),
+        "cut",
+        "half",
+    ]
+    verdict = {"arena-hard": "[[A>B]]", "mt-bench": "[[7]]"}.get(mode, "[[A]]")
+
+    def script(question, number, before):
+        return verdict if before else faults[number % len(faults)]
+
+    flags = dict(judge_model=("a", "b"), mode=mode, responses=three)
+    wanted = 40
+    if mode.startswith("mt-bench"):
+        flags |= mt_bench
+        wanted = 10
+    with serving(script) as one, serving(script) as two:
+        flags["endpoint"] = (one.endpoint, two.endpoint)
+        out, error = run(NOWHERE, (), tmp_path / "run", **flags)
+    assert error is None
+    assert [judge["judgements"]["valid"] for judge in out["judges"]] == [wanted, wanted]
+    assert len(one.asked) == len(two.asked) == 2 * wanted
+    found = lines(tmp_path / "run/verdicts.jsonl")
+    assert len({(row["judge"], row["prompt"], *row["outputs"], row["order"]) for row in found}) == 2 * wanted
+    assert len(lines(tmp_path / "run/judgements.jsonl")) == 2 * wanted
+    names = {"pairwise": 0, "arena-hard": 4, "mt-bench": 2, "mt-bench-pairwise": 2}
+    assert len(list((tmp_path / "run").glob("model_judgment/**/*.jsonl"))) == names[mode]
+
+
 def test_judges_that_make_no_sense(three, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test-key")
     two = ("http://127.0.0.1:9/v1", "http://127.0.0.2:9/v1")
