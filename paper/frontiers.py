@@ -100,7 +100,8 @@ def job_name(method: str, strength: str) -> str:
 def commands() -> dict[str, list[str]]:
     """All jobs of a seed by name; tools/jobs.py says what the braces mean."""
     seeds = ["--seed", "{seed}", "--split-seed", "{seed}"]
-    short = ["--eval-every", "0", "--save-every", "0", "--overwrite"]  # one evaluation, at the end
+    # One evaluation, at the end, whose KL is needed. The online scripts have none at all with --eval-every 0.
+    short = ["--eval-every", "1000", "--save-every", "0", "--overwrite"]
     start = ["--model", "{home}/sft/model", *seeds, *short]
     jobs = {}
     jobs["sft"] = ["sft.py", *seeds, *short]

@@ -283,6 +283,7 @@ def test_commands_of_the_frontiers(tmp_path):
         if job.name not in ("sft", "measured_sft"):
             text = " ".join(jobs.words(job))
             assert str(tmp_path / "seed7") in text
+        assert getattr(found, "eval_every", 1) > 0, f"{job.name}: an online script would not measure its KL"
     found = parsed(jobs.words(next(job for job in jobs.order if job.name == "rpo_sample_0_3")))
     assert (found.partition, found.tau) == ("sample", 0.3)
     found = parsed(jobs.words(next(job for job in jobs.order if job.name == "grpo_0_02")))
