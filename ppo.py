@@ -464,7 +464,9 @@ def main(args: Args) -> None:
         # [B, T + 1]: column 0 is V(s_1), the output at the last prompt token; column t is V(s_{t+1}), the
         # output at the response's token t; 0 where masked
         columns = mask.shape[1] + 1
-        values = run_micro_batches(critic_values, sequences, args.micro_batch_size, pad, columns)
+        values = run_micro_batches(
+            critic_values, sequences, args.micro_batch_size, pad, columns, model=critic
+        )
 
         # --- advantage
         state_values = values[:, :-1]  # [B, T] V(s_t), the output at the token before a_t

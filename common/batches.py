@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from common import distributed, offload
+from common.cli import fail
 
 Sequence = tuple[list[int], list[int]]  # (prompt tokens, response tokens)
 
@@ -92,7 +93,8 @@ def run_micro_batches(
 
     Without gradient, and once for each different sequence: `forward` must depend on nothing else. Each rank
     computes its share, length-sorted; the sum over ranks puts the rest in.
-    `model`: which of those that --offload-frozen parks is read.
+    `model`: which is read: one that --offload-frozen has parked is fetched. Ends with one line that names it where
+    a result is not a number or infinite.
     """
     # A response that is in several pairs is read once.
     position = {}  # of each different sequence, in the order of their first
@@ -106,4 +108,15 @@ def run_micro_batches(
             result = forward(collate([sequences[i] for i in pick], pad_id, out.device))
             if pick:  # else it was the dummy sequence
                 out[torch.tensor(pick, device=out.device), : result.shape[1]] = result.to(dtype)
-    return distributed.all_reduce(out)[torch.tensor(index, dtype=torch.long, device=out.device)]
+    distributed.all_reduce(out)
+    # -inf is the log-probability of a token that cannot be sampled
+    if model is not None and bool((out.isnan() | (out == torch.inf)).any()):
+        fail(f"{described(model)} gives numbers that are not finite")
+    return out[torch.tensor(index, dtype=torch.long, device=out.device)]
+
+
+def described(model) -> str:
+    """A model in words: the policy and its reference may come from one folder."""
+    config = model.config
+    how = "frozen" if getattr(model, "frozen", False) else "trained"
+    return f"{config.name_or_path}: the {how} {type(model).__name__.removeprefix('FSDP')}"

@@ -4,6 +4,7 @@ Names of model families, of config entries, of arguments say little: what is com
 random tokens. A model is right by them, or the run ends with one line.
 """
 
+import math
 import random
 from contextlib import contextmanager
 
@@ -226,6 +227,8 @@ def measure_output(policy, name: str, sequences) -> tuple[OutputForm, int]:
         fail(
             f"{name}: a {kind} model's logits do not come from its output layer, so it cannot be a policy here"
         )
+    if own.isnan().any():
+        fail(f"{name}: a {kind} model gives logits that are not numbers, so it cannot be a policy here")
     width = own.shape[-1]
     read = seen["read"]
     own = own.double()
@@ -378,6 +381,8 @@ def check_head(model, kind: str, name: str, tokenizer) -> None:
         fail(
             f"{name}: a {family} model draws random numbers in its forward pass in training (random routing?)"
         )
+    if math.isnan(off):
+        fail(f"{name}: a {family} model gives numbers that are not finite, so it is no {kind} model here")
     if off <= limit:
         if model.needs_mask and training:
             fail(

@@ -142,6 +142,8 @@ class AdapterOff:
 
     def __init__(self, policy):
         self.policy = policy
+        self.config = policy.config
+        self.frozen = True
         self.layers = [module for module in policy.modules() if hasattr(module, "lora_A")]
 
     def parameters(self):

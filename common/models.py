@@ -31,6 +31,8 @@ attribute that it sets on the object. These are all of them:
                               Set by templates.prepare; read by templates.render.
     tokenizer.generation_ends ends of an answer that the model's generation config names.
                               Set by tokenization.load_tokenizer; read by tokenization.stop_tokens.
+    tokenizer.embeddings      how many tokens its model knows, None where its configuration does not say.
+                              Set by tokenization.load_tokenizer; read by tokenization.embedded.
     tokenizer.of_encoder_decoder   whether its model is one.
                               Set by tokenization.load_tokenizer; read by tokenization.encode_prompt.
 """
@@ -38,16 +40,18 @@ attribute that it sets on the object. These are all of them:
 import types
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
 from common import checks, distributed, lora, positions, sharding, t5, value_heads
 from common.cli import fail, note
 from common.logprobs import OutputForm, response_logprobs
 from common.pretrained import load_pretrained
-from common.tokenization import stop_tokens
+from common.tokenization import special_tokens, stop_tokens
 
 transformers.utils.logging.disable_progress_bar()
 # What a load leaves out is checked below, and said in one line.
@@ -87,6 +91,7 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
     """
     compute, master = distributed.dtypes(args.precision)
     config = open_config(kind, name)
+    check_architecture(config, kind, name, trained)
     kind = kind_to_open(config, kind, name)
     adjust_config(config, kind, name, tokenizer, trained, layers)
     auto = class_to_open(config, kind, name)
@@ -140,6 +145,21 @@ def open_config(kind: str, name: str):
     return config
 
 
+def check_architecture(config, kind: str, name: str, trained: bool) -> None:
+    """Ends with one line where a folder says of itself that it holds a model of another kind: not all have weights
+    that say so. A value model may begin as a reward model, and either as a policy."""
+    said = getattr(config, "architectures", None)
+    said = said[0] if isinstance(said, list) and said and isinstance(said[0], str) else ""
+    value = said.endswith("ForTokenClassification")
+    reward = said.endswith("ForSequenceClassification")
+    if kind in POLICIES and (value or reward):
+        fail(f"{name}: a value or reward model ({said} by its config.json), no policy")
+    if kind == "reward" and value:
+        fail(f"{name}: a value model ({said} by its config.json), no reward model")
+    if kind in VALUES and reward and not trained:
+        fail(f"{name}: a reward model ({said} by its config.json), no value model")
+
+
 def remove_randomness(config) -> None:
     """In place: no dropout, and no layers that are dropped."""
     for key, value in vars(config).items():
@@ -164,6 +184,13 @@ def adjust_config(config, kind: str, name: str, tokenizer, trained: bool, layers
         fail(
             f"{name}: the tokenizer's pad token {tokenizer.pad_token!r} is number {tokenizer.pad_token_id}, and "
             f"the model has {words} embeddings: resize them, or take a pad token that the model has"
+        )
+    special = special_tokens(tokenizer)  # those of pictures may lie beyond: `tokenization.embedded` looks
+    plain = max((token for token in tokenizer.get_vocab().values() if token not in special), default=0)
+    if plain >= words:
+        fail(
+            f"{name}: the tokenizer has tokens up to {plain}, and the model has {words} embeddings: it is another "
+            "model's tokenizer, or the embeddings have to be resized"
         )
     if kind not in POLICIES:
         config.num_labels = 1
@@ -252,6 +279,7 @@ def read_weights(auto, kind: str, name: str, options: dict, trained: bool, cut: 
     for key, parameter in source.named_parameters():
         if key in missing:
             torch.nn.init.zeros_(parameter)
+    check_numbers(source, name)
     return source
 
 
@@ -261,6 +289,23 @@ def check_sizes(name: str, kind: str, mismatched: Iterable) -> None:
         if kind not in POLICIES and key.split(".")[0] in HEADS:
             fail(f"{name}: its head has {of_folder[0]} labels, and a {kind} model has one number")
         fail(f"{name}: {key} is {list(of_folder)} in its weights and {list(of_model)} by its config.json")
+
+
+def check_numbers(source, name: str) -> None:
+    """Ends with one line where a weight is not finite, or is stored as whole numbers, as in a quantised model,
+    whose configuration does not say so. A hub id's types are not looked at."""
+    parameters = dict(source.named_parameters())
+    for key, parameter in parameters.items():
+        if not bool(torch.isfinite(parameter).all()):
+            fail(f"{name}: its weight {key} is not finite")
+    if getattr(source.config, "quantization_config", None):
+        return
+    for file in sorted(Path(name).glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for key in sorted(parameters.keys() & weights.keys()):
+                type_of_file = weights.get_slice(key).get_dtype()
+                if type_of_file == "BOOL" or type_of_file[0] in "IU":
+                    fail(f"{name}: its weight {key} is of type {type_of_file}, which no weight is")
 
 
 def check_unread(name: str, kind: str, keys: Iterable[str], cut: bool) -> None:

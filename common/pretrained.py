@@ -25,8 +25,12 @@ def resolve(name: str, embedded: str = "policy") -> str:
 
 def load_pretrained(what: str, auto, name: str, **kwargs):
     """`auto.from_pretrained(name, **kwargs)` without running code that comes with it, nor asking whether to; ends
-    with one line where there is no such `what`."""
+    with one line where there is no such `what`, or a damaged one."""
     try:
         return auto.from_pretrained(name, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
-        fail(f"{name}: no {what} in such a folder or hub id ({str(error).splitlines()[0]})")
+        lines = str(error).splitlines() or [type(error).__name__]
+        fail(f"{name}: no {what} in such a folder or hub id ({lines[0]})")
+    except Exception as error:  # a damaged file leads to any of them
+        reason = " ".join(str(error).split())[:200]
+        fail(f"{name}: its {what} cannot be read ({type(error).__name__}: {reason})")

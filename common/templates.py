@@ -12,8 +12,6 @@ import os
 import re
 from typing import NamedTuple
 
-import jinja2
-
 from common.cli import fail, note
 
 # An answer that no template contains, by which is found what a template writes around one.
@@ -95,8 +93,9 @@ def render(tokenizer, messages: list[dict], tools: list | None = None, **options
         return tokenizer.apply_chat_template(
             messages, tools=tools, chat_template=template, tokenize=False, **options
         )
-    # what templates raise themselves, and what they run into with messages that they were not made for
-    except (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
+    # what templates raise themselves, and what they run into: a division by 0, a recursion without end, messages
+    # that they were not made for
+    except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"the model's chat template refuses it: {lines[0]}") from None
 
@@ -235,7 +234,7 @@ def tail_of(tokenizer) -> str:
     try:
         return render(tokenizer, chat).rpartition(PROBE)[2]
     except ValueError as error:
-        fail(f"a question and its answer: {error}")
+        fail(f"{tokenizer.name_or_path}: a question and its answer: {error}")
 
 
 def special_texts(tokenizer) -> list[str]:

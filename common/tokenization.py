@@ -1,6 +1,7 @@
 """Tokenizers, stop tokens; rows to token ids."""
 
 import os
+from pathlib import Path
 
 import transformers
 
@@ -18,16 +19,22 @@ def load_tokenizer(
     """The tokenizer of a model, a folder or hub id, with a padding token.
 
     Where it has none, that is its eos, which harms nothing, as our masks come from positions. Ends with one
-    line where it has no end-of-sequence token. `ends`: whether the caller asks how an answer ends; of a
-    reward model that reads text nobody does. `arguments` are the chat template's (--template-arguments).
+    line where it has no end-of-sequence token, or an empty chat template. `ends`: whether the caller asks how
+    an answer ends; of a reward model that reads text nobody does. `arguments` are the chat template's
+    (--template-arguments).
     """
     tokenizer = load_pretrained("tokenizer", transformers.AutoTokenizer, name)
     if ends or tokenizer.pad_token_id is None:
         require_end(tokenizer, name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if isinstance(tokenizer.chat_template, str) and not tokenizer.chat_template.strip():
+        fail(
+            f"{name}: its chat template is empty: write it anew, or remove chat_template.jinja for plain text"
+        )
     templates.prepare(tokenizer, arguments or {}, name)
     config = load_pretrained("configuration", transformers.AutoConfig, name)
+    tokenizer.embeddings = getattr(config.get_text_config(), "vocab_size", None)  # encode asks
     tokenizer.of_encoder_decoder = config.is_encoder_decoder  # encode_prompt asks
     tokenizer.generation_ends = generation_ends(tokenizer, name, config) if ends else []
     return tokenizer
@@ -47,13 +54,20 @@ def generation_ends(tokenizer, name: str, config) -> list[int]:
     """
     try:
         ends = transformers.GenerationConfig.from_pretrained(name).eos_token_id
-    except OSError:
+    except Exception as error:
+        if Path(name, "generation_config.json").exists() or not isinstance(error, OSError):
+            fail(f"{name}: its generation_config.json cannot be read ({type(error).__name__})")
         ends = config.get_text_config().eos_token_id
     if ends is None:
         return []
     special = special_tokens(tokenizer)
     found = []
-    for token in ends if isinstance(ends, list) else [ends]:
+    ends = ends if isinstance(ends, list) else [ends]
+    if not all(isinstance(token, int) for token in ends):
+        fail(
+            f"{name}: eos_token_id {ends} of its generation_config.json is neither a token nor a list of them"
+        )
+    for token in ends:
         if token in special:
             found.append(token)
         else:
@@ -94,8 +108,19 @@ def require_same_tokenizer(tokenizer, name: str, flag: str) -> None:
 
 
 def encode(tokenizer, text: str) -> list[int]:
-    """The tokens of a text in which everything is written that is to be read: BOS, ends."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    """The tokens of a text in which everything is written that is to be read: BOS, ends. Raises ValueError where
+    one of them is none of the model's."""
+    return embedded(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def embedded(tokenizer, ids: list[int]) -> list[int]:
+    """`ids`, all of which the model has an embedding of: some tokenizers have tokens for pictures that a model of
+    text does not know. Raises ValueError."""
+    rows = getattr(tokenizer, "embeddings", None)
+    if rows is not None and ids and max(ids) >= rows:
+        word = tokenizer.convert_ids_to_tokens(max(ids))
+        raise ValueError(f"it holds {word!r}, token {max(ids)}, and the model has {rows} embeddings")
+    return ids
 
 
 def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None) -> list[int]:
@@ -109,7 +134,7 @@ def encode_prompt(tokenizer, prompt: str | list[dict], tools: list | None = None
         return encode(tokenizer, templates.opening(tokenizer, prompt, tools))
     if tools:
         raise ValueError("the model has no chat template, by which tools are written")
-    return without_eos(tokenizer, tokenizer(prompt_text(prompt))["input_ids"])
+    return without_eos(tokenizer, embedded(tokenizer, tokenizer(prompt_text(prompt))["input_ids"]))
 
 
 def without_eos(tokenizer, ids: list[int]) -> list[int]:
@@ -159,7 +184,7 @@ def encode_plain(tokenizer, prompt, answer: str | list[dict]) -> tuple[list[int]
     prompt_ids = encode_prompt(tokenizer, prompt)
     text = answer if isinstance(answer, str) else prompt_text(answer).strip()
     if not getattr(tokenizer, "of_encoder_decoder", False):
-        ids = without_eos(tokenizer, tokenizer(prompt_text(prompt) + text)["input_ids"])
+        ids = without_eos(tokenizer, embedded(tokenizer, tokenizer(prompt_text(prompt) + text)["input_ids"]))
         if ids[: len(prompt_ids)] == prompt_ids:
             return prompt_ids, ids[len(prompt_ids) :]
     return prompt_ids, encode(tokenizer, text)
