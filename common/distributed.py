@@ -3,6 +3,7 @@
 Ranks hold the same global batch, each computes its share."""
 
 import gc
+import itertools
 import math
 import os
 import sys
@@ -17,6 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from common.cli import ENDING, fail
 from common.durable import disk_full
+
+MEETINGS = itertools.count()  # the same number on every rank at the same place
 
 
 def rank() -> int:
@@ -80,6 +83,17 @@ def all_reduce_dict(sums: dict[str, torch.Tensor]) -> dict[str, float]:
     """Each rank's sums, by name, added over the ranks in one exchange."""
     total = all_reduce(torch.stack(list(sums.values())))
     return dict(zip(sums, total.tolist(), strict=True))
+
+
+def wait_for_rank_0() -> None:
+    """The other ranks wait until rank 0 gets here, however long that takes: in a collective, --timeout-minutes
+    would end them. Where rank 0 ends instead, torchrun ends them, or the store that it kept is gone."""
+    key = f"rank 0 is here/{next(MEETINGS)}"
+    store = dist.distributed_c10d._get_default_store()
+    if rank() == 0:
+        store.set(key, "yes")
+    else:
+        store.wait([key], timedelta(days=30))
 
 
 def largest(numbers: list[int]) -> list[int]:

@@ -111,6 +111,7 @@ def load_model(kind: str, name: str, tokenizer, args, *, trained: bool, layers: 
             source = read_weights(auto, kind, name, options, trained, cut=bool(layers))
             if kind == "value":
                 standardise_head(source, config)
+        distributed.wait_for_rank_0()  # it may download for hours
         for module in (source, model):
             if module is not None:
                 prepare_modules(module, kind, name, args, master, adapted)

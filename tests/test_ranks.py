@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import time
 from pathlib import Path
 
 import helpers
@@ -206,3 +207,23 @@ def test_rank_0_chooses_the_checkpoint(world):
     assert steps == [1, 2, 3]
     a, b = (helpers.metrics(world.path(f"runs/{name}"))[-1] for name in ("chosen", "chosen-alone"))
     assert a == pytest.approx(b, rel=1e-6)
+
+
+def slow_download(module):
+    """Rank 0 gets its weights after three times the time-out."""
+    from common import models
+
+    read_weights = models.read_weights
+
+    def slowly(*args, **kwargs):
+        time.sleep(9)
+        return read_weights(*args, **kwargs)
+
+    models.read_weights = slowly
+
+
+def test_a_download_may_take_longer_than_the_time_out(world):
+    args = helpers.ARGS["sft"] | dict(
+        steps=1, eval_every=0, run_dir="runs/slow-download", timeout_minutes=0.05
+    )
+    world.run("sft", 2, slow_download, **args).ok()
