@@ -19,6 +19,18 @@ from common.cli import ENDING, fail
 from common.durable import disk_full
 
 
+# gloo's words for a rank that it no longer reaches
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "Connection timed out",
+    "No route to host",
+    "Network is unreachable",
+)
+
+
 def rank() -> int:
     """This process, 0 to world() - 1."""
     return dist.get_rank()
@@ -59,15 +71,26 @@ def launch(main, args) -> None:
         if world() == 1:
             raise
         ENDING.set()
-        if "Connection closed by peer" in str(error):
-            time.sleep(10)  # the one that has gone says why; torchrun ends this one meanwhile
-            fail(f"rank {rank()} has lost another rank: {str(error).splitlines()[0]}")
+        lost = words_of_a_lost_rank(error)
+        if lost:
+            if "Timed out" not in lost:
+                time.sleep(10)  # the one that has gone says why; torchrun ends this one meanwhile
+            fail(f"rank {rank()} has lost another rank: {lost}; what was saved before is whole")
         sys.excepthook(*sys.exc_info())
         os._exit(1)
     finally:
         mesh.cache_clear()
         gc.collect()  # FSDP's models must be gone before the process group, or gloo aborts at exit
         dist.destroy_process_group()
+
+
+def words_of_a_lost_rank(error: BaseException) -> str:
+    """The line of an error that says that another rank is gone, or a link to it; "" where it says no such thing."""
+    if isinstance(error, RuntimeError | CheckpointException):
+        for line in str(error).splitlines():
+            if any(words in line for words in LOST):
+                return line.strip()
+    return ""
 
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
