@@ -61,7 +61,21 @@ class Network:
             ip("netns", "add", name)
             ip("-n", name, "link", "set", "lo", "up")
         for i, name in enumerate(self.nodes):
-            ip("-n", name, "link", "add", "name", "eth", "type", "veth", "peer", "name", f"eth{i}", "netns", self.wire)
+            ip(
+                "-n",
+                name,
+                "link",
+                "add",
+                "name",
+                "eth",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                f"eth{i}",
+                "netns",
+                self.wire,
+            )
             ip("-n", name, "addr", "add", f"10.77.{i}.2/24", "dev", "eth")
             ip("-n", self.wire, "addr", "add", f"10.77.{i}.1/24", "dev", f"eth{i}")
             ip("-n", name, "link", "set", "eth", "up")

@@ -18,7 +18,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from common.cli import ENDING, fail
 from common.durable import disk_full
 
-
 # gloo's words for a rank that it no longer reaches
 LOST = (
     "Connection closed by peer",
@@ -89,7 +88,7 @@ def words_of_a_lost_rank(error: BaseException) -> str:
     if isinstance(error, RuntimeError | CheckpointException):
         for line in str(error).splitlines():
             if any(words in line for words in LOST):
-                return line.strip()
+                return line.strip().partition(". This is typically")[0]  # gloo's advice and good wishes
     return ""
 
 

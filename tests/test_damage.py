@@ -106,7 +106,11 @@ def late_listing(module):
 
     def seen(folder):
         names = files(folder)
-        return names if distributed.rank() == 0 else [name for name in names if "__1_" in name or "rng-1" in name]
+        return (
+            names
+            if distributed.rank() == 0
+            else [name for name in names if "__1_" in name or "rng-1" in name]
+        )
 
     durable.files = seen
 
