@@ -56,7 +56,11 @@ def launch(main, args) -> None:
     if not 0 < args.timeout_minutes < math.inf:
         fail(f"--timeout-minutes {args.timeout_minutes}: a positive number of minutes")
     if "RANK" in os.environ:  # set by torchrun
-        dist.init_process_group(backend, timeout=timedelta(minutes=args.timeout_minutes))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(minutes=args.timeout_minutes))
+        except RuntimeError as error:
+            ranks = os.environ.get("WORLD_SIZE")
+            fail(f"the {ranks} ranks have not met ({type(error).__name__}: {str(error).splitlines()[0]})")
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     torch.manual_seed(args.seed)

@@ -179,6 +179,19 @@ def test_a_rank_that_is_silent_ends_the_other_in_one_line(world):
     assert "error: rank 0 has lost another rank: " in lines[0] and "Timed out waiting 6000ms" in lines[0]
 
 
+def test_a_rank_that_never_comes_is_one_line(world):
+    """A node that does not start: --timeout-minutes is the bound again."""
+    environment = os.environ | dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    environment["MASTER_PORT"] = str(helpers.free_port())
+    words = [sys.executable, str(helpers.ROOT / "sft.py"), "--timeout-minutes", "0.05"]
+    result = subprocess.run(
+        words, cwd=world.folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: the 2 ranks have not met (DistStoreError: ")
+
+
 def slow_save(module):
     """Saving takes a minute."""
     module.save_checkpoint = lambda *_: time.sleep(60)
