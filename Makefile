@@ -4,7 +4,7 @@ VENV ?= .venv
 NEWEST = .venv-newest
 RUN = OMP_NUM_THREADS=1 $(VENV)/bin/python
 
-.PHONY: demo test test-newest lint bench plan tables assets clean
+.PHONY: demo test test-newest lint bench faults plan tables assets clean
 demo: $(VENV)/installed
 	$(RUN) tools/demo.py
 
@@ -28,6 +28,10 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(RUN) paper/variants.py
+
+# the figures of docs/reliability.md: kills, signals, damaged checkpoints, full disks; an hour or more on two cores
+faults: $(VENV)/installed-test
+	$(RUN) benchmarks/faults.py
 
 # memory on 8 GPUs, planned without one, beside 2502.16944's figures
 plan: $(VENV)/installed

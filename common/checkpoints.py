@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -64,8 +65,9 @@ def save_checkpoint(run_dir: str, step: int, trained: dict, extra: dict, keep: i
     for name, (model, _) in trained.items():
         require_finite(model, f"{final}, {name},")
     if distributed.rank() == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        for left in folder.glob("part-*"):  # by a run that was killed as it wrote, perhaps at another step
+            shutil.rmtree(left, ignore_errors=True)
+        part.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     dcp.save(_states(trained), checkpoint_id=part / "dcp")
     rng = [torch.get_rng_state()]
@@ -75,7 +77,9 @@ def save_checkpoint(run_dir: str, step: int, trained: dict, extra: dict, keep: i
     if distributed.rank() == 0:
         durable.write_text(part / "state.json", json.dumps({"step": step, **extra}))
     dist.barrier()
-    found = _checksums(part)
+    # each rank those of the files that it wrote: another node's may not be seen yet on a network file system
+    mine = [name for name in durable.files(part) if _writer(name) == distributed.rank()]
+    found = _gathered_checksums(part, mine)
     if distributed.rank() == 0:
         durable.write_text(part / durable.CHECKSUMS, json.dumps(found, indent=1))
         durable.replace(part, final)
@@ -84,10 +88,22 @@ def save_checkpoint(run_dir: str, step: int, trained: dict, extra: dict, keep: i
     dist.barrier()
 
 
+def _writer(name: str) -> int:
+    """The rank that writes a file of a checkpoint: torch's and ours have its number in their names."""
+    found = re.match(r"dcp/__(\d+)_|rng-(\d+)-of-", name)
+    return int(found[1] or found[2]) if found else 0
+
+
+def _gathered_checksums(folder: Path, mine: list[str]) -> dict[str, str]:
+    """Those of the files that all ranks have as `mine`, on every rank."""
+    parts = distributed.all_gather_object(durable.checksums(folder, mine))
+    return {name: checksum for part in parts for name, checksum in part.items()}
+
+
 def _checksums(folder: Path) -> dict[str, str]:
-    """Those of all files of a checkpoint, on every rank; each rank reads its share."""
-    mine = durable.checksums(folder, slice(distributed.rank(), None, distributed.world()))
-    return {name: checksum for part in distributed.all_gather_object(mine) for name, checksum in part.items()}
+    """Those of all files of a checkpoint, on every rank; each rank reads its share of rank 0's list."""
+    names = distributed.all_gather_object(durable.files(folder))[0]
+    return _gathered_checksums(folder, names[distributed.rank() :: distributed.world()])
 
 
 def newest_whole(run_dir: str) -> Path | None:

@@ -21,6 +21,17 @@ from common.durable import disk_full
 
 MEETINGS = itertools.count()  # the same number on every rank at the same place
 
+# gloo's words for a rank that it no longer reaches
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "Connection timed out",
+    "No route to host",
+    "Network is unreachable",
+)
+
 
 def rank() -> int:
     """This process, 0 to world() - 1."""
@@ -48,7 +59,11 @@ def launch(main, args) -> None:
     if not 0 < args.timeout_minutes < math.inf:
         fail(f"--timeout-minutes {args.timeout_minutes}: a positive number of minutes")
     if "RANK" in os.environ:  # set by torchrun
-        dist.init_process_group(backend, timeout=timedelta(minutes=args.timeout_minutes))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(minutes=args.timeout_minutes))
+        except RuntimeError as error:
+            ranks = os.environ.get("WORLD_SIZE")
+            fail(f"the {ranks} ranks have not met ({type(error).__name__}: {str(error).splitlines()[0]})")
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     torch.manual_seed(args.seed)
@@ -62,15 +77,26 @@ def launch(main, args) -> None:
         if world() == 1:
             raise
         ENDING.set()
-        if "Connection closed by peer" in str(error):
-            time.sleep(10)  # the one that has gone says why; torchrun ends this one meanwhile
-            fail(f"rank {rank()} has lost another rank: {str(error).splitlines()[0]}")
+        lost = words_of_a_lost_rank(error)
+        if lost:
+            if "Timed out" not in lost:
+                time.sleep(10)  # the one that has gone says why; torchrun ends this one meanwhile
+            fail(f"rank {rank()} has lost another rank: {lost}; what was saved before is whole")
         sys.excepthook(*sys.exc_info())
         os._exit(1)
     finally:
         mesh.cache_clear()
         gc.collect()  # FSDP's models must be gone before the process group, or gloo aborts at exit
         dist.destroy_process_group()
+
+
+def words_of_a_lost_rank(error: BaseException) -> str:
+    """The line of an error that says that another rank is gone, or a link to it; "" where it says no such thing."""
+    if isinstance(error, RuntimeError | CheckpointException):
+        for line in str(error).splitlines():
+            if any(words in line for words in LOST):
+                return line.strip().partition(". This is typically")[0]  # gloo's advice and good wishes
+    return ""
 
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+import uuid
 from pathlib import Path
 
 import torch
@@ -79,6 +80,8 @@ def remove(folder: Path) -> None:
     """Renames the folder, then removes it."""
     gone = folder.with_name(f"part-removed-{folder.name}")
     shutil.rmtree(gone, ignore_errors=True)
+    if gone.exists():  # NFS keeps files that another process has open
+        gone = gone.with_name(f"{gone.name}-{uuid.uuid4().hex}")
     folder.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 
@@ -106,16 +109,23 @@ def disk_full(error: BaseException | None) -> bool:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file's bytes; of one that the disk does not give back, the reason."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
 
 
-def checksums(folder: Path, share: slice = slice(None)) -> dict[str, str]:
-    """name -> checksum of a `share` of the files below a folder, all but CHECKSUMS itself."""
+def files(folder: Path) -> list[str]:
+    """The names of all files below a folder, but CHECKSUMS."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    names = [name for name in names if name != CHECKSUMS]
-    return {name: checksum(folder / name) for name in names[share]}
+    return [name for name in names if name != CHECKSUMS]
+
+
+def checksums(folder: Path, names: list[str] | None = None) -> dict[str, str]:
+    """name -> checksum of the files `names` below a folder (None: of all)."""
+    return {name: checksum(folder / name) for name in (files(folder) if names is None else names)}
 
 
 def damage(folder: Path, found: dict[str, str]) -> str:
@@ -124,7 +134,9 @@ def damage(folder: Path, found: dict[str, str]) -> str:
         written = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"it has no {CHECKSUMS}"
-    except ValueError:
+    except (ValueError, OSError):
+        return f"{CHECKSUMS} is damaged"
+    if not isinstance(written, dict):
         return f"{CHECKSUMS} is damaged"
     for name in sorted({*written, *found}):
         if name not in found:

@@ -50,6 +50,7 @@ class Run:
         distributed.all_gather_object(None)  # every rank has looked before rank 0 writes
         if distributed.rank() == 0:
             self.prepare_folder()
+            self.preemption.folder = self.dir
             self.write_arguments()
         self.require_shared_folder()
 
@@ -289,9 +290,11 @@ class Run:
     def stop_if_asked(self, done: int) -> None:
         """After a checkpoint: ends the run where a rank was asked to stop, with a line and a code of its
         own."""
+        if not self.asked and done == self.total:
+            self.preemption.at_once = f"after step {done}, which is saved; --resume writes the model"
+            # one that came while the checkpoint was written: no step comes that would ask
+            self.asked = distributed.largest([self.preemption.received])[0]
         if not self.asked:
-            if done == self.total:
-                self.preemption.at_once = f"after step {done}, which is saved; --resume writes the model"
             return
         distributed.all_gather_object(None)  # the checkpoint is whole
         if distributed.rank() == 0:
@@ -305,6 +308,8 @@ class Run:
                 f"{self.dir.name}: {name}: stopped after step {done} of {self.total}, which is saved; the same "
                 "command with --resume goes on"
             )
+        # a rank that ends first makes torchrun send the others a signal, which is no second one of the user's
+        self.preemption.finished()
         raise SystemExit(EXIT_CODE)
 
     def close(self, what_next: str) -> None:

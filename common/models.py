@@ -155,7 +155,7 @@ def check_architecture(config, kind: str, name: str, trained: bool) -> None:
     reward = said.endswith("ForSequenceClassification")
     if kind in POLICIES and (value or reward):
         fail(f"{name}: a value or reward model ({said} by its config.json), no policy")
-    if kind == "reward" and value:
+    if kind == "reward" and value and not trained:
         fail(f"{name}: a value model ({said} by its config.json), no reward model")
     if kind in VALUES and reward and not trained:
         fail(f"{name}: a reward model ({said} by its config.json), no value model")

@@ -28,6 +28,8 @@ class Preemption:
     def __init__(self):
         self.received = 0
         self.received_at = 0.0
+        self.ended = False
+        self.folder = None  # of the run, where it is rank 0's
         # why the first signal ends the run at once, "" while there is a step to finish
         self.at_once = "before the first step"
         self.read_end, self.write_end = os.pipe()
@@ -58,6 +60,8 @@ class Preemption:
         name = signal.Signals(number).name
         if ENDING.is_set():  # torchrun ends the others where one has failed
             os._exit(1)
+        if self.ended:
+            os._exit(EXIT_CODE)
         if self.received:
             if time.monotonic() - self.received_at > SAME:
                 say(f"{name} again: ended at once")
@@ -66,9 +70,16 @@ class Preemption:
         self.received = number
         self.received_at = time.monotonic()
         if self.at_once:
+            # SIGTERM is also how torchrun ends this rank because another has failed: that is no reason to go on
+            if self.folder and number == signal.SIGUSR1:
+                (self.folder / "stopped").write_text(f"{name} {self.at_once}\n")
             say(f"{name}: stopped {self.at_once}")
             os._exit(EXIT_CODE)
         say(f"{name}: the step in flight is finished and saved; a second signal ends at once")
+
+    def finished(self) -> None:
+        """The run has done what a signal asks for: another one ends it at once, with EXIT_CODE, and says nothing."""
+        self.ended = True
 
     def close(self) -> None:
         """Signals do again what they did before."""

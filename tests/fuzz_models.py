@@ -259,12 +259,6 @@ def template(text: str):
 ANY = ("policy", "value", "reward")
 # (name, damage, the kinds of folders)
 DAMAGES = [
-    *((f"{how.__name__} {name}", how(name), ANY)
-      for how in (remove, cut, garble)
-      for name in ("config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS)
-      if (how, name) != (garble, WEIGHTS)),  # bytes of numbers are other numbers
-    *((f"empty {name}", write(name, b""), ANY)
-      for name in ("config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS, "chat_template.jinja")),
     ("config.json is a list", write("config.json", b"[1]"), ANY),
     ("config.json is null", write("config.json", b"null"), ("policy",)),
     ("config.json with a NUL", write("config.json", b"\0" * 300), ("policy",)),
@@ -290,7 +284,11 @@ DAMAGES = [
     ("heads that do not divide", edit_json("config.json", num_attention_heads=5), ("policy",)),
     ("vocabulary smaller than the weights", edit_json("config.json", vocab_size=30), ANY),
     ("pad beyond the vocabulary", edit_json("config.json", pad_token_id=10**6), ANY),
-    ("rope of no kind", edit_json("config.json", rope_parameters={"rope_type": "curly"}), ("policy", "value")),
+    (
+        "rope of no kind",
+        edit_json("config.json", rope_parameters={"rope_type": "curly"}),
+        ("policy", "value"),
+    ),
     ("activation of no kind", edit_json("config.json", hidden_act="silly"), ("policy",)),
     ("epsilon NaN", edit_json("config.json", rms_norm_eps=float("nan")), ANY),
     ("positions 2", edit_json("config.json", max_position_embeddings=2), ("policy",)),
@@ -339,16 +337,35 @@ DAMAGES = [
     ("generation config: no JSON", write("generation_config.json", b"{"), ("policy",)),
     ("generation config: a list", write("generation_config.json", b"[]"), ("policy",)),
     ("generation config: empty", write("generation_config.json", b""), ("policy",)),
-    ("generation config: a text for eos",
-     write("generation_config.json", b'{"eos_token_id": "two"}'), ("policy",)),
-    ("generation config: a nested eos",
-     write("generation_config.json", b'{"eos_token_id": [[2]]}'), ("policy",)),
-    ("generation config: a number beyond",
-     write("generation_config.json", b'{"eos_token_id": 99999999}'), ("policy",)),
-    ("generation config: nonsense",
-     write("generation_config.json", b'{"temperature": "hot", "do_sample": 3}'), ("policy",)),
+    (
+        "generation config: a text for eos",
+        write("generation_config.json", b'{"eos_token_id": "two"}'),
+        ("policy",),
+    ),
+    (
+        "generation config: a nested eos",
+        write("generation_config.json", b'{"eos_token_id": [[2]]}'),
+        ("policy",),
+    ),
+    (
+        "generation config: a number beyond",
+        write("generation_config.json", b'{"eos_token_id": 99999999}'),
+        ("policy",),
+    ),
+    (
+        "generation config: nonsense",
+        write("generation_config.json", b'{"temperature": "hot", "do_sample": 3}'),
+        ("policy",),
+    ),
     ("generation config: bytes", write("generation_config.json", b"\xff\xfe\x00"), ("policy",)),
-]  # fmt: skip
+]
+for name in ("config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS):
+    DAMAGES.append((f"removed {name}", remove(name), ANY))
+    DAMAGES.append((f"cut {name}", cut(name), ANY))
+    DAMAGES.append((f"empty {name}", write(name, b""), ANY))
+    if name != WEIGHTS:  # there other bytes are other numbers
+        DAMAGES.append((f"garbled {name}", garble(name), ANY))
+DAMAGES.append(("empty chat_template.jinja", write("chat_template.jinja", b""), ANY))
 # (folder's kind, opened as)
 CONFUSED = [(a, b) for a in ANY for b in ANY if a != b]
 

@@ -48,6 +48,10 @@ def add(path):
     path.with_name("stray").write_text("x")
 
 
+def no_table(path):
+    path.write_text("7")
+
+
 DAMAGES = [
     (flip_a_bit, "dcp/__0_0.distcp"),
     (halve, "dcp/__0_0.distcp"),
@@ -62,6 +66,7 @@ DAMAGES = [
     (empty, "state.json"),
     (os.unlink, "state.json"),
     (empty, "checksums.json"),
+    (no_table, "checksums.json"),
     (os.unlink, "checksums.json"),
 ]
 
@@ -82,6 +87,54 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
     damage(tmp_path / "checkpoints/step-000006" / name)
     with pytest.raises(SystemExit, match="no checkpoint is whole; --overwrite begins anew"):
         checkpoints.newest_whole(tmp_path)
+
+
+def test_a_file_that_the_disk_does_not_give_back_is_damaged(tmp_path):
+    """A read that fails is no traceback."""
+    (tmp_path / "checksums.json").write_text(json.dumps({"a": durable.checksum(__file__)}))
+    (tmp_path / "a").mkdir()  # to open it is an OSError, as to read a bad block is
+    found = durable.checksums(tmp_path, ["a"])
+    assert found == {"a": "unreadable: Is a directory"}
+    assert durable.damage(tmp_path, found) == "a is damaged"
+
+
+def late_listing(module):
+    """Rank 1 sees in a folder only what it wrote itself, as on a network file system that is late."""
+    from common import distributed
+
+    files = durable.files
+
+    def seen(folder):
+        names = files(folder)
+        return (
+            names
+            if distributed.rank() == 0
+            else [name for name in names if "__1_" in name or "rng-1" in name]
+        )
+
+    durable.files = seen
+
+
+def test_a_checkpoint_is_whole_where_a_rank_sees_the_others_files_late(world):
+    args = helpers.ARGS["sft"] | dict(steps=2, save_every=2, run_dir="runs/late")
+    world.run("sft", 2, late_listing, **args).ok()
+    folder = world.path("runs/late/checkpoints/step-000002")
+    assert durable.damage(folder, durable.checksums(folder)) == ""
+    assert {checkpoints._writer(name) for name in durable.files(folder)} == {0, 1}
+    result = world.run("sft", 2, late_listing, **args | dict(steps=3, resume=True)).ok()
+    assert "set aside" not in result.output
+
+
+def test_what_a_kill_left_goes_with_the_next_checkpoint(world):
+    """Whatever its step: a run that saves by the clock never writes that one again."""
+    args = helpers.ARGS["sft"] | dict(steps=2, save_every=1, run_dir="runs/left")
+    world.run("sft", **args).ok()
+    folder = world.path("runs/left/checkpoints")
+    for name in ("part-000007", "part-removed-step-000001"):
+        (folder / name).mkdir()
+        (folder / name / "state.json").write_text("{}")
+    world.run("sft", **args | dict(steps=3, resume=True)).ok()
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000002", "step-000003"]
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
@@ -139,6 +192,9 @@ def test_pruning_leaves_no_half_folder_under_its_name(tmp_path, monkeypatch):
     durable.remove(folder)
     assert not folder.exists()
     assert all(path.name.startswith("part-") for path in removed)
+    folder.mkdir()
+    durable.remove(folder)  # what is left of the first one, as of a file that is open on NFS, is no obstacle
+    assert not folder.exists() and len(list(tmp_path.glob("part-removed-step-000001*"))) == 2
 
 
 # --- weights that are not finite

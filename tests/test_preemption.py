@@ -117,6 +117,81 @@ def test_the_slurm_script_requeues_what_was_stopped(tmp_path):
     assert not (tmp_path / "requeued").exists()
 
 
+def signal_in_the_last_save(module):
+    """SIGTERM to the process itself as it writes the checkpoint of the last step."""
+    save = module.save_checkpoint
+
+    def saved(run_dir, step, *rest):
+        if step == ARGS["sft"]["steps"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(run_dir, step, *rest)
+
+    module.save_checkpoint = saved
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_signal_in_the_last_checkpoint_is_not_forgotten(world, unbroken, ranks):
+    """No step comes after it that would ask, and the last evaluation may be long."""
+    run_dir = f"runs/signal-last-{ranks}"
+    result = world.run("sft", ranks, signal_in_the_last_save, **ARGS["sft"], run_dir=run_dir)
+    assert result.codes == [EXIT_CODE] * max(1, ranks), result.output
+    assert "SIGTERM: stopped after step 8 of 8, which is saved" in result.output
+    assert not (world.path(run_dir) / "model").exists()
+    world.run("sft", ranks, **ARGS["sft"], run_dir=run_dir, resume=True).ok()
+    if ranks == 0:
+        assert_identical(world.path(run_dir), unbroken("sft"))
+
+
+def slow_export(module):
+    """The export takes a minute."""
+    module.export = lambda *_, **__: time.sleep(60)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_after_the_last_step_ends_at_once(world, name):
+    """SIGUSR1 leaves the word that docs/slurm.sh looks for. SIGTERM does not: torchrun sends it where another rank
+    has failed, and a run that fails is not to be queued again and again."""
+    run_dir = f"runs/signal-{name}-export"
+    job = world.start("sft", patch=slow_export, **ARGS["sft"], run_dir=run_dir)
+    while not (world.path(run_dir) / "checkpoints/step-000008").exists():
+        assert job.alive(0.01), job.wait().output
+    assert job.alive(1)  # the last evaluation is over by then
+    os.kill(job.processes[0].pid, getattr(signal, name))
+    result = job.wait(20)
+    assert result.codes == [EXIT_CODE]
+    line = f"{name}: stopped after step 8, which is saved; --resume writes the model"
+    assert result.output.splitlines()[-1] == line
+    assert (world.path(run_dir) / "stopped").exists() == (name == "SIGUSR1")
+
+
+def test_a_rank_that_is_silent_ends_the_other_in_one_line(world):
+    """A process that is stopped, a node without power, a link that is gone: nobody says so. --timeout-minutes is the
+    bound."""
+    job = start_until(world, "sft", "runs/silent", ranks=2, **LONG, timeout_minutes=0.1)
+    os.kill(job.processes[1].pid, signal.SIGSTOP)
+    job.processes[0].join(60)
+    code = job.processes[0].exitcode
+    job.kill()
+    result = job.wait()
+    assert code == 1, result.output
+    lines = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in result.output, result.output
+    assert "error: rank 0 has lost another rank: " in lines[0] and "Timed out waiting 6000ms" in lines[0]
+
+
+def test_a_rank_that_never_comes_is_one_line(world):
+    """A node that does not start: --timeout-minutes is the bound again."""
+    environment = os.environ | dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    environment["MASTER_PORT"] = str(helpers.free_port())
+    words = [sys.executable, str(helpers.ROOT / "sft.py"), "--timeout-minutes", "0.05"]
+    result = subprocess.run(
+        words, cwd=world.folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: the 2 ranks have not met (DistStoreError: ")
+
+
 def slow_save(module):
     """Saving takes a minute."""
     module.save_checkpoint = lambda *_: time.sleep(60)

@@ -31,12 +31,15 @@ KILLS = range(EVERY + 1, 5)  # steps logged when the kill comes: after the first
 
 @pytest.fixture(scope="session")  # as `world` is: pytest-xdist may leave a module and come back
 def unbroken(world):
-    """The run of a script that nobody killed, made once; returns its folder."""
+    """The run of a script that nobody killed, made once; returns its folder. Each module that imports the fixture has
+    its own, and the world is one."""
 
     @functools.cache
     def run(script):
-        world.run(script, **ARGS[script], run_dir=f"runs/unbroken-{script}").ok()
-        return world.path(f"runs/unbroken-{script}")
+        folder = world.path(f"runs/unbroken-{script}")
+        if not (folder / "model").exists():
+            world.run(script, **ARGS[script], run_dir=f"runs/unbroken-{script}").ok()
+        return folder
 
     return run
 
