@@ -13,10 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from common import distributed
-from common.cli import fail, note, parse
+from common.cli import fail, note, parse, parse_alone
 from common.data import prompt_hash
 from common.models import load_model
 from common.pictures import valued_texts
@@ -144,7 +142,7 @@ def run_judge(words: list[str]) -> bool:
     # rank 0 judges alone, so it is one process for `fail`, which would end the others
     ranks = os.environ.pop("WORLD_SIZE", None)
     try:
-        ask_judge(tyro.cli(Judge, args=words))
+        ask_judge(parse_alone(Judge, words))
     except SystemExit as stop:
         note(str(stop))
         return False
@@ -164,8 +162,6 @@ def judge_folder(args: All, candidate: str) -> Path:
 
 def check(args: All, names: list[str]) -> None:
     """Ends the run where the flags do not fit each other."""
-    if args.page_prompts < 0:
-        fail(f"--page-prompts is {args.page_prompts}; it must not be negative")
     if len(args.endpoint) not in (1, len(args.judge_model)) and args.judge_model:
         fail(
             f"--endpoint: {len(args.endpoint)} of them for {len(args.judge_model)} judges; give one, or one each"
@@ -194,7 +190,7 @@ def plan(args: All, asked: Responses, questions: list[dict], names: list[str]) -
         note(f"  at most {tokens:,} tokens{time_of_answers(asked, questions, left, args.dry_run)}")
     if not args.judge_model:
         return
-    settings = tyro.cli(Judge, args=judge_words(args, Path("a"), Path("b"), Path("c")))
+    settings = parse_alone(Judge, judge_words(args, Path("a"), Path("b"), Path("c")))
     there = sum(count_lines(judge_folder(args, name) / "judgements.jsonl") for name in names[1:])
     pairs = len(args.judge_model) * (len(names) - 1) * (settings.prompts or len(questions))
     left = max(0, 2 * pairs - there)
