@@ -5,6 +5,7 @@ import math
 import os
 import threading
 import time
+from pathlib import Path
 from typing import NoReturn
 
 import tyro
@@ -123,6 +124,14 @@ def note(message: str) -> None:
         print(message, flush=True)
 
 
+def make_folder(folder: str | Path) -> None:
+    """Makes `--run-dir`, or a folder in it, where it is not there. Ends with one line where that cannot be."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--run-dir {folder}: no such folder can be made ({error.strerror})")
+
+
 def parse(cls, reviews: dict, argv: list[str] | None = None):
     """The command line as `cls`, a dataclass; on the embedded world its defaults have `reviews` on top.
 
@@ -144,10 +153,12 @@ def parse_alone(cls, argv: list[str] | None = None):
 
 
 def check(args) -> None:
-    """Ends with one line where a number of `args`, a dataclass, is out of its range, or flags exclude each
-    other."""
+    """Ends with one line where a number of `args`, a dataclass, is out of its range, a text is empty that has a
+    default, or flags exclude each other."""
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
+        if isinstance(field.default, str) and value == "" != field.default:
+            fail(f"--{field.name.replace('_', '-')} is empty; leave it out for {field.default}")
         for each in value if isinstance(value, tuple) else (value,):
             if isinstance(each, int | float) and not isinstance(each, bool) and each != field.default:
                 check_number(field.name, each)

@@ -28,10 +28,12 @@ from evaluation.page import Answer, Question, Verdict, write_page
 from evaluation.responses import (
     RESPONSES_REVIEWS,
     Responses,
+    check_arguments,
     json_lines,
     read_questions,
     responses,
     short_names,
+    short_reward_names,
     with_interval,
 )
 from evaluation.text_metrics import mean
@@ -439,6 +441,7 @@ def evaluate_all(args: All) -> None:
     check(args, names)
     if args.value_models or args.gvm:
         values_args(args)  # a wrong flag ends the run now
+    check_arguments(asked, names, short_reward_names(asked.reward))
     questions = read_questions(asked)
     first_rank = distributed.rank() == 0
     plan(args, asked, questions, names)

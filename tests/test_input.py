@@ -5,6 +5,8 @@ import gzip
 import json
 import shutil
 
+import fuzz_commands
+import fuzz_data
 import helpers
 import pytest
 
@@ -258,6 +260,22 @@ def test_dropped_rows_are_counted(world):
     assert "mixed.jsonl: dropped 1 of 34 rows: prompt longer than --max-prompt-length 24" in output
     assert "mixed.jsonl: cut 1 answers (3 %) at --max-response-length 16" in output
     assert "33 responses to learn from" in output
+
+
+def test_mutated_files():
+    """The first of the files of `make fuzz`: read right, or refused in one line."""
+    outcomes = fuzz_data.cases(range(60))
+    wrong = [outcome for outcome in outcomes if outcome.wrong]
+    assert not wrong, "\n".join(f"{each.number}: {each.what}: {each.wrong}" for each in wrong)
+    assert 15 < sum(bool(outcome.refused) for outcome in outcomes) < 45  # so both kinds are tried
+
+
+def test_mutated_command_lines():
+    """The first of its command lines: set up as far as a model, or refused in one line."""
+    outcomes = fuzz_commands.cases(range(40))
+    wrong = [outcome for outcome in outcomes if outcome.wrong]
+    assert not wrong, "\n".join(f"{each.number}: {' '.join(each.words)}: {each.wrong}" for each in wrong)
+    assert 20 < sum(bool(outcome.refused) for outcome in outcomes) < 40
 
 
 @pytest.mark.parametrize("processes", [0, 2])
