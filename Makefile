@@ -4,7 +4,7 @@ VENV ?= .venv
 NEWEST = .venv-newest
 RUN = OMP_NUM_THREADS=1 $(VENV)/bin/python
 
-.PHONY: demo test test-newest lint bench faults plan tables assets clean
+.PHONY: demo test test-newest fuzz faults lint bench plan tables assets clean
 demo: $(VENV)/installed
 	$(RUN) tools/demo.py
 
@@ -21,6 +21,13 @@ test-newest:
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -r $(NEWEST)/requirements.txt $(WITH)
 	$(NEWEST)/bin/python -m pip list --format freeze | grep -E '^(torch|transformers|tokenizers|datasets|numpy|safetensors|peft|trl)=='
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 --dist worksteal $(INSIDES)
+
+# mutated data files and command lines: each is read right, or refused in one line; FILES=3000 COMMANDS=1000: more
+FILES = 300
+COMMANDS = 150
+fuzz: $(VENV)/installed-test
+	$(RUN) tests/fuzz_data.py --count $(FILES)
+	$(RUN) tests/fuzz_commands.py --count $(COMMANDS)
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

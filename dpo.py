@@ -194,9 +194,8 @@ def main(args: Args) -> None:
     # Shapes: N training pairs, M held-out ones, B in a micro-batch; L tokens of prompt and response,
     # T tokens of the response.
     # --- setup
-    if not (args.beta > 0 and 0 <= args.label_smoothing < 0.5):
-        given = f"--beta {args.beta}, --label-smoothing {args.label_smoothing}"
-        fail(f"{given}: beta must be above 0, the smoothing in [0, 0.5)")
+    if args.beta == 0:  # the loss would be log 2, whatever the policy
+        fail(f"--beta is {args.beta}; it must be above 0")
     run = Run(args)
     device = distributed.device()
     rank = distributed.rank()

@@ -250,11 +250,6 @@ def main(args: Args) -> None:
     # Shapes: N training responses, M held-out ones, B in a micro-batch; L tokens of prompt and response,
     # T tokens of the response.
     # --- setup
-    if not (args.tau > 0 and 0 < args.keep_responses <= 1 and args.reward_noise >= 0):
-        given = (
-            f"--tau {args.tau}, --keep-responses {args.keep_responses}, --reward-noise {args.reward_noise}"
-        )
-        fail(f"{given}: tau must be above 0, the share in (0, 1], the noise not negative")
     run = Run(args)
     device = distributed.device()
     rank = distributed.rank()

@@ -25,10 +25,8 @@ docs/evaluate.md explains every number and file; `python evaluate.py values --he
 
 import sys
 
-import tyro
-
 from common import distributed
-from common.cli import fail, parse
+from common.cli import fail, parse, parse_alone
 from evaluation.all import All, evaluate_all
 from evaluation.judge import Judge, judge
 from evaluation.length_controlled import LengthControlled, length_controlled
@@ -55,7 +53,7 @@ def main(argv: list[str]) -> None:
         fail(f"give one of the commands {', '.join(COMMANDS)}: python evaluate.py values --help")
     flags, reviews, command = COMMANDS[name]
     if name in ("judge", "length_controlled"):  # no model of ours: no data set, no processes
-        command(tyro.cli(flags, args=argv[1:]))
+        command(parse_alone(flags, argv[1:]))
     else:
         distributed.launch(command, parse(flags, reviews, argv[1:]))
 

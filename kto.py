@@ -243,10 +243,11 @@ def main(args: Args) -> None:
     # Shapes: N training responses, M held-out ones, B in a micro-batch; L tokens of prompt and response,
     # T tokens of the response.
     # --- setup
+    if args.beta == 0:  # the loss would be a constant, whatever the policy
+        fail(f"--beta is {args.beta}; it must be above 0")
     weights = (args.desirable_weight, args.undesirable_weight)
-    if not (args.beta > 0 and min(weights) >= 0 and max(weights) > 0):
-        given = f"--beta {args.beta}, --desirable-weight {weights[0]}, --undesirable-weight {weights[1]}"
-        fail(f"{given}: beta must be above 0, the weights not negative nor both 0")
+    if max(weights) == 0:
+        fail("--desirable-weight and --undesirable-weight are both 0; there is nothing to learn")
     run = Run(args)
     device = distributed.device()
     rank = distributed.rank()

@@ -317,6 +317,8 @@ def main(args: Args) -> None:
     # --- setup
     if args.batch_size % args.mini_batch_size:
         fail(f"--mini-batch-size {args.mini_batch_size} does not divide --batch-size {args.batch_size}")
+    if args.kl_target and args.beta == 0:
+        fail(f"--kl-target {args.kl_target} adapts --beta by factors, so from 0 it stays 0; give one above 0")
     run = Run(args)
     device = distributed.device()
     rank = distributed.rank()

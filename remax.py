@@ -279,9 +279,6 @@ def main(args: Args) -> None:
     # --- setup
     if args.batch_size % args.mini_batch_size:
         fail(f"--mini-batch-size {args.mini_batch_size} does not divide --batch-size {args.batch_size}")
-    if args.beta < 0 or not (0 < args.clip < 1 and args.clip_high > 0):
-        given = f"--beta {args.beta}, --clip {args.clip}, --clip-high {args.clip_high}"
-        fail(f"{given}: beta must not be negative, clip in (0, 1), clip_high above 0")
     run = Run(args)
     device = distributed.device()
     rank = distributed.rank()

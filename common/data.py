@@ -6,6 +6,7 @@ its step number."""
 import gzip
 import hashlib
 import json
+import logging
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -55,6 +56,9 @@ PARTS = {  # shares of the prompts, by their hash in [0, 1): 2502.16944's 30 / 5
 
 # --- reading and checking
 
+# it logs what it raises as well, and an error is one line here
+datasets.logging.set_verbosity(logging.CRITICAL)
+
 
 class Unreadable(str):
     """What is no row, and why."""
@@ -92,9 +96,11 @@ def read_rows(
         for i, row in numbered:
             try:
                 held = rows_of(row, kind, columns, train_on)
-            except ValueError as error:
+            except Exception as error:  # ValueError says why; another is of a nesting that nobody thought of
+                why = str(error) if isinstance(error, ValueError) else f"unknown nesting ({error!r})"
                 if not skip_bad_rows:
-                    fail(f"{file}, row {i}: {error} (or drop such rows with --skip-bad-rows)")
+                    why = " ".join(why.split())[:300]  # one line
+                    fail(f"{file}, row {i}: {why} (or drop such rows with --skip-bad-rows)")
                 counts["bad"] += 1
                 continue
             counts["rows"] += 1
@@ -134,6 +140,8 @@ def of_split(name: str, split: str, numbered: list[tuple[int, dict]]) -> list[tu
     for i, row in numbered:
         if isinstance(row, dict) and row.get("split") is None:
             kept.append((i, Unreadable("it has no `split`, which other rows have")))
+        elif isinstance(row, dict) and not isinstance(row["split"], str):
+            kept.append((i, Unreadable(f"its `split` is {repr(row['split'])[:40]}, not text")))
         elif not isinstance(row, dict) or row["split"] == split:  # what is no row is said to be none
             kept.append((i, row))
     if not any(isinstance(row, dict) for _, row in kept):
@@ -282,9 +290,11 @@ def read_json(name: str, a_row_per_line: bool) -> list:
             if not text.strip():
                 continue
             try:
-                value = json.loads(text)
+                value = json.loads(text, object_pairs_hook=as_object)
             except json.JSONDecodeError as error:
                 value = Unreadable(f"not JSON ({error.msg}); a .jsonl file has one object a line")
+            except RepeatedKey as error:
+                value = Unreadable(f"the key {error.args[0]!r} stands twice in one object")
             except (
                 RecursionError,
                 ValueError,
@@ -295,6 +305,19 @@ def read_json(name: str, a_row_per_line: bool) -> list:
             else:
                 rows.append(value)
     return rows
+
+
+class RepeatedKey(Exception):
+    """A key that an object of JSON has twice."""
+
+
+def as_object(pairs: list[tuple]) -> dict:
+    """An object of JSON. Raises RepeatedKey: readers of JSON do not agree which of the values counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKey(next(key for key in keys if keys.count(key) > 1))
+    return found
 
 
 def check_row(row: dict, kind: str) -> dict:

@@ -182,8 +182,10 @@ def from_json(text: str) -> list[dict] | None:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
+    if not is_messages(value):
+        return None
     has_roles = all({"role"} <= set(each) or {"from", "value"} <= set(each) for each in value)
-    return value if has_roles and is_messages(value) else None
+    return value if has_roles else None
 
 
 def with_parsed(row: dict) -> dict:
@@ -539,7 +541,7 @@ def of_ranked(row: dict, kind: str) -> list[dict]:
         prompt = [message for message in prompt if message["content"] or message["role"] != "assistant"]
     scored = []
     for each in row["answers"]:
-        if is_finite_number(each["rank"]):
+        if is_rated(each["rank"]):
             answer = {"response": each["answer"], "reward": -each["rank"], "policy": each.get("model")}
             scored.append({"prompt": prompt, **answer})
     return best_and_worst(scored, kind)
@@ -579,11 +581,20 @@ def is_finite_number(value) -> bool:
         return False
 
 
+def is_rated(score) -> bool:
+    """Whether an answer among several has a score. Raises ValueError where it has one that is no number."""
+    if score is None:
+        return False
+    if not is_finite_number(score):
+        raise ValueError(f"the score of an answer is {repr(score)[:40]}, not a finite number")
+    return True
+
+
 def best_and_worst(scored: list[dict], kind: str) -> list[dict]:
     """What a kind of data set takes of several scored answers to one prompt."""
     if kind in ("scored", "responses"):
         return scored
-    rated = [row for row in scored if is_finite_number(row["reward"])]
+    rated = [row for row in scored if is_rated(row["reward"])]
     rated.sort(key=lambda row: row["reward"])
     if kind != "preference" or not rated:
         return rated[-1:]

@@ -6,7 +6,7 @@ import os
 import socket
 from pathlib import Path
 
-from common.cli import fail, note
+from common.cli import fail, make_folder, note
 
 HELD = []  # open files: a lock goes with its file
 
@@ -16,9 +16,10 @@ def lock(folder: Path) -> None:
 
     It is a POSIX lock on FOLDER/lock: the system lets it go when the process dies, however that happens, so
     there is no stale one; NFS, Lustre and GPFS carry it from host to host. Where a file system has no locks,
-    that is said, and nothing is held. Ends with one line where another process holds it.
+    that is said, and nothing is held. Ends with one line where another process holds it, or the
+    folder cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / "lock"
     # not "w": the words of the one that holds it must stay
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the lock)

@@ -69,8 +69,11 @@ class Reward:
         module, _, self.label = self.name.partition(":")
         try:
             self.function = getattr(importlib.import_module(module), self.label)
-        except (ImportError, AttributeError) as error:
-            fail(f"--reward {self.name}: {error}; give a model folder, a hub id or module:function")
+        except Exception as error:  # the user's own module
+            why = " ".join(str(error).split())
+            fail(f"--reward {self.name}: {why}; give a model folder, a hub id or module:function")
+        if not callable(self.function):
+            fail(f"--reward {self.name} is {type(self.function).__name__}, not a function")
         if rows:
             self.columns_of(rows)
 

@@ -13,10 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from common import distributed
-from common.cli import fail, note, parse
+from common.cli import fail, note, parse, parse_alone
 from common.data import prompt_hash
 from common.lock import lock
 from common.models import load_model
@@ -31,10 +29,12 @@ from evaluation.page import Answer, Question, Verdict, write_page
 from evaluation.responses import (
     RESPONSES_REVIEWS,
     Responses,
+    check_arguments,
     json_lines,
     read_questions,
     responses,
     short_names,
+    short_reward_names,
     with_interval,
 )
 from evaluation.text_metrics import mean
@@ -145,7 +145,7 @@ def run_judge(words: list[str]) -> bool:
     # rank 0 judges alone, so it is one process for `fail`, which would end the others
     ranks = os.environ.pop("WORLD_SIZE", None)
     try:
-        ask_judge(tyro.cli(Judge, args=words))
+        ask_judge(parse_alone(Judge, words))
     except SystemExit as stop:
         note(str(stop))
         return False
@@ -165,8 +165,6 @@ def judge_folder(args: All, candidate: str) -> Path:
 
 def check(args: All, names: list[str]) -> None:
     """Ends the run where the flags do not fit each other."""
-    if args.page_prompts < 0:
-        fail(f"--page-prompts is {args.page_prompts}; it must not be negative")
     if len(args.endpoint) not in (1, len(args.judge_model)) and args.judge_model:
         fail(
             f"--endpoint: {len(args.endpoint)} of them for {len(args.judge_model)} judges; give one, or one each"
@@ -195,7 +193,7 @@ def plan(args: All, asked: Responses, questions: list[dict], names: list[str]) -
         note(f"  at most {tokens:,} tokens{time_of_answers(asked, questions, left, args.dry_run)}")
     if not args.judge_model:
         return
-    settings = tyro.cli(Judge, args=judge_words(args, Path("a"), Path("b"), Path("c")))
+    settings = parse_alone(Judge, judge_words(args, Path("a"), Path("b"), Path("c")))
     there = sum(count_lines(judge_folder(args, name) / "judgements.jsonl") for name in names[1:])
     pairs = len(args.judge_model) * (len(names) - 1) * (settings.prompts or len(questions))
     left = max(0, 2 * pairs - there)
@@ -444,6 +442,7 @@ def evaluate_all(args: All) -> None:
     check(args, names)
     if args.value_models or args.gvm:
         values_args(args)  # a wrong flag ends the run now
+    check_arguments(asked, names, short_reward_names(asked.reward))
     questions = read_questions(asked)
     first_rank = distributed.rank() == 0
     plan(args, asked, questions, names)

@@ -15,6 +15,7 @@ import numpy as np
 
 from common.cli import fail
 from common.data import Unreadable, read_file
+from common.formats import is_finite_number
 from evaluation.verdicts import FIVE
 from evaluation.win_rates import clustered_average, ratio
 
@@ -86,8 +87,13 @@ def export(folder: Path, name: str, rows: list[dict], records: list[dict], datas
 # --- what is read --------------------------------------------------------------------------------------
 
 
+# Columns that name something: rows are grouped by them.
+NAMES = ("question_id", "uid", "name", "category", "model", "model_1", "model_2", "baseline")
+
+
 def read_objects(file: str, columns: tuple[str, ...]) -> list[dict]:
-    """The rows of a local file, each an object with these columns. Ends the run at one without."""
+    """The rows of a local file, each an object with these columns. Ends the run at one without, or with a name
+    that is neither text nor a whole number."""
     if not Path(file).is_file():
         fail(f"{file}: no such file")
     rows = read_file(file, "")
@@ -97,6 +103,10 @@ def read_objects(file: str, columns: tuple[str, ...]) -> list[dict]:
         missing = [column for column in columns if column not in row]
         if missing:
             fail(f"{file}, row {number}: no {missing[0]!r} among the columns {', '.join(sorted(row))}")
+        for column in NAMES:
+            name = row.get(column)
+            if not isinstance(name, str | int) and (column in columns or name is not None):
+                fail(f"{file}, row {number}: {column} is {repr(name)[:40]}, neither text nor a whole number")
     if not rows:
         fail(f"{file}: no rows")
     return rows
@@ -147,8 +157,11 @@ def read_fastchat_prompts(file: str) -> dict[str, tuple[str, str]]:
     """name -> (system prompt, prompt) of FastChat's data/judge_prompts.jsonl. Ends the run where one that
     MT-Bench needs is missing."""
     prompts = {}
-    for row in read_objects(file, ("name", "prompt_template")):
-        prompts[row["name"]] = (row.get("system_prompt") or "", row["prompt_template"])
+    for number, row in enumerate(read_objects(file, ("name", "prompt_template")), 1):
+        texts = (row.get("system_prompt") or "", row["prompt_template"])
+        if not all(isinstance(text, str) for text in texts):
+            fail(f"--template {file}, row {number}: system_prompt and prompt_template must be texts")
+        prompts[row["name"]] = texts
     missing = sorted(set(PROMPT_NAMES.values()) - set(prompts))
     if missing:
         fail(
@@ -245,7 +258,7 @@ DRAWS = 1000  # of the bootstrap; show_result draws 100
 def arena_scores(games: list) -> list[float] | None:
     """The model's scores in a row of model_judgment: in its first game the baseline stands as A, in its second
     the model. None where a verdict is missing."""
-    verdicts = [game and game["score"] for game in games]
+    verdicts = [game.get("score") if game else None for game in games]
     if len(verdicts) != 2 or None in verdicts:
         return None
     baseline_first, model_first = (LEVELS[FIVE[verdict]] for verdict in verdicts)
@@ -302,14 +315,16 @@ def read_judgements(mode: str, files: tuple[str, ...]) -> list[dict]:
                 if not isinstance(games, list) or len(games) != 2:
                     fail(f"{where}: games must be two, one in each order")
                 for game in games:
-                    score = game.get("score") if isinstance(game, dict) else game
-                    if score is not None and score not in FIVE:
+                    if not isinstance(game, dict | None):
+                        fail(f"{where}: a game is {type(game).__name__}, not an object with its score")
+                    score = game.get("score") if game else None
+                    if score is not None and not (isinstance(score, str) and score in FIVE):
                         fail(f"{where}: the verdict {str(score)[:40]!r} is none of {', '.join(LEVELS)}")
             elif mode == "mt-bench-pairwise":
                 if row["g1_winner"] not in winners or row["g2_winner"] not in winners:
                     fail(f"{where}: a winner is none of {', '.join(winners)}")
-            elif not isinstance(row["score"], (int, float)) or isinstance(row["score"], bool):
-                fail(f"{where}: score is {str(row['score'])[:40]!r}, no number")
+            elif not is_finite_number(row["score"]):
+                fail(f"{where}: score is {str(row['score'])[:40]!r}, no finite number")
             found.append(row)
     return found
 

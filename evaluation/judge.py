@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import fail, note
+from common.cli import fail, make_folder, note
 from common.data import Unreadable, check_row, prompt_hash, read_file
 from common.lock import lock
 from common.templates import text_of
@@ -187,7 +187,9 @@ def arena_answer(row: dict) -> dict:
     """A row of Arena-Hard's answers as prompt and response. As in its gen_judgment.py a system message is not
     shown to the judge."""
     messages = row["messages"]
-    if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
+    if not isinstance(messages, list) or not messages:
+        return {}
+    if not all(isinstance(message, dict) for message in messages):
         return {}
     content = messages[-1].get("content")
     if isinstance(content, dict):
@@ -209,7 +211,8 @@ def read_responses(file: str) -> tuple[str, dict[str, str]]:
             fail(
                 f"{file}, row {number}: {row if isinstance(row, Unreadable) else 'no object with named columns'}"
             )
-        names.add(row.get("model", row.get("generator")))
+        name = row.get("model", row.get("generator"))
+        names.add(name if isinstance(name, str) else "")
         if "instruction" in row and "prompt" not in row:  # alpaca_eval's
             row = {"prompt": row["instruction"], "response": row.get("output")}
         elif "uid" in row and "messages" in row and "prompt" not in row:
@@ -230,7 +233,7 @@ def read_responses(file: str) -> tuple[str, dict[str, str]]:
         left_out = len(rows) - len(responses)
         note(f"{file}: left out {left_out} further responses to the same prompts")
     name = names.pop() if len(names) == 1 else ""
-    return name if isinstance(name, str) else "", responses
+    return name, responses
 
 
 def distinct_names(names: list[str], files: tuple[str, ...]) -> list[str]:
@@ -665,7 +668,7 @@ def save(folder: Path, summary: dict) -> None:
         """NaN and Infinity, which Python writes, are not JSON."""
 
     strict = json.loads(json.dumps(summary), parse_constant=null)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     (folder / "judge.json").write_text(json.dumps(strict, indent=1) + "\n", encoding="utf-8")
 
 
@@ -771,6 +774,7 @@ def judge(args: Judge) -> None:
         return
 
     # --- answers
+    make_folder(folder)
     lock(folder)
     cache = Cache(file)
     cache.answers = dict(known)

@@ -9,8 +9,9 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import fail, note
+from common.cli import fail, make_folder, note
 from common.data import Unreadable, read_file
+from common.formats import is_finite_number
 
 DATA = "tatsu-lab/alpaca_eval"  # a data set of the hub
 # The 805 instructions in their order, with the reference's answers.
@@ -45,12 +46,16 @@ def pair_of(row: dict) -> dict | None:
     responses = row.get("responses")
     if "points" not in row or not isinstance(responses, list) or len(responses) != 2:
         return None
-    model, reference = row.get("files", ("model", "reference"))
+    files = row.get("files", ("model", "reference"))
+    if not isinstance(files, list | tuple) or len(files) != 2:
+        return None
+    model, reference = files
+    points = row["points"]
     return {
         "instruction": row.get("prompt"),
         "output_1": responses[1],
         "output_2": responses[0],
-        "preference": None if row["points"] is None else 1 + row["points"],
+        "preference": 1 + points if is_finite_number(points) else points,
         "generator_1": reference,
         "generator_2": model,
         "annotator": row.get("judge", "judge"),
@@ -75,9 +80,12 @@ def read_pairs(file: str) -> dict[tuple[str, str, str], list[dict]]:
         if not all(isinstance(text, str) for text in texts):
             fail(f"{where}: instruction and both answers must be texts")
         preference = pair["preference"]
-        if preference is not None and not 1 <= preference <= 2:
-            fail(f"{where}: the preference is {preference}, not from 1 to 2")
+        in_range = is_finite_number(preference) and 1 <= preference <= 2
+        if preference is not None and not in_range:
+            fail(f"{where}: the preference is {repr(preference)[:40]}, not from 1 to 2")
         name = (pair["annotator"], pair["generator_2"], pair["generator_1"])
+        if not all(isinstance(each, str) for each in name):
+            fail(f"{where}: the names of the judge and of both models must be texts")
         groups.setdefault(name, []).append(pair)
     return groups
 
@@ -181,7 +189,7 @@ def length_controlled(args: LengthControlled) -> None:
 
     # --- save
     folder = Path(args.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     text = json.dumps({"judged": args.judged, "rates": rates}, indent=1)
     (folder / "length_controlled.json").write_text(text + "\n", encoding="utf-8")
     text = json.dumps(annotations, indent=1, ensure_ascii=False)

@@ -15,7 +15,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from common import decoding, distributed, positions, templates, vllm
-from common.cli import fail, note
+from common.cli import fail, make_folder, note
 from common.data import columns_of_prompt, hold_out_prompts, prompt_key, read_rows
 from common.lock import lock
 from common.measures import distinct_2
@@ -290,7 +290,7 @@ def keep_whole_batches(
 ) -> tuple[list[dict], int]:
     """(records, number of batches) of the whole batches that `folder` holds; what a kill left of the next
     one is cut off the file. Ends the run where the file was made with other settings, unless `overwrite`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     file = folder / "responses.jsonl"
     settings_file = folder / "settings.json"
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from common import distributed, positions
 from common.batches import run_micro_batches
-from common.cli import fail, note
+from common.cli import fail, make_folder, note
 from common.context import add_context
 from common.data import hold_out, read_rows
 from common.measures import (
@@ -591,7 +591,7 @@ def values(args: Values) -> None:
         rows = with_rewards(rows, load_tokenizer(folders[0], args.template_arguments), args)
     texts = [{"prompt": args.text[0], "response": response} for response in args.text[1:]]
 
-    Path(args.run_dir).mkdir(parents=True, exist_ok=True)
+    make_folder(args.run_dir)
     tables = {}  # of each model: subset -> statistic -> share of pairs
     baselines = {}  # the same of each baseline
     records = []  # of each model and pair

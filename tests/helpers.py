@@ -187,12 +187,14 @@ def _child(cwd, call, rank, ranks, port, log):
 
 
 def _launch(script, args, patch):
-    from common import distributed
+    from common import cli, distributed
 
     module = importlib.import_module(script)
     if patch:
         patch(module)
-    distributed.launch(module.main, module.Args(**{**module.REVIEWS, **args}))
+    args = module.Args(**{**module.REVIEWS, **args})
+    cli.check(args)  # as `parse` does
+    distributed.launch(module.main, args)
 
 
 def _command(script, argv, processes):

@@ -1,6 +1,7 @@
 """The command line: --help, defaults of the embedded world and of the papers, plain python, torchrun."""
 
 import ast
+import dataclasses
 import importlib
 import json
 import math
@@ -8,10 +9,13 @@ import os
 import re
 import subprocess
 import sys
+import typing
 
 import helpers
 import pytest
 
+import evaluate
+from common import cli
 from common.cli import parse
 
 TINY = "--steps 2 --batch-size 4 --eval-every 2 --save-every 2".split()
@@ -135,13 +139,99 @@ def test_unknown_part(world):
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("flag", ["critic-lr", "temperature", "rollout-batch-size"])
-def test_other_numbers(flag):
-    """So are the other numbers that nothing works with."""
+COMMANDS = [importlib.import_module(script).Args for script in helpers.SCRIPTS]
+COMMANDS += [flags for flags, _, _ in evaluate.COMMANDS.values()]
 
-    module = importlib.import_module("ppo")
-    with pytest.raises(SystemExit, match=f"--{flag}"):
-        parse(module.Args, module.REVIEWS, [f"--{flag}=-1"])
+
+def numbers_of(command):
+    """The fields of a dataclass of flags that are numbers, or tuples of them."""
+    types = typing.get_type_hints(command)
+    return [
+        field
+        for field in dataclasses.fields(command)
+        if {int, float} & {types[field.name], *typing.get_args(types[field.name])}
+    ]
+
+
+def test_every_number_has_a_range():
+    """Of each flag of each command that is a number, what it may be stands in cli.RANGES; and no more stands there."""
+    found = {field.name for command in COMMANDS for field in numbers_of(command)}
+    assert found == set(cli.RANGES)
+    assert len(found) > 60
+
+
+def test_defaults_are_in_range():
+    """A default lies outside its range only where it has a meaning of its own."""
+    outside = set()
+    for command in COMMANDS:
+        for field in numbers_of(command):
+            try:
+                for each in field.default if isinstance(field.default, tuple) else (field.default,):
+                    if each is not None:
+                        cli.check_number(field.name, each)
+            except SystemExit:
+                outside.add((field.name, field.default))
+    assert outside == {("steps", 0), ("temperature", 0.0), ("context_pairs", -1)}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__module__.split(".")[-1])
+def test_numbers_out_of_range(command):
+    """No number of any command may be nan or far below zero, and none but --guide-beta inf."""
+    for field in numbers_of(command):
+        types = typing.get_type_hints(command)[field.name]
+        is_whole = float not in {types, *typing.get_args(types)}
+        for value in (-7, 2**31) if is_whole else (-7.0, math.nan, math.inf):
+            allowed = (field.name, value) in (("guide_beta", math.inf), ("threshold", -7.0))
+            required = {
+                each.name: "x" for each in dataclasses.fields(command) if each.default is each.default_factory
+            }
+            given = (value,) if isinstance(field.default, tuple) else value
+            args = command(**required | {field.name: given})
+            if allowed:
+                cli.check(args)
+                continue
+            with pytest.raises(SystemExit) as end:
+                cli.check(args)
+            flag = field.name.replace("_", "-")
+            assert str(end.value).startswith(f"error: --{flag} is {value}; it must be "), field.name
+            assert "\n" not in str(end.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("gamma", (0.5, 1), (0, 1.01)),  # (0, 1]
+        ("lora_dropout", (0, 0.99), (-0.01, 1)),  # [0, 1)
+        ("clip", (0.01, 0.99), (0, 1)),  # (0, 1)
+        ("lam", (0, 1), (-0.01, 1.01)),  # [0, 1]
+        ("guide_beta", (0.1, math.inf), (0, math.nan)),  # (0, inf]
+        ("seed", (0, 2**31 - 1), (-1, 2**31)),
+        ("a_flag_of_yours", (-5, 1e300), (math.nan, -math.inf)),
+    ],
+)
+def test_ends_of_intervals(name, good, bad):
+    """Square brackets are with their end, round ones without."""
+    for value in good:
+        cli.check_number(name, value)
+    for value in bad:
+        with pytest.raises(SystemExit, match=f"--{name.replace('_', '-')} is "):
+            cli.check_number(name, value)
+
+
+def test_the_message_says_the_interval():
+    """In words."""
+    with pytest.raises(SystemExit, match="^error: --gamma is 2.0; it must be above 0 and at most 1$"):
+        cli.check_number("gamma", 2.0)
+    with pytest.raises(SystemExit, match="^error: --max-grad-norm is nan; it must be above 0 and finite$"):
+        cli.check_number("max_grad_norm", math.nan)
+
+
+def test_flags_that_exclude_each_other():
+    """--resume goes on with a run, --overwrite replaces it."""
+    module = importlib.import_module("sft")
+    parse(module.Args, module.REVIEWS, ["--resume"])
+    with pytest.raises(SystemExit, match="--resume .* --overwrite"):
+        parse(module.Args, module.REVIEWS, ["--resume", "--overwrite"])
 
 
 def test_log_odds(world):

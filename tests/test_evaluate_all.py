@@ -163,7 +163,7 @@ def test_two_ranks_write_the_same_answers(world, trained):
         (["--models", "reviews", "--names", "one"], "nothing to compare"),
         (["--endpoint", "http://a/v1", "http://b/v1"], "2 of them for 1 judges"),
         (["--judge-model", "a/b", "a_b", "--endpoint", "http://a/v1"], "two judges of the same name"),
-        (["--page-prompts", "-1"], "must not be negative"),
+        (["--page-prompts", "-1"], "--page-prompts is -1; it must be at least 0"),
         (["--responses-flags=--models x"], "is a flag of `evaluate.py all` itself"),
         (["--responses-flags=--prompts '6"], "No closing quotation"),
     ],

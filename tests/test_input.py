@@ -4,9 +4,18 @@ import functools
 import gzip
 import json
 import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
+import fuzz_commands
+import fuzz_data
 import helpers
 import pytest
+
+from common import cli, formats
+from common.data import read_rows
+from common.rewards import Reward
 
 GOOD = [
     {"prompt": f"lunch : the {topic} ?", "response": "the soup was warm ."}
@@ -145,8 +154,8 @@ BAD_ARGS = {
         "--log-odds",
         "--gamma 1",
     ),
-    "time-out": ("sft", dict(timeout_minutes=0.0), "--timeout-minutes 0.0", "positive"),
-    "endless time-out": ("sft", dict(timeout_minutes=float("inf")), "--timeout-minutes inf", "positive"),
+    "time-out": ("sft", dict(timeout_minutes=0.0), "--timeout-minutes is 0.0", "above 0"),
+    "endless time-out": ("sft", dict(timeout_minutes=float("inf")), "--timeout-minutes is inf", "finite"),
     "broken .parquet": ("sft", dict(dataset="broken.parquet"), "broken.parquet"),
     "reward without a function": (
         "ppo",
@@ -166,20 +175,28 @@ BAD_ARGS = {
         dict(dataset="equal.jsonl", eval_dataset="scored.jsonl"),
         "all rewards are 0.1",
     ),
-    "share of responses": ("rpo", dict(keep_responses=1.5), "--keep-responses 1.5", "(0, 1]"),
-    "tau": ("rpo", dict(tau=0.0), "--tau 0.0", "above 0"),
-    "tau of DRO": ("dro", dict(tau=-1.0), "--tau -1.0", "above 0"),
-    "beta": ("kto", dict(beta=0.0), "--beta 0.0", "above 0"),
-    "beta of DPO": ("dpo", dict(beta=0.0), "--beta 0.0", "above 0"),
+    "share of responses": (
+        "rpo",
+        dict(keep_responses=1.5),
+        "--keep-responses is 1.5",
+        "above 0 and at most 1",
+    ),
+    "tau": ("rpo", dict(tau=0.0), "--tau is 0.0", "above 0"),
+    "tau of DRO": ("dro", dict(tau=-1.0), "--tau is -1.0", "above 0"),
+    "beta": ("kto", dict(beta=0.0), "--beta is 0.0", "above 0"),
+    "beta of DPO": ("dpo", dict(beta=0.0), "--beta is 0.0", "above 0"),
     "one kind of label": ("kto", dict(dataset="scored.jsonl", threshold=99.0), "0 desirable", "--threshold"),
     "no label": ("kto", dict(dataset="pairs.jsonl"), "pairs.jsonl, row 1", "'response'"),
     "no reward": ("grpo", dict(reward=""), "--reward", "module:function"),
     "no reward for PPO": ("ppo", dict(reward=""), "--reward", "module:function"),
     "weights of nothing": ("kto", dict(desirable_weight=0.0, undesirable_weight=0.0), "both 0"),
-    "negative beta": ("grpo", dict(beta=-1.0), "--beta -1.0", "not be negative"),
-    "clip of ReMax": ("remax", dict(clip=1.5), "--clip 1.5", "(0, 1)"),
+    "adaptive beta of 0": ("ppo", dict(beta=0.0, kl_target=0.1), "--kl-target 0.1", "--beta"),
+    "gradients backwards": ("sft", dict(max_grad_norm=-1.0), "--max-grad-norm is -1.0", "above 0"),
+    "resume and overwrite": ("sft", dict(resume=True, overwrite=True), "--resume", "--overwrite"),
+    "negative beta": ("grpo", dict(beta=-1.0), "--beta is -1.0", "at least 0"),
+    "clip of ReMax": ("remax", dict(clip=1.5), "--clip is 1.5", "above 0 and below 1"),
     "group size": ("grpo", dict(group_size=2), "--group-size 2", "--batch-size 9"),
-    "group of one": ("grpo", dict(group_size=1), "--group-size 1", "at least 2"),
+    "group of one": ("grpo", dict(group_size=1), "--group-size is 1", "at least 2"),
     "mini-batch of ReMax": ("remax", dict(mini_batch_size=4), "--mini-batch-size 4", "--batch-size 9"),
     "shard size": ("sft", dict(shard_size=2), "--shard-size 2 does not divide the 1 processes"),
     "held-out prompts too long": ("sft", dict(eval_dataset="long.jsonl", eval_split="train"), "long.jsonl"),
@@ -250,6 +267,131 @@ def test_dropped_rows_are_counted(world):
     assert "mixed.jsonl: dropped 1 of 34 rows: prompt longer than --max-prompt-length 24" in output
     assert "mixed.jsonl: cut 1 answers (3 %) at --max-response-length 16" in output
     assert "33 responses to learn from" in output
+
+
+def ultrafeedback(*scores):
+    """A row of openbmb/UltraFeedback whose answers have these scores."""
+    answers = [{"response": f"answer {i}", "overall_score": score} for i, score in enumerate(scores)]
+    return {"instruction": "lunch ?", "completions": answers}
+
+
+# kind, a second row, and what its error must say beside the file and the row
+ODD_ROWS = {
+    "UltraFeedback with NaN": (
+        "preference",
+        ultrafeedback(1.0, float("nan"), 3.0),
+        "score of an answer is nan",
+    ),
+    "UltraFeedback with text": ("sft", ultrafeedback(1.0, "N/A"), "score of an answer is 'N/A'"),
+    "UltraFeedback with true": ("preference", ultrafeedback(1.0, True), "score of an answer is True"),
+    "a rank that is no number": (
+        "preference",
+        {"prompt": "lunch ?", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": "last"}]},
+        "score of an answer is 'last'",
+    ),
+    "a key twice": (
+        "sft",
+        '{"prompt": "lunch ?", "response": "good", "response": "bad"}',
+        "the key 'response' stands twice",
+    ),
+    "a key twice, deeper": (
+        "scored",
+        '{"prompt": [{"role": "user", "content": "a", "content": "b"}], "response": "x", "reward": 1}',
+        "the key 'content' stands twice",
+    ),
+    "a split that is no text": (
+        "sft",
+        {"prompt": "a", "response": "b", "split": 3},
+        "`split` is 3, not text",
+    ),
+    "no split": ("sft", {"prompt": "a", "response": "b"}, "no `split`, which other rows have"),
+    "content that is no text": (
+        "sft",
+        {"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "x"}]},
+        "content of the type int, not text",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD_ROWS)
+def test_odd_rows(tmp_path, capsys, case):
+    """Refused with the row's number; --skip-bad-rows drops and counts that row alone."""
+    kind, row, words = ODD_ROWS[case]
+    whole = {"preference": PAIRS[0], "sft": GOOD[0], "scored": SCORED[0]}[kind]
+    if "split" in case:
+        whole = whole | {"split": "train"}
+    lines = [each if isinstance(each, str) else json.dumps(each) for each in (whole, row, whole)]
+    file = tmp_path / "odd.jsonl"
+    file.write_text("\n".join(lines))
+    with pytest.raises(SystemExit) as end:
+        read_rows(str(file), kind)
+    assert str(end.value).startswith(f"error: {file}, row 2: ") and words in str(end.value), end.value
+    assert [row["row"] for row in read_rows(str(file), kind, skip_bad_rows=True)] == [1, 3]
+    assert "dropped 1 bad rows of 3" in capsys.readouterr().out
+
+
+def test_a_text_of_json_that_is_no_conversation_stays_a_text(tmp_path):
+    """A prompt may look like messages and be none."""
+    text = '[{"role": "user", "content": "x"}, 3]'
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": text, "response": "good"}))
+    assert [row["prompt"] for row in read_rows(str(file), "sft")] == [text]
+
+
+def test_any_exception_of_a_row_is_its_error(tmp_path, monkeypatch):
+    """Of a nesting that nobody thought of."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in GOOD))
+
+    def broken(row, kind):
+        if "fish" in row["prompt"]:
+            raise KeyError("two\nlines")
+        return [row]
+
+    monkeypatch.setattr(formats, "ours", broken)
+    with pytest.raises(SystemExit, match="rows.jsonl, row 2: unknown nesting .KeyError") as end:
+        read_rows(str(file), "sft")
+    assert "\n" not in str(end.value)
+    assert len(read_rows(str(file), "sft", skip_bad_rows=True)) == 3
+
+
+def test_a_damaged_parquet_file_says_one_line(tmp_path):
+    """The library logs what it raises, too."""
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1" + bytes(50) + b"PAR1")
+    code = "from common.data import read_rows; read_rows('rows.parquet', 'sft')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: rows.parquet: cannot be read")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_reward_that_is_no_function():
+    """Found before a model is loaded, whatever the user's module does."""
+    for name in ("helpers:ROOT", ":f", "helpers:nothing", "nowhere:f"):
+        with pytest.raises(SystemExit, match=f"^error: --reward {name}"):
+            Reward(name, None, SimpleNamespace(micro_batch_size=1))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    """--run-dir under a file."""
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SystemExit, match="^error: --run-dir .*file/run: no such folder can be made"):
+        cli.make_folder(tmp_path / "file" / "run")
+
+
+def test_mutated_files():
+    """The first of the files of `make fuzz`: read right, or refused in one line."""
+    outcomes = fuzz_data.cases(range(60))
+    wrong = [outcome for outcome in outcomes if outcome.wrong]
+    assert not wrong, "\n".join(f"{each.number}: {each.what}: {each.wrong}" for each in wrong)
+    assert 15 < sum(bool(outcome.refused) for outcome in outcomes) < 45  # so both kinds are tried
+
+
+def test_mutated_command_lines():
+    """The first of its command lines: set up as far as a model, or refused in one line."""
+    outcomes = fuzz_commands.cases(range(40))
+    wrong = [outcome for outcome in outcomes if outcome.wrong]
+    assert not wrong, "\n".join(f"{each.number}: {' '.join(each.words)}: {each.wrong}" for each in wrong)
+    assert 20 < sum(bool(outcome.refused) for outcome in outcomes) < 40
 
 
 @pytest.mark.parametrize("processes", [0, 2])
