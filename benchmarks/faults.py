@@ -168,13 +168,15 @@ def disks(bench: Bench, i: int) -> str:
     return "one line"
 
 
-FAULTS = {"kills": (kills, 100), "signals": (signals, 50), "damages": (damages, 30), "disks": (disks, 12)}
+FAULTS = (kills, signals, damages, disks)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, (fault, count) in FAULTS.items():
-        parser.add_argument(f"--{name}", type=int, default=count, help=f"{fault.__doc__} (default {count})")
+    parser.add_argument("--kills", type=int, default=100, help=kills.__doc__)
+    parser.add_argument("--signals", type=int, default=50, help=signals.__doc__)
+    parser.add_argument("--damages", type=int, default=30, help=damages.__doc__)
+    parser.add_argument("--disks", type=int, default=12, help=disks.__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the random moments and places (default 0)")
     parser.add_argument(
         "--out", default="runs/faults", help="folder, which is replaced (default runs/faults)"
@@ -186,7 +188,8 @@ def main() -> None:
     bench = Bench(out, args.seed)
     begin = time.monotonic()
     found = {}
-    for name, (fault, _) in FAULTS.items():
+    for fault in FAULTS:
+        name = fault.__name__
         found[name] = {"tried": 0, "right": 0, "hangs": 0, "outcomes": {}, "wrong": []}
         for i in range(getattr(args, name)):
             found[name]["tried"] += 1

@@ -297,7 +297,9 @@ def check_numbers(source, name: str) -> None:
     whose configuration does not say so. A hub id's types are not looked at."""
     parameters = dict(source.named_parameters())
     for key, parameter in parameters.items():
-        if not bool(torch.isfinite(parameter).all()):
+        total = parameter.detach().sum(dtype=torch.promote_types(parameter.dtype, torch.float32))
+        # a sum takes a fraction of the time of isfinite, and is finite where all are, but for the largest numbers
+        if not bool(total.isfinite()) and not bool(parameter.isfinite().all()):
             fail(f"{name}: its weight {key} is not finite")
     if getattr(source.config, "quantization_config", None):
         return

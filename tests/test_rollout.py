@@ -6,6 +6,7 @@ Arguments reach every model class, a faulty sampler ends the run at once, drift 
 import copy
 import functools
 import importlib
+import json
 import math
 from types import SimpleNamespace
 
@@ -781,6 +782,10 @@ def test_weights_without_a_place_are_named_and_a_judge_is_no_policy(tmp_path, ca
     )
     value = transformers.AutoModelForTokenClassification.from_config(config)
     value.save_pretrained(tmp_path / "value"), tokenizer.save_pretrained(tmp_path / "value")
+    with pytest.raises(SystemExit, match="a value or reward model .LlamaForTokenClassification.*, no policy"):
+        load_model("policy", str(tmp_path / "value"), tokenizer, ARGS, trained=True)
+    file = tmp_path / "value/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": None}))
     with pytest.raises(SystemExit, match="a value or reward model .it has score.*, no policy"):
         load_model("policy", str(tmp_path / "value"), tokenizer, ARGS, trained=True)
     policy = AutoModelForCausalLM.from_config(config)
