@@ -28,6 +28,7 @@ COMMANDS = 150
 fuzz: $(VENV)/installed-test
 	$(RUN) tests/fuzz_data.py --count $(FILES)
 	$(RUN) tests/fuzz_commands.py --count $(COMMANDS)
+	FUZZ=all $(RUN) -m pytest -q tests/fuzz_models.py
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
