@@ -486,7 +486,7 @@ def test_arena_hard_judgements_that_are_none(tmp_path):
     for rows, words in [
         ([row | {"games": [{"score": "A>C"}] * 2}], "row 1: the verdict 'A>C' is none of"),
         ([row, row | {"games": [None]}], "row 2: games must be two"),
-        ([row | {"games": ["x", None]}], "the verdict 'x' is none"),
+        ([row | {"games": ["x", None]}], "row 1: a game is str, not an object"),
         ([row | {"model": "j"}], "of a judge on itself"),
     ]:
         file = write(tmp_path / "a.jsonl", rows)

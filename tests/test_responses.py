@@ -300,7 +300,7 @@ def test_embedded_world_gives_the_figures_of_the_other_scripts(run, world):
     step 1."""
     out = run("runs/ev-reviews", **evaluate.RESPONSES_REVIEWS | dict(dataset="reviews"))
     args = helpers.ARGS["ppo"] | dict(
-        dataset="reviews", part="rl", eval_prompts=96, steps=0, max_response_length=32
+        dataset="reviews", part="rl", eval_prompts=96, steps=1, max_response_length=32
     )
     args |= dict(eval_reward=evaluate.RESPONSES_REVIEWS["reward"], eval_every=1)
     world.run("ppo", **args, run_dir="runs/ev-ppo").ok()

@@ -414,6 +414,8 @@ class Tokenizer:
     bos_token_id = 2
     unk_token_id = None
     chat_template = None
+    all_special_ids = (0, 1, 2)
+    added_tokens_decoder = {}
 
     def __call__(self, text: str, **_):
         if text == templates.PROBE:
@@ -511,12 +513,14 @@ class Replacements:
         put(rewards, "encode_plain", encode_apart)
         put(sharding, "load_full", self.load_full)
         put(offload, "copy", self.copy)
+        put(models, "check_numbers", nothing)  # there are none
         put(checks, "check_policy", nothing)
         put(checks, "check_head", self.check_head)
         put(checks, "forbidden_tokens", self.forbidden_tokens)
         put(torch.optim, "AdamW", self.adamw)
         run = mock.MagicMock()
         run.return_value.metrics = self.metrics
+        run.return_value.saves.return_value = False
         put(self.script, "Run", run)
         if hasattr(self.script, "rollout"):
             put(self.script, "rollout", self.rollout)
@@ -525,6 +529,7 @@ class Replacements:
             put(self.script, "note_drift", nothing)
         if self.fake:
             put(distributed, "device", self.device)
+            put(distributed, "wait_for_rank_0", nothing)
             put(distributed, "all_gather_object", self.all_gather_object)
             put(self.script, "micro_batches", self.micro_batches_of_the_script)
             put(batches, "micro_batches", self.micro_batches_of_a_pass)
