@@ -148,9 +148,9 @@ class Job:
         that failed is the end of all."""
         end = time.monotonic() + timeout
         while time.monotonic() < end and not all(process.exitcode == 0 for process in self.processes):
-            multiprocessing.connection.wait(
-                [p.sentinel for p in self.processes if p.exitcode is None], end - time.monotonic()
-            )
+            running = [process.sentinel for process in self.processes if process.exitcode is None]
+            if running:  # of none it would wait for the whole time
+                multiprocessing.connection.wait(running, end - time.monotonic())
             if any(process.exitcode for process in self.processes):
                 time.sleep(0.1)  # torchrun looks that often
                 [process.terminate() for process in self.processes]
