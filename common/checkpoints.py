@@ -73,7 +73,8 @@ def save_checkpoint(run_dir: str, step: int, trained: dict, extra: dict, keep: i
     rng = [torch.get_rng_state()]
     if torch.cuda.is_available():
         rng.append(torch.cuda.get_rng_state())
-    torch.save(rng, _rng_file(part))
+    with open(_rng_file(part), "wb") as file:  # by the path, torch would not say that the disk is full
+        torch.save(rng, file)
     if distributed.rank() == 0:
         durable.write_text(part / "state.json", json.dumps({"step": step, **extra}))
     dist.barrier()
@@ -139,9 +140,12 @@ def load_checkpoint(run_dir: str, trained: dict) -> dict:
     newest = newest_whole(run_dir)
     if newest is None:
         return {}
-    states = _states(trained)
     try:
         durable.read_index(newest / "dcp")  # first, because torch says more than a line of a bad one
+    except Exception as error:  # a pickle that is none may lead to any
+        fail(f"{newest}: --resume: it is no checkpoint ({reason(error)})")
+    states = _states(trained)
+    try:
         dcp.load(states, storage_reader=durable.Reader(newest / "dcp"), planner=durable.Planner())
     except (dcp.api.CheckpointException, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         fail(f"{newest}: --resume: it is no checkpoint of these models ({reason(error)})")

@@ -98,7 +98,7 @@ def disk_full(error: BaseException | None) -> bool:
         seen.add(id(error))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if "No space left on device" in str(error) or "PytorchStreamWriter failed" in str(error):
+        if "No space left on device" in str(error):
             return True
         waiting += [error.__cause__, error.__context__]
         waiting += [inner[0] for inner in getattr(error, "failures", {}).values()]

@@ -109,10 +109,7 @@ class Run:
         about = {"script": Path(inspect.getfile(type(self.args))).name, "versions": versions()}
         before = dict(now)  # what the file does not say has not changed
         if file.exists() and self.args.resume:
-            try:
-                before |= json.loads(file.read_text())
-            except ValueError:
-                fail(f"{file} is damaged, so --resume cannot compare the arguments; --overwrite begins anew")
+            before |= read_object(file)
             script = before.get("script", about["script"])
             if script != about["script"]:
                 fail(f"{self.dir} holds a run of {script}: --resume goes on with the same script")
@@ -179,10 +176,10 @@ class Run:
             digest.update(json.dumps(data, sort_keys=True, default=str).encode())
         now = {"rows": len(rows), "sha256": digest.hexdigest()}
         file = self.dir / "data.json"
-        before = json.loads(file.read_text()) if step and file.exists() else now
+        before = read_object(file) if step and file.exists() else now
         if before != now:
             fail(
-                f"{self.dir}: the data has changed since the run began ({before['rows']} rows, now {now['rows']}, or "
+                f"{self.dir}: the data has changed since the run began ({before.get('rows')} rows, now {now['rows']}, or "
                 "other contents or tokens); --resume needs the same, --overwrite begins anew"
             )
         durable.write_text(file, json.dumps(now))
@@ -197,7 +194,7 @@ class Run:
             for line in lines[:-1]:  # what follows the last line's end is empty, or a line that a crash tore
                 try:
                     row = json.loads(line)
-                    of_step = row["step"]
+                    of_step = int(row["step"])
                 except (ValueError, TypeError, KeyError):  # a power cut leaves NULs, blank lines, halves
                     damaged += 1
                     continue
@@ -327,6 +324,17 @@ class Run:
             note(
                 f"{self.dir.name}: {checkpoints} ({size / 1e6:,.0f} MB) is for --resume with more steps alone"
             )
+
+
+def read_object(file: Path) -> dict:
+    """What a run has written of itself. Ends with one line where that is damaged: --resume compares with it."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        fail(f"{file} is damaged, so --resume has nothing to compare with; --overwrite begins anew")
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import helpers
 import pytest
@@ -165,6 +166,12 @@ def test_a_program_in_a_checkpoint_is_not_run(world, unbroken):
     assert "posix.mkdir, which no checkpoint holds" in error
     assert not (run_dir / "owned").exists()
 
+    for text in (b"", b"x", pickle.dumps([1])[:-1]):  # no pickle at all
+        (folder / "dcp/.metadata").write_bytes(text)
+        checksums_again(folder)
+        error = world.run("sft", **ARGS["sft"], run_dir="runs/evil", resume=True).error()
+        assert "it is no checkpoint" in error
+
     value = io.BytesIO()
     torch.save(evil, value)
     value.seek(0)
@@ -232,11 +239,19 @@ def test_logs_with_holes_are_healed(world, unbroken):
     shutil.copytree(unbroken("sft"), run_dir)
     file = run_dir / "metrics.jsonl"
     lines = file.read_text().split("\n")
-    lines[1:1] = ["", "\0" * 40, '{"step": 2, "sft/l', "[1]", '{"loss": 1}']
+    lines[1:1] = [
+        "",
+        "\0" * 40,
+        '{"step": 2, "sft/l',
+        "[1]",
+        '{"loss": 1}',
+        '{"step": "two"}',
+        '{"step": null}',
+    ]
     file.write_text("\n".join(lines))
     shutil.rmtree(run_dir / "checkpoints/step-000008")
     result = world.run("sft", **ARGS["sft"], run_dir="runs/holes", resume=True).ok()
-    assert "metrics.jsonl: dropped 5 damaged lines" in result.output
+    assert "metrics.jsonl: dropped 7 damaged lines" in result.output
     assert_identical(run_dir, unbroken("sft"))
 
 
@@ -257,9 +272,14 @@ def test_other_versions_are_said_and_a_damaged_args_json_is_one_line(world, unbr
     (run_dir / "args.json").write_text(json.dumps(written))
     result = world.run("sft", **ARGS["sft"], run_dir="runs/versions", resume=True).ok()
     assert f"resuming with other versions: torch 1.0 -> {torch.__version__}" in result.output
-    halve(run_dir / "args.json")
-    error = world.run("sft", **ARGS["sft"], run_dir="runs/versions", resume=True).error()
-    assert "args.json is damaged" in error
+    (run_dir / "args.json").write_text(json.dumps(written))
+    for name in ("data.json", "args.json"):  # in this order: the arguments are compared first
+        whole = (run_dir / name).read_text()
+        for text in (whole[: len(whole) // 2], "[]", "3"):
+            (run_dir / name).write_text(text)
+            error = world.run("sft", **ARGS["sft"], run_dir="runs/versions", resume=True).error()
+            assert f"{name} is damaged" in error
+        (run_dir / name).write_text(whole)
 
 
 def test_fewer_steps_than_the_checkpoint_has(world, unbroken):
@@ -295,7 +315,14 @@ def full_in_the_checkpoint(module):
     checkpoints.dcp.save = save
 
 
-@pytest.mark.parametrize("patch", [full_after_the_start, full_in_the_checkpoint])
+def full_at_the_random_state(module):
+    """What does not fit is the small file beside the weights."""
+    from common import checkpoints
+
+    checkpoints._rng_file = lambda _: Path("/dev/full")
+
+
+@pytest.mark.parametrize("patch", [full_after_the_start, full_in_the_checkpoint, full_at_the_random_state])
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_a_full_disk_is_one_line(world, patch, ranks):
     run_dir = f"runs/full-{patch.__name__}-{ranks}"
