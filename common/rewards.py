@@ -30,6 +30,25 @@ from common.value_heads import sequence_scores
 OURS = (*TOKENS, "split_by")
 
 
+def find_function(flag: str, name: str, what: str):
+    """The function `module:function` that a flag names. Ends with one line where there is none; `what` the flag takes."""
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except Exception as error:  # the user's own module
+        fail(f"{flag} {name}: {' '.join(str(error).split())}; give {what}")
+    if not callable(found):
+        fail(f"{flag} {name} is {type(found).__name__}, not a function")
+    return found
+
+
+def said_by(error: Exception) -> str:
+    """An error of the user's own code, in one line, and where it came from."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    why = " ".join(str(error).split())
+    return f"{type(error).__name__}: {why} ({Path(place.filename).name}, line {place.lineno})"
+
+
 class Reward:
     """`reward(rows, sequences, texts)` gives [N] rewards, from a reward model or from a function
     `module:function`.
@@ -66,14 +85,8 @@ class Reward:
 
     def open_function(self, rows: list[dict]) -> None:
         """Finds the function, and the columns that it will get."""
-        module, _, self.label = self.name.partition(":")
-        try:
-            self.function = getattr(importlib.import_module(module), self.label)
-        except Exception as error:  # the user's own module
-            why = " ".join(str(error).split())
-            fail(f"--reward {self.name}: {why}; give a model folder, a hub id or module:function")
-        if not callable(self.function):
-            fail(f"--reward {self.name} is {type(self.function).__name__}, not a function")
+        self.label = self.name.partition(":")[2]
+        self.function = find_function("--reward", self.name, "a model folder, a hub id or module:function")
         if rows:
             self.columns_of(rows)
 
@@ -122,12 +135,7 @@ class Reward:
             try:
                 found = self.function(prompts, [text_of(texts[i]) for i in mine], **columns)
             except Exception as error:  # the user's own code
-                place = traceback.extract_tb(error.__traceback__)[-1]
-                where = f"{Path(place.filename).name}, line {place.lineno}"
-                fail(
-                    f"--reward {self.name} raised {type(error).__name__}: {error} ({where}) for "
-                    f"{self.rows_named(rows, mine)}"
-                )
+                fail(f"--reward {self.name} raised {said_by(error)} for {self.rows_named(rows, mine)}")
             found = self.numbers(found, rows, texts, mine)
         shares = distributed.all_gather_object(found)
         rewards = [0.0] * len(rows)

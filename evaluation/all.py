@@ -87,6 +87,7 @@ class All:
 GIVEN = (
     "--models",
     "--names",
+    "--dataset",
     "--responses",
     "--judge-model",
     "--endpoint",
@@ -94,6 +95,7 @@ GIVEN = (
     "--run-dir",
     "--reward",
     "--seed",
+    "--shard-size",
 )
 PROBE = (2, 10)  # tokens of a short and of a long answer, to time one more token
 
@@ -109,7 +111,8 @@ def flags_of(name: str, text: str) -> list[str]:
         fail(f"--{name}-flags {text}: {error}")
     for word in words:
         flag = word.partition("=")[0].replace("_", "-")
-        if flag in GIVEN and not (name == "values" and flag == "--reward"):
+        own = name == "values" and flag in ("--dataset", "--reward")  # other data than the answers' prompts
+        if flag in GIVEN and not own:
             fail(f"--{name}-flags: {flag} is a flag of `evaluate.py all` itself, or set by it")
     return words
 
@@ -220,6 +223,8 @@ def time_of_answers(asked: Responses, questions: list[dict], left: int, dry: boo
         return ""
     if asked.decode != "sample":
         return f"; no time is estimated for --decode {asked.decode}"
+    if asked.rollout_engine != "torch":
+        return f"; no time is estimated for --rollout-engine {asked.rollout_engine}"
     folder = resolve(asked.models[0])
     tokenizer = load_tokenizer(folder, asked.template_arguments)
     prompts = [encode_prompt(tokenizer, question["prompt"]) for question in questions[: asked.batch_size]]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cli import fail
+from common.cli import fail, note
 from common.data import Unreadable, read_file
 from common.formats import is_finite_number
 from evaluation.verdicts import FIVE
@@ -127,9 +127,16 @@ def read_mt_bench_answers(file: str) -> tuple[str, dict]:
     model_answer form, mt_bench.jsonl. The last row of a question counts, as in FastChat."""
     answers = {}
     names = set()
-    for number, row in enumerate(read_objects(file, ("question_id", "choices")), 1):
+    rows = read_objects(file, ("question_id", "choices"))
+    further = 0  # choices, of more samples
+    for number, row in enumerate(rows, 1):
         answers[row["question_id"]] = turns_of(row, f"{file}, row {number}")
+        further += len(row["choices"]) - 1
         names.add(str(row.get("model_id", "")))
+    if further:
+        note(f"{file}: left out {further} further choices: the first of a question is judged")
+    if len(answers) < len(rows):
+        note(f"{file}: left out {len(rows) - len(answers)} rows: the last one of a question counts")
     return names.pop() if len(names) == 1 else "", answers
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.pictures import colour
+from evaluation.win_rates import outcome
 
 SHADES = 21  # of the colours from the lowest to the highest value; an odd number has a middle
 
@@ -64,8 +65,8 @@ section:target, section.here { border-color: #36c; }
 .text i { font-style: normal; }
 .numbers { color: #666; font-size: 13px; }
 .verdict { display: inline-block; margin: .8em .6em 0 0; padding: 0 .6em; border-radius: 4px; background: #eee; }
-.verdict.won { background: #cfe8d2; }
-.verdict.lost { background: #f3cfc9; }
+.verdict.win { background: #cfe8d2; }
+.verdict.loss { background: #f3cfc9; }
 .verdict.contradictory { border: 1px dashed #999; }
 .said { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; color: #444; }
 body.plain .text i { background: none !important; }
@@ -193,8 +194,8 @@ def controls(comparisons: list[str], low: float, high: float) -> str:
         )
         parts.append(f'<select id="comparison">{options}</select>')
         parts.append('<select id="outcome"><option value="all">all verdicts</option>')
-        for outcome in ("won", "lost", "tie", "contradictory", "missing"):
-            parts.append(f'<option value="{outcome}">{outcome}</option>')
+        for choice in ("win", "loss", "tie", "contradictory", "missing"):
+            parts.append(f'<option value="{choice}">{choice}</option>')
         parts.append("</select>")
     if high > low:
         parts.append('<label><input id="colours" type="checkbox" checked> values</label>')
@@ -236,22 +237,13 @@ def comparison_of(verdict: Verdict) -> str:
     return f"{verdict.judge}: {verdict.first} against {verdict.second}"
 
 
-def outcome_of(verdict: Verdict) -> str:
-    """won, lost or tie, of the first model; missing without points."""
-    if verdict.points is None:
-        return "missing"
-    if verdict.points == 0.5:
-        return "tie"
-    return "won" if verdict.points > 0.5 else "lost"
-
-
 def badge(verdict: Verdict, comparison: int) -> str:
     """A verdict in one line, with the judge's words to be opened."""
-    outcome = outcome_of(verdict)
+    result = outcome(verdict.points) or "missing"
     points = "" if verdict.points is None else f" ({verdict.points:g})"
-    classes = f"{outcome} contradictory" if verdict.contradictory else outcome
+    classes = f"{result} contradictory" if verdict.contradictory else result
     orders = ", the two orders contradict" if verdict.contradictory else ""
-    label = html.escape(f"{comparison_of(verdict)}: {outcome}{points}{orders}")
+    label = html.escape(f"{comparison_of(verdict)}: {result}{points}{orders}")
     parts = [f'<div class="verdict {classes}" data-comparison="{comparison}">{label}']
     for heading, said in verdict.said:
         words = f'<div class="said">{html.escape(said)}</div>'

@@ -8,15 +8,13 @@ docs/evaluate_responses.md says what they do not see.
 """
 
 import functools
-import importlib
 import math
 import re
-import traceback
 from collections import Counter
 from collections.abc import Callable, Hashable
-from pathlib import Path
 
 from common.cli import fail, note
+from common.rewards import find_function, said_by
 from evaluation.text_metrics import mean
 
 # a minus that subtracts nothing; digits, or groups of three with commas between; a decimal part
@@ -41,11 +39,7 @@ def load_final_answer(name: str) -> Callable[[str], Hashable]:
     none."""
     if not name:
         return last_number
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        fail(f"--final-answer {name}: {error}; give module:function")
+    return find_function("--final-answer", name, "module:function")
 
 
 def final_answers(name: str, texts: list[str]) -> list[Hashable]:
@@ -58,12 +52,7 @@ def final_answers(name: str, texts: list[str]) -> list[Hashable]:
             answer = function(text)
             hash(answer)  # raises TypeError for a list
         except Exception as error:  # the user's own code
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(place.filename).name}, line {place.lineno}"
-            fail(
-                f"--final-answer {name} raised {type(error).__name__}: {error} ({where}) for the response "
-                f"{text[:80]!r}"
-            )
+            fail(f"--final-answer {name} raised {said_by(error)} for the response {text[:80]!r}")
         found.append(answer)
     return found
 

@@ -106,7 +106,7 @@ def mt_bench_prompt(pairwise: bool, turn: int, reference: bool) -> str:
         text = f"{who} answered a request."
         material = FIRST_REQUEST + (REFERENCE if reference else "")
         if pairwise:
-            material += "\n<answer_a>\n{answer_a}\n</answer_a>\n\n<answer_b>\n{answer_b}\n</answer_b>\n"
+            material += f"\n{BOTH}"
         else:
             material += "\n<answer>\n{answer}\n</answer>\n"
     else:

@@ -165,6 +165,7 @@ def test_two_ranks_write_the_same_answers(world, trained):
         (["--judge-model", "a/b", "a_b", "--endpoint", "http://a/v1"], "two judges of the same name"),
         (["--page-prompts", "-1"], "--page-prompts is -1; it must be at least 0"),
         (["--responses-flags=--models x"], "is a flag of `evaluate.py all` itself"),
+        (["--responses-flags=--dataset x"], "--dataset is a flag of"),
         (["--responses-flags=--prompts '6"], "No closing quotation"),
     ],
 )

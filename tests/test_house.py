@@ -38,7 +38,6 @@ MAY_IMPORT = {
 # Files that import by a name which is not written there, and what they import so.
 BY_NAME = {
     "common/rewards.py": "the user's module:function",
-    "evaluation/pass_at_k.py": "the user's module:function",
     "tools/plan_memory.py": "the script that is planned",
     "benchmarks/speed_side.py": "the script that is timed",
 }

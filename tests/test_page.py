@@ -67,8 +67,8 @@ def test_the_page_loads_nothing_from_elsewhere(file):
 def test_a_click_filters_the_verdicts(browser):
     assert shown(browser) == [0, 1, 2, 3, 4]
     for outcome, expected in {
-        "won": [0, 4],
-        "lost": [1],
+        "win": [0, 4],
+        "loss": [1],
         "tie": [2],
         "contradictory": [2],
         "missing": [3],

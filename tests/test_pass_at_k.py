@@ -155,7 +155,7 @@ def test_samples_of_each_turn_are_a_group_of_their_own():
     assert found["pass@2"]["mean"] == 0.5 and found["pass@2"]["n"] == 2 and found["pass@2"]["ci95"] is None
 
 
-def test_what_cannot_be_answered_is_one_line():
+def test_what_cannot_be_answered_is_one_line(tmp_path, monkeypatch):
     questions = [0, 0, 0, 1, 1, 1]
     with pytest.raises(SystemExit, match=r"error: .*--reward x:right gave 0.5 for row 2, response 'b 1'$"):
         columns(RECORDS, [1.0, 0.0, 0.0, 0.0, 0.5, 0.0], questions, "m", SimpleNamespace(**ARGS))
@@ -170,6 +170,12 @@ def test_what_cannot_be_answered_is_one_line():
     for name in ("nowhere:f", "test_pass_at_k:nothing", "nothing"):
         with pytest.raises(SystemExit, match=f"error: --final-answer {name}: .*give module:function"):
             load_final_answer(name)
+    (tmp_path / "broken_answers.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit, match="--final-answer broken_answers:f: division by zero; give"):
+        load_final_answer("broken_answers:f")
+    with pytest.raises(SystemExit, match="--final-answer test_pass_at_k:RECORDS is list, not a function"):
+        load_final_answer("test_pass_at_k:RECORDS")
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="needs the file that GSM8K_SCORED names")
