@@ -53,6 +53,7 @@ from common.batches import collate, micro_batches, response_mask, run_micro_batc
 from common.cli import fail, parse
 from common.models import AUTO, load_model
 from common.optimizer import accumulated, adamw, backward, optimizer_step
+from common.tables import markdown
 from common.tokenization import encode_prompt, load_tokenizer
 from common.value_heads import response_values
 from tools import plan_memory
@@ -914,18 +915,10 @@ PIECES = {
 }
 
 
-def cell_of(cell) -> str:
-    """A cell of a Markdown table."""
-    return in_digits(cell).replace("|", "\\|")
-
-
-def table(rows: list[dict]) -> list[str]:
-    """The lines of a Markdown table; its columns are all that some row has."""
+def table(rows: list[dict]) -> str:
+    """A Markdown table; its columns are all that some row has."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for row in rows:
-        lines.append("| " + " | ".join(cell_of(row.get(column)) for column in columns) + " |")
-    return lines
+    return markdown(columns, [[in_digits(row.get(column)) for column in columns] for row in rows])
 
 
 def page(out: Path) -> str:
@@ -951,13 +944,13 @@ def page(out: Path) -> str:
             "dry_run",
         )
         abouts.append({key: one[key] for key in keys} | {"command": f"`{one['command']}`"})
-    lines += table(abouts)
+    lines.append(table(abouts))
     for one in found:
         lines += ["", f"## {one['piece']}", "", PIECES[one["piece"]].line + "."]
         for note in one["notes"]:
             lines += ["", f"Note: {note}."]
         for name, rows in one["tables"].items():
-            lines += ["", f"### {one['piece']}: {name}", "", *table(rows)]
+            lines += ["", f"### {one['piece']}: {name}", "", table(rows)]
     return "\n".join(lines) + "\n"
 
 

@@ -12,6 +12,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from common.tables import markdown
+
 NAMES = ("grpo", "dvpo", "ppo")
 BASE = {
     "width": 128,
@@ -174,10 +176,8 @@ def point(name: str, at: dict, args, speed) -> dict:
 
 def table(found: dict) -> str:
     """Markdown; `found`: {(sweep, name): [(label, point)]}."""
-    lines = [
-        "| | | s a step | GFLOP of the formula | peak MB | MB of the formula | grows faster |",
-        "|" + "---|" * 7,
-    ]
+    head = ["", "", "s a step", "GFLOP of the formula", "peak MB", "MB of the formula", "grows faster"]
+    rows = []
     for (sweep, name), points in found.items():
         time_grows = too_fast([at["seconds"] for _, at in points], [at["gflops"] for _, at in points])
         memory_grows = too_fast([at["peak_mb"] for _, at in points], [at["formula_mb"] for _, at in points])
@@ -196,8 +196,8 @@ def table(found: dict) -> str:
                 f"{at['formula_mb']:,.0f}",
                 ", ".join(faster),
             ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append(cells)
+    return markdown(head, rows)
 
 
 def draw(found: dict, path: str) -> None:

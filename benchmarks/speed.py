@@ -66,6 +66,7 @@ from common.batches import batch_indices, collate
 from common.cli import fail
 from common.data import prompt_hash
 from common.logprobs import OutputForm, response_logprobs
+from common.tables import markdown
 from common.value_heads import response_values, sequence_scores
 from tools.jobs import commit
 
@@ -585,13 +586,13 @@ def table(rows: list[dict], cpu: bool = False) -> str:
             return "-"
         return f"{row['ours_' + key]:{form}} / {row['trl_' + key]:{form}}"
 
-    head = "| | s a step, ours / TRL | ratio | rollout tokens/s | update tokens/s "
-    head += "| peak MB | ratio | first loss |"
-    lines = [head, "|" + "---|" * 8]
+    head = ["", "s a step, ours / TRL", "ratio", "rollout tokens/s", "update tokens/s"]
+    head += ["peak MB", "ratio", "first loss"]
+    lines = []
     shares = []  # of its time that a step had a CPU
     for row in rows:
         if "refused" in row:
-            lines.append(f"| {row['name']} | {row['refused']} |" + " |" * 6)
+            lines.append([row["name"], row["refused"], *[""] * 6])
             continue
         our_loss, their_loss = row["losses"]
         cells = [
@@ -604,14 +605,14 @@ def table(rows: list[dict], cpu: bool = False) -> str:
             ratio(row["ratio_peak_mb"]),
             f"{our_loss:.5g} / {their_loss:.5g}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
         shares.append(row["ours_cpu_seconds"] / row["ours_seconds"])
         shares.append(row["trl_cpu_seconds"] / row["trl_seconds"])
+    text = markdown(head, lines)
     if cpu and shares and min(shares) < 0.9:
-        lines.append("")
         busy = f"The machine was busy with other work: a step had a CPU for {min(shares):.0%} of its time."
-        lines.append(f"{busy} Measure again.")
-    return "\n".join(lines)
+        text += f"\n\n{busy} Measure again."
+    return text
 
 
 def measure(algorithm: str, args: Args, device: str) -> dict:

@@ -30,6 +30,7 @@ What makes it run on one CPU and on many GPUs:
     lock           one run a folder
     meter          seconds, memory, model FLOPs utilisation
     measures       pair accuracies, diversity
+    tables         Markdown tables
 
 What a first reading skips: lora, t5, context, decoding, offload, vllm, pictures.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from common.cli import note
+from common.tables import markdown
 from common.value_heads import learned_signs
 
 OURS = "value-first"  # the tag of our own cards
@@ -159,15 +160,6 @@ def kind_of(model) -> str:
 
 
 # --- the parts of the page -----------------------------------------------------------------------------
-
-
-def cell(text) -> str:
-    return str(text).replace("|", "\\|").replace("\n", " ")
-
-
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    return lines + ["| " + " | ".join(cell(each) for each in row) + " |" for row in rows]
 
 
 def number(value: float | None) -> str:
@@ -352,15 +344,15 @@ def model_card(model, tokenizer, args, script: str, start: str) -> str:
     if papers:
         links = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers)
         lines += ["", f"Papers: {links}."]
-    lines += ["", what_it_is(kind, model, args, script), "", *table(["", ""], facts)]
+    lines += ["", what_it_is(kind, model, args, script), "", markdown(["", ""], facts)]
     lines += ["", "## How to open it", "", "```python"]
     lines += [*how_to_open(kind, model, tokenizer, is_adapter), "```"]
     arguments = argument_rows(args)
     lines += ["", "## Arguments that differ from the defaults", ""]
-    lines += table(["flag", "value", "default"], arguments) if arguments else ["None."]
+    lines.append(markdown(["flag", "value", "default"], arguments) if arguments else "None.")
     metrics = read_metrics(args.run_dir)
     header, rows = curve(metrics)
     if rows:
-        lines += ["", "## Course of the run", "", *table(header, rows)]
-        lines += ["", "## Last numbers", "", *table(["metric", "value", "step"], last_rows(metrics))]
+        lines += ["", "## Course of the run", "", markdown(header, rows)]
+        lines += ["", "## Last numbers", "", markdown(["metric", "value", "step"], last_rows(metrics))]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"

@@ -22,6 +22,7 @@ from common.pictures import valued_texts
 from common.pretrained import resolve
 from common.reference import fingerprint
 from common.rollout import rollout
+from common.tables import markdown
 from common.tokenization import encode_prompt, load_tokenizer, tokenize
 from evaluation.judge import Judge, file_name, prompt_text, read_template
 from evaluation.judge import judge as ask_judge
@@ -38,7 +39,7 @@ from evaluation.responses import (
     with_interval,
 )
 from evaluation.text_metrics import mean
-from evaluation.values import Values, predict, values
+from evaluation.values import Values, accuracy_table, predict, values
 
 
 @dataclass
@@ -325,12 +326,14 @@ def read_answers(args: All, name: str) -> list[dict]:
 # --- table and page -------------------------------------------------------------------------------------
 
 
-def answers_table(args: All, names: list[str], numbers: dict, summaries: dict) -> list[list[str]]:
-    """A row for each model: the numbers of its answers, and its win rate over the first one by each judge."""
+def answers_table(
+    args: All, names: list[str], numbers: dict, summaries: dict
+) -> tuple[list[str], list[list[str]]]:
+    """(head, rows), a row for each model: the numbers of its answers, and its win rate over the first one by each judge."""
     columns = list(next(iter(numbers.values())))
     head = ["model", "n", *columns]
     head += [f"win rate over {names[0]}, {judge}" for judge in args.judge_model]
-    rows = [head]
+    rows = []
     for name in names:
         of_model = numbers[name]
         row = [name, str(of_model["length"]["n"])]
@@ -339,7 +342,7 @@ def answers_table(args: All, names: list[str], numbers: dict, summaries: dict) -
         for judge in args.judge_model:
             row.append(win_rate_cell(summaries.get((judge, name))))
         rows.append(row)
-    return rows
+    return head, rows
 
 
 def win_rate_cell(summary: dict | None) -> str:
@@ -348,18 +351,6 @@ def win_rate_cell(summary: dict | None) -> str:
         return "-"
     low, high = summary["ci95"]
     return f"{summary['win_rate']:.3f} ({low:.3f} to {high:.3f}), {summary['judged']} of {summary['pairs']}"
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """Rows of cells as a table, the first of them the head."""
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def cells_of(text: str) -> list[list[str]]:
-    """The cells of a Markdown table, without the line under its head."""
-    lines = [line.strip("|").split("|") for line in text.splitlines() if not line.startswith("|---")]
-    return [[cell.strip() for cell in line] for line in lines]
 
 
 def page_questions(args: All, names: list[str], tokens: dict, scores: dict) -> tuple[list[Question], int]:
@@ -490,18 +481,18 @@ def evaluate_all(args: All) -> None:
         last = [answer[-1][1] for answer in of_model if answer]
         if last:
             numbers[name]["last value"] = mean(last, f"{args.gvm}, of {len(last)} answers")
-    rows = answers_table(args, names, numbers, summaries)
-    tables = [("answers", rows)]
-    text = markdown(rows) + "\n"
+    head, rows = answers_table(args, names, numbers, summaries)
+    tables = [("answers", [head, *rows])]
+    text = markdown(head, rows) + "\n"
     result = {"args": vars(args), "answers": numbers, "judge": {}, "agreement": agreements}
     for (judge, candidate), summary in summaries.items():
         result["judge"].setdefault(judge, {})[candidate] = summary
     if args.value_models:
-        folder = Path(args.run_dir, "values")
-        pair_accuracy = (folder / "values.md").read_text(encoding="utf-8")
-        text += "\n" + pair_accuracy
-        tables.append(("pair accuracy of value models", cells_of(pair_accuracy)))
-        result["values"] = json.loads((folder / "values.json").read_text(encoding="utf-8"))["accuracy"]
+        found = json.loads(Path(args.run_dir, "values", "values.json").read_text(encoding="utf-8"))
+        result["values"] = found["accuracy"]
+        head, rows = accuracy_table(found["accuracy"])
+        text += "\n" + markdown(head, rows) + "\n"
+        tables.append(("pair accuracy of value models", [head, *rows]))
     Path(args.run_dir, "all.md").write_text(text, encoding="utf-8")
     Path(args.run_dir, "all.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     scores = read_scores(args, names) if asked.reward else {}

@@ -17,6 +17,7 @@ from pathlib import Path
 from common.cli import fail, make_folder, note
 from common.data import Unreadable, check_row, prompt_hash, read_file
 from common.lock import lock
+from common.tables import markdown
 from common.templates import text_of
 from evaluation import benchmarks, verdicts
 from evaluation.asking import (
@@ -620,16 +621,16 @@ def win_rate_table(judges: list[dict]) -> str:
     """A markdown table: the first file's win rate against each other one, a column for each judge. `judges`: of
     judge.json."""
     first = judges[0]["comparisons"][0]["first"]
-    lines = [[f"win rate of {first} against", *(judge["judge"] for judge in judges)]]
-    lines.append(["---"] * len(lines[0]))
+    head = [f"win rate of {first} against", *(judge["judge"] for judge in judges)]
+    rows = []
     for i, comparison in enumerate(judges[0]["comparisons"]):
         cells = [comparison["second"]]
         for judge in judges:
             numbers = judge["comparisons"][i]
             low, high = numbers["ci95"]
             cells.append(f"{numbers['win_rate']:.3f} ({low:.3f} to {high:.3f}), {numbers['judged']} pairs")
-        lines.append(cells)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        rows.append(cells)
+    return markdown(head, rows)
 
 
 # --- the command ---------------------------------------------------------------------------------------

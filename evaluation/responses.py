@@ -25,6 +25,7 @@ from common.pretrained import resolve
 from common.reference import fingerprint
 from common.rewards import Reward
 from common.rollout import Filters, check_sampler, rollout
+from common.tables import markdown
 from common.tokenization import (
     TOKENS,
     encode_prompt,
@@ -499,11 +500,11 @@ def table(numbers: dict[str, dict[str, dict]]) -> str:
     """A markdown table with a row per model. `numbers`: model -> column -> mean, ci95 and n."""
     first = next(iter(numbers.values()))
     columns = list(first)
-    rows = [["model", "n", *columns], ["---"] * (len(columns) + 2)]
+    rows = []
     for name, of_model in numbers.items():
         cells = [with_interval(of_model[column]) for column in columns]
         rows.append([name, str(of_model["length"]["n"]), *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(["model", "n", *columns], rows)
 
 
 # --- the command ---------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from common.pictures import draw_values, valued_texts
 from common.positions import longest_of
 from common.pretrained import load_pretrained, resolve
 from common.rewards import Reward
+from common.tables import markdown
 from common.templates import text_of
 from common.tokenization import load_tokenizer, tokenize
 from common.value_heads import response_values, sequence_scores
@@ -212,23 +213,21 @@ def by_subset(measure, pairs: list, subsets: list[str | None], *settings) -> dic
     return table
 
 
-def accuracy_table(tables: dict[str, dict]) -> str:
-    """Markdown: a row for each model or baseline, and for each of its subsets. What a row counts, `pairs` or
+def accuracy_table(tables: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows): a row for each model or baseline, and for each of its subsets. What a row counts, `pairs` or
     `prompts`, is the same in all."""
     first = next(iter(next(iter(tables.values())).values()))
     unit = "prompts" if "prompts" in first else "pairs"
-    lines = [
-        f"| share of {unit} | {unit} | " + " | ".join(COLUMNS) + " |",
-        "|---" * (len(COLUMNS) + 2) + "|",
-    ]
+    head = [f"share of {unit}", unit, *COLUMNS]
+    rows = []
     for name, table in tables.items():
         for subset, shares in table.items():
             label = name if subset == "all" else f"{name}: {subset}"
             cells = [label, str(shares[unit])]
             for column in COLUMNS:
                 cells.append(f"{shares[column]:.3f}" if column in shares else "")
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append(cells)
+    return head, rows
 
 
 # --- what is judged ------------------------------------------------------------------------------------
@@ -554,7 +553,7 @@ def picture(
 def save(tables: dict[str, dict], records: list[dict], args: Values) -> None:
     """Writes the table (values.md, values.json) and each pair's values (values.jsonl); shows the table."""
     folder = Path(args.run_dir)
-    text = accuracy_table(tables)
+    text = markdown(*accuracy_table(tables))
     (folder / "values.md").write_text(text + "\n")
     accuracy = {"settings": vars(args), "accuracy": tables}
     (folder / "values.json").write_text(json.dumps(accuracy, indent=1))

@@ -26,8 +26,9 @@ from common.decoding import Guide, best_of, check_guide, guided
 from common.models import load_model
 from common.pretrained import resolve
 from common.rollout import rollout
+from common.tables import markdown
 from common.tokenization import load_tokenizer, tokenize
-from paper.report import final, half_interval, home, markdown, put_between_marks, spread
+from paper.report import final, half_interval, home, put_between_marks, spread
 from tools.jobs import ROOT, Jobs
 
 NOT_SHOWN = ("characters", "truncated", "distinct_2")

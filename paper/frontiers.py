@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common.tables import markdown
 from paper import report
 from tools.jobs import ROOT, WarmJobs
 
@@ -226,7 +227,7 @@ def table_of_runs(rows: list[dict]) -> str:
                 if method.strengths == TAUS and strength == "1":
                     label = f"**{label}, the paper's**"
                 lines.append([method.label, label, *cells(found)])
-    return report.markdown(
+    return markdown(
         ["method", "strength", "true reward", "KL (nats)", "grammatical, %", "length", "seeds"], lines
     )
 
@@ -259,7 +260,7 @@ def table_of_verdicts(rows: list[dict], against: str) -> str:
                 line.append(word(differences(rows, name, against, kl), seeds))
             lines.append(line)
     head = [f"compared with {label}", *[f"KL {kl:g}" for kl in KLS]]
-    return report.markdown(head, lines)
+    return markdown(head, lines)
 
 
 def verdicts(rows: list[dict]) -> str:

@@ -30,7 +30,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.data import columns_of_prompt, hold_out_prompts, prompt_key, read_rows
-from paper.report import axes_of, curve, markdown, minus, rounded, rows_of, spread, verdict
+from common.tables import markdown
+from paper.report import axes_of, curve, minus, rounded, rows_of, spread, verdict
 from tools.jobs import ROOT, Job, Jobs
 
 ONLINE = {
@@ -402,8 +403,8 @@ def samples_table(results: Results, names: dict[str, str], seed: int, most: int)
 
 
 def in_a_cell(text: str) -> str:
-    """A text on one line of a table."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    """A text that Markdown shows as it is written."""
+    return " ".join(text.split()).replace("<", "&lt;")
 
 
 def draw(results: Results, names: dict[str, str], seeds: list[int], reward: str, file: Path) -> None:

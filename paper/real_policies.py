@@ -20,7 +20,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from paper.report import answers, markdown, minus, spread, verdict
+from common.tables import markdown
+from paper.report import answers, minus, spread, verdict
 from tools.jobs import ROOT, Jobs
 
 SCORED = ("kto", "dro", "rpo")  # trained on scored responses

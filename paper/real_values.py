@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.data import prompt_key, read_rows
-from paper.report import STATISTICS, accuracy, markdown, minus, spread, verdict
+from common.tables import markdown
+from paper.report import STATISTICS, accuracy, minus, spread, verdict
 from tools.jobs import Jobs
 
 # --- the data -----------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from common.tables import markdown
+
 
 class Claim(NamedTuple):
     """A row of the table of claims."""
@@ -171,15 +173,6 @@ def share_of_gain(drops: list[float], gains: list[float]) -> str:
 def minus(ours: list[float], theirs: list[float]) -> list[float]:
     """Differences, seed by seed."""
     return [a - b for a, b in zip(ours, theirs, strict=True)]
-
-
-def markdown(head: list[str], rows: list[list]) -> str:
-    """A table."""
-    lines = []
-    for row in (head, ["---"] * len(head), *rows):
-        cells = [str(cell) for cell in row]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def claims(rows: list[Claim]) -> str:

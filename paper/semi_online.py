@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from paper.report import axes_of, half_interval, markdown, minus, put_between_marks, rounded, rows_of, spread
+from common.tables import markdown
+from paper.report import axes_of, half_interval, minus, put_between_marks, rounded, rows_of, spread
 from tools.jobs import ROOT, Jobs
 
 # on the embedded world, whose scripts have their own sizes for its data, but not for a file of its answers

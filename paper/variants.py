@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.data import hold_out, read_rows
+from common.tables import markdown
 from tools.jobs import ROOT
 
 
@@ -255,10 +256,8 @@ def report(out: Path, seeds: list[int]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    head = (
-        "| | reward at the end | grammatical | KL (nats) | length | steps to 80 % of PPO's best "
-        "| s a step / PPO's | state MB |"
-    )
+    head = ["", "reward at the end", "grammatical", "KL (nats)", "length", "steps to 80 % of PPO's best"]
+    head += ["s a step / PPO's", "state MB"]
     rows = []
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
     ppo = [curve(out / f"seed{seed}" / slug(FIRST)) for seed in seeds]
@@ -286,7 +285,7 @@ def report(out: Path, seeds: list[int]) -> None:
     axes[2].set_yscale("symlog", linthresh=10)
     figure.savefig(out / "curves.png", dpi=120)
     note = f"Seeds {seeds}; mean ± standard deviation over seeds of the mean of the last three evaluations."
-    table = table_of(head, rows)
+    table = markdown(head, rows)
     (out / "table.md").write_text(table + "\n\n" + note + "\n")
     print(table)
 
@@ -311,15 +310,6 @@ def draw(axes, runs: list[Curve], name: str, colour: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
 
 
-def table_of(head: str, rows: list[list[str]]) -> str:
-    """A table of markdown below its first line."""
-    columns = head.count("|") - 1
-    lines = [head, "|" + "---|" * columns]
-    for row in rows:
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
-
-
 def report_truth(out: Path, seeds: list[int], prefixes: list[Prefix]) -> None:
     """The GVMs: held-out pair accuracy, correlation with the true values of prefixes, error by position."""
     import matplotlib.pyplot as plt
@@ -328,10 +318,8 @@ def report_truth(out: Path, seeds: list[int], prefixes: list[Prefix]) -> None:
     for name in GVMS:
         kinds[f"from true scores, {name}"] = f"gvm_{slug(name)}"
     drawn = ("gvm_scores", "gvm_lam_0_95_default_", "gvm_lam_0_the_paper_s_equation_1_")
-    head = (
-        "| GVM | pair accuracy, mean | last token | correlation with the truth | error after 0 words "
-        "| 4 | 8 |"
-    )
+    head = ["GVM", "pair accuracy, mean", "last token", "correlation with the truth"]
+    head += ["error after 0 words", "4", "8"]
     columns = head.count("|") - 1
     rows = []
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
@@ -368,7 +356,7 @@ def report_truth(out: Path, seeds: list[int], prefixes: list[Prefix]) -> None:
     axis.legend(frameon=False, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(out / "truth.png", dpi=120)
-    table = table_of(head, rows)
+    table = markdown(head, rows)
     (out / "gvm.md").write_text(table + "\n")
     print(table)
 

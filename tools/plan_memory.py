@@ -52,6 +52,7 @@ from common import batches, checks, distributed, models, offload, rewards, shard
 from common import rollout as rollout_room
 from common.batches import micro_batches
 from common.cli import fail, parse
+from common.tables import line_of, markdown
 
 GB = 2**30
 aten = torch.ops.aten
@@ -924,8 +925,8 @@ def extrapolated(
 
 
 def print_row(*cells: str) -> None:
-    """One row of a markdown table."""
-    print("| " + " | ".join(cells), "|", flush=True)
+    """One row of a Markdown table, as soon as it is known."""
+    print(line_of(cells), flush=True)
 
 
 def table() -> None:
@@ -933,8 +934,8 @@ def table() -> None:
     algorithms = ("ppo", "remax", "grpo", "dvpo")
     flags = ["--batch-size", "256", "--mini-batch-size", "256", "--rollout-batch-size", "16"]
     flags += ["--max-prompt-length", "512", "--max-response-length", "512"]
-    print("| model | phase | micro-batch | checkpointing | PPO | ReMax | GRPO | DVPO | DVPO / PPO |")
-    print("|---" * 9 + "|")
+    head = ["model", "phase", "micro-batch", "checkpointing", "PPO", "ReMax", "GRPO", "DVPO", "DVPO / PPO"]
+    print(markdown(head, []))
     for model, paper in PAPER.items():
         ratio = paper["dvpo"] / paper["ppo"]
         print_row(
