@@ -7,7 +7,6 @@ read them. docs/evaluate_responses.md has the formats."""
 import gc
 import hashlib
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -511,17 +510,13 @@ def table(numbers: dict[str, dict[str, dict]]) -> str:
 
 
 def check_arguments(args: Responses, names: list[str], reward_names: list[str]) -> None:
-    """Ends the run where models or columns of the table cannot be told apart, or --prompts, --samples or the
-    flags of --decode say nothing."""
+    """Ends the run where models or columns of the table cannot be told apart, or --samples or the flags of
+    --decode say nothing. That each number is in its range, `common.cli.parse` has checked."""
     distinct = len(set(names)) == len(names)
     slash = any("/" in name for name in names)  # a name is also a folder's
     if not args.models or len(names) != len(args.models) or not distinct or slash:
         count = f"--models: {len(args.models)} models with the names {', '.join(names)}"
         fail(f"{count}; give each its own with --names")
-    if args.prompts < 0:
-        fail(f"--prompts is {args.prompts}; it must not be negative")
-    if args.samples < 1:
-        fail(f"--samples is {args.samples}; each prompt needs a response")
     if args.samples > 1 and not args.temperature:
         fail(f"--samples {args.samples} would be the same response each time: give a --temperature above 0")
     vllm.check(args)
@@ -556,24 +551,12 @@ def check_decoding(args: Responses) -> None:
             fail(f"--{name.replace('_', '-')} is for --decode {decode}; --decode is {args.decode}")
     if args.decode == "guided" and args.rollout_engine == "vllm":
         fail("--decode guided samples with our own loop: leave out --rollout-engine vllm")
-    if args.best_of < 1:
-        fail(f"--best-of is {args.best_of}; at least one response is sampled")
     if args.decode == "best-of" and args.best_of > 1 and not args.temperature:
         fail(f"--best-of {args.best_of} would choose among equal responses: give a --temperature above 0")
-    if args.guide_candidates < 1:
-        fail(f"--guide-candidates is {args.guide_candidates}; at least one token is a candidate")
-    if not args.guide_beta > 0:  # nor NaN
-        fail(f"--guide-beta is {args.guide_beta}; it must be above 0")
 
 
 def check_filters(args: Responses) -> None:
-    """Ends the run where a filter of what is sampled is out of its range, or greedy answers would not read it."""
-    if args.top_k < 0:
-        fail(f"--top-k is {args.top_k}; it must not be negative (0: all tokens)")
-    if not 0 < args.top_p <= 1:  # nor NaN
-        fail(f"--top-p is {args.top_p}; it must be above 0 and at most 1")
-    if not 0 < args.repetition_penalty < math.inf:
-        fail(f"--repetition-penalty is {args.repetition_penalty}; it must be above 0 and finite")
+    """Ends the run where a filter of what is sampled would not be read by greedy answers."""
     for name in ("top_k", "top_p"):
         if getattr(args, name) != getattr(Responses, name) and not args.temperature:
             flag = name.replace("_", "-")
