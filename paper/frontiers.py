@@ -33,7 +33,7 @@ AGAINST = ("rpo_reference", "rpo_none", "ppo")  # that the others are compared w
 KLS = (0.5, 1.0, 2.0, 4.0)  # nats at which methods are compared
 TAUS = ("0.1", "0.2", "0.3", "0.5", "1", "5")
 BETAS_OFFLINE = ("0.02", "0.05", "0.1", "0.2", "0.5", "1")
-BETAS_ONLINE = ("0.02", "0.05", "0.1", "0.2", "0.5")
+BETAS_ONLINE = ("0.02", "0.05", "0.1", "0.2", "0.5", "1", "2")
 OFFLINE_STEPS = "150"
 ONLINE_STEPS = "20"
 SAMPLES = "4"  # to each held-out prompt
@@ -124,13 +124,17 @@ def commands() -> dict[str, list[str]]:
 
 
 def collect(out: Path, seed: int, methods: list[str]) -> list[dict]:
-    """The numbers of finished methods of a seed, a row per policy; the SFT policy has no strength."""
-    rows = [row_of(out, seed, "sft", "sft", None, 0.0)]
+    """The numbers of finished methods of a seed, a row per policy; the SFT policy has no strength. `start` is the
+    reward of the SFT policy that this one began as."""
+    sft = row_of(out, seed, "sft", "sft", None, 0.0)
+    rows = [sft]
     for name in methods:
         for strength in METHODS[name].strengths:
             job = job_name(name, strength)
             kl = report.final(out, seed, job, "eval/kl")
-            rows.append(row_of(out, seed, job, name, float(strength), kl))
+            row = row_of(out, seed, job, name, float(strength), kl)
+            # Another day, or another machine, may train a slightly different SFT policy from the same seed.
+            rows.append(row | {"start": sft["reward"]})
     return rows
 
 
@@ -165,12 +169,11 @@ def write_data(file: Path, rows: list[dict]) -> None:
 
 
 def frontier(rows: list[dict], seed: int, method: str) -> list[tuple[float, float]]:
-    """(KL, reward) of a method's strengths in one seed from the SFT policy on, in the order of the KL."""
-    points = []
-    for row in rows:
-        if row["seed"] == seed and row["method"] in ("sft", method):
-            points.append((row["kl"], row["reward"]))
-    return sorted(points)
+    """(KL, reward) of a method's strengths in one seed from its SFT policy on, in the order of the KL; empty where
+    it was not measured."""
+    found = [row for row in rows if row["seed"] == seed and row["method"] == method]
+    starts = {(0.0, row["start"]) for row in found}
+    return sorted([*starts, *((row["kl"], row["reward"]) for row in found)])
 
 
 def reward_at(points: list[tuple[float, float]], kl: float) -> float | None:
@@ -271,8 +274,8 @@ def verdicts(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], file: Path) -> None:
-    """Reward over KL: a line per method through the means over seeds, with bars of one standard deviation. RPO
-    without a partition value is in both panels."""
+    """Reward over KL: a line per method through the means over seeds in the order of its strengths, with bars of
+    one standard deviation. RPO without a partition value is in both panels."""
     measured = {row["method"] for row in rows}
     figure, axes = report.axes_of(2, 4.4)
     axes[0].set_title("offline")
@@ -287,6 +290,8 @@ def draw(rows: list[dict], file: Path) -> None:
         axes[1].set_visible(False)
     for axis in axes:
         axis.set_xscale("symlog", linthresh=0.5)
+        axis.set_xticks([0, *KLS, 8, 16], [f"{kl:g}" for kl in (0, *KLS, 8, 16)])
+        axis.minorticks_off()
         axis.set(xlabel="KL to the SFT policy (nats)", ylabel="true reward, held-out prompts")
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=120, bbox_inches="tight")
@@ -303,7 +308,6 @@ def draw_line(axis, rows: list[dict], name: str, method: Method) -> None:
             spread_kl = statistics.stdev(kls) if len(found) > 1 else 0.0
             spread_reward = statistics.stdev(rewards) if len(found) > 1 else 0.0
             points.append((statistics.fmean(kls), statistics.fmean(rewards), spread_kl, spread_reward))
-    points.sort()
     kls, rewards, spread_kls, spread_rewards = zip(*points, strict=True)
     label = method.label.replace("`", "")
     axis.errorbar(

@@ -290,14 +290,15 @@ def test_commands_of_the_frontiers(tmp_path):
     assert found.beta == 0.02
 
 
-def runs_of(method: str, seed: int, points: list[tuple[float, float]]) -> list[dict]:
-    """Rows of a method, (KL, reward) each."""
-    return [{"seed": seed, "method": method, "kl": kl, "reward": reward} for kl, reward in points]
+def runs_of(method: str, seed: int, points: list[tuple[float, float]], start: float = 0.0) -> list[dict]:
+    """Rows of a method, (KL, reward) each; `start` is the reward of its SFT policy."""
+    about = {"seed": seed, "method": method, "start": start}
+    return [about | {"kl": kl, "reward": reward} for kl, reward in points]
 
 
 def test_the_reward_at_a_kl_is_between_its_neighbours():
-    rows = runs_of("sft", 0, [(0.0, -1.0)]) + runs_of("rpo_none", 0, [(4.0, 2.0), (1.0, 1.0)])
-    rows += runs_of("rpo_none", 1, [(0.5, 9.0)]) + runs_of("ppo", 0, [(0.5, 9.0)])
+    rows = runs_of("sft", 0, [(0.0, -7.0)]) + runs_of("rpo_none", 0, [(4.0, 2.0), (1.0, 1.0)], start=-1.0)
+    rows += runs_of("rpo_none", 1, [(0.5, 9.0)]) + runs_of("ppo", 0, [(0.5, 9.0)], start=-2.0)
     points = frontiers.frontier(rows, 0, "rpo_none")
     assert points == [(0.0, -1.0), (1.0, 1.0), (4.0, 2.0)]
     assert frontiers.reward_at(points, 0.5) == pytest.approx(0.0)
@@ -310,9 +311,8 @@ def test_who_is_ahead_at_equal_kl():
     """Paired by seed, for the seeds in which both methods get so far; the word comes from the interval."""
     rows = []
     for seed, ahead in enumerate((0.30, 0.31, 0.29)):
-        rows += runs_of("sft", seed, [(0.0, float(seed))])
-        rows += runs_of("dpo", seed, [(2.0, seed + 1.0)])
-        rows += runs_of("kto", seed, [(2.0, seed + 1.0 + ahead)])
+        rows += runs_of("dpo", seed, [(2.0, seed + 1.0)], start=seed)
+        rows += runs_of("kto", seed, [(2.0, seed + 1.0 + ahead)], start=seed)
     found = frontiers.differences(rows, "kto", "dpo", 2.0)
     assert found == pytest.approx([0.30, 0.31, 0.29])
     assert frontiers.word(found, 3) == "**ahead**: +0.30 ± 0.02"
