@@ -31,6 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.data import columns_of_prompt, hold_out_prompts, prompt_key, read_rows
 from common.tables import markdown
+from paper import frontiers
 from paper.report import axes_of, curve, minus, rounded, rows_of, spread, verdict
 from tools.jobs import ROOT, Job, Jobs
 
@@ -85,6 +86,8 @@ OPTIONS = {
     "kto": "--lr 3e-5 --batch-size 32",
     "dpo": "--lr 3e-5 --batch-size 16",
 }
+AGAINST = {"online": "ppo", "offline": "rpo"}  # whom the others are compared with at equal KL
+KLS = (1.0, 2.0, 4.0, 8.0)  # nats at which they are
 READ = 8  # of so many held-out prompts, the answer to one is kept to be read
 
 
@@ -377,6 +380,34 @@ def differences(results: Results, names: list[str], seeds: list[int], reward: st
     return "\n".join(lines)
 
 
+def at_equal_kl(results: Results, names: list[str], seeds: list[int], reward: str, against: str) -> str:
+    """Each method compared with `against` where both have the same KL: the reward on the way of training,
+    between two evaluations on a straight line, paired by seed."""
+
+    def differences_at(name: str, kl: float) -> list[float]:
+        found = []
+        for seed in seeds:
+            ours = frontiers.reward_at(way_of(results.found[seed, name], reward), kl)
+            theirs = frontiers.reward_at(way_of(results.found[seed, against], reward), kl)
+            if ours is not None and theirs is not None:
+                found.append(ours - theirs)
+        return found
+
+    rows = []
+    for name in names:
+        if name != against:
+            cells = [frontiers.word(differences_at(name, kl), len(seeds)) for kl in KLS]
+            rows.append([NAMES[name], *cells])
+    head = [f"{short(reward)}, compared with {NAMES[against]}", *[f"KL {kl:g}" for kl in KLS]]
+    return markdown(head, rows)
+
+
+def way_of(record: dict, reward: str) -> list[tuple[float, float]]:
+    """(KL, reward) at each evaluation of a run, in the order of the KL; empty for a method without a KL."""
+    points = [(point["kl"], point[short(reward)]) for point in record["curve"] if "kl" in point]
+    return sorted(points)
+
+
 def values_table(results: Results, seeds: list[int]) -> str:
     """Share of the pairs of answers that each model orders rightly, by its mean and by its last value."""
     rows = []
@@ -468,6 +499,9 @@ def report(args: argparse.Namespace, results: Results) -> str:
         samples = samples_table(results, shown, seeds[0], 4)
         compared = differences(results, [*shown], seeds, args.reward)
         compared += "\n" + differences(results, [*names], seeds, args.reward)
+        if AGAINST[title] in names:
+            equal = at_equal_kl(results, [*names], seeds, args.reward, AGAINST[title])
+            compared += f"\n\nOn the way of training, at equal KL:\n\n{equal}"
         parts.append(f"## {title}, seeds {seeds}\n\n{table}\n\n{compared}\n\n{samples}")
     seeds = [seed for seed in results.seeds(["values", "values_shifted"]) if seed != args.tune_seed]
     if seeds:

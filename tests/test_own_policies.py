@@ -200,13 +200,17 @@ def test_report_of_three_seeds(tmp_path):
             results.add({"seed": seed, "name": where, "accuracy": accuracy})
     args = SimpleNamespace(**ARGS, out=tmp_path)
     text = own_policies.report(args, results)
-    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines() if "|" in line}
+    rows = {}  # the first of each method
+    for line in text.splitlines():
+        rows.setdefault(line.split(" | ")[0].strip("| "), line.split(" | "))
     assert "## online, seeds [1, 2, 3]" in text
     assert rows["RPO"][1] == "0.72 ± 0.01"
     assert rows["RPO"][5] == "2.00 ± 0.00"
     assert rows["SFT, best answers"][5] == "-"
     assert rows["before"][5] == "0"
     assert "- GRPO, reward above PPO: **holds** (+0.306 " in text
+    assert "| GRPO | **ahead**: +0.15 ± 0.00 | **ahead**: +0.31 ± 0.01 | not reached | not reached |" in text
+    assert "| SFT, best answers | not reached | not reached |" in text  # its log has no KL
     assert "a \\| question" in text
     assert "| as in training | PPO's critic at the end of its run | 0.700 ± 0.000 | 0.620 ± 0.010 |" in text
     assert (tmp_path / "real_online.png").stat().st_size > 5000
