@@ -34,6 +34,7 @@ from common.pretrained import resolve
 from common.tables import markdown
 from common.tokenization import load_tokenizer, tokenize
 from common.value_heads import response_values
+from paper.own_policies import about_prompt
 from paper.report import minus, spread, verdict
 from tools.jobs import Jobs
 
@@ -45,6 +46,8 @@ def write_data(args: argparse.Namespace) -> None:
     prompts = list(by_prompt(read_answers(args.scored, args.reward)).values())
     random.Random(args.data_seed).shuffle(prompts)
     number = round(len(prompts) * args.test_share)
+    if not 0 < number < len(prompts):
+        sys.exit(f"error: {args.scored}: {len(prompts)} prompts are too few to be split by --test-share")
     for part, groups in {"test": prompts[:number], "train": prompts[number:]}.items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for group in groups for row in group]
         (args.run_dir / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -64,8 +67,9 @@ def read_answers(file: Path, reward: str | None) -> list[dict]:
             number = row["rewards"][reward]
         if number not in (0, 1):
             sys.exit(f"error: {file}, row {row['row']}: its reward is {number}; it must be 0 or 1")
+        about = about_prompt(row)  # what a template may read besides, tools for instance
         kept = {key: row[key] for key in ("prompt", "response", "truncated") if key in row}
-        rows.append(kept | {"reward": number})
+        rows.append(about | kept | {"reward": number})
     groups = by_prompt(rows).values()
     most = max(map(len, groups))
     if most < 2:
@@ -92,15 +96,8 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
     lengths = ["--max-prompt-length", str(args.max_prompt_length)]
     lengths += ["--max-response-length", str(args.max_response_length)]
     jobs = {}
-    jobs["data"] = [
-        "paper/difficulty.py",
-        "--write-data",
-        "--scored",
-        str(args.scored),
-        "--data-seed",
-        "{seed}",
-    ]
-    jobs["data"] += ["--test-share", str(args.test_share)]
+    jobs["data"] = ["paper/difficulty.py", "--write-data", "--scored", str(args.scored)]
+    jobs["data"] += ["--data-seed", "{seed}", "--test-share", str(args.test_share)]
     if args.reward:
         jobs["data"] += ["--reward", args.reward]
     jobs["gvm"] = ["gvm_td.py", "--model", args.model, "--layers", str(args.layers), *lengths]
@@ -156,7 +153,7 @@ def chosen(prompts: list[dict], choice: str, keep: float) -> list[dict]:
         ranked = sorted(prompts, key=lambda prompt: abs(prompt["value"] - 0.5))
     else:
         ranked = sorted(prompts, key=lambda prompt: abs(statistics.fmean(halves(prompt)[0]) - 0.5))
-    return ranked[: round(len(prompts) * keep)]
+    return ranked[: max(1, round(len(prompts) * keep))]
 
 
 def halves(prompt: dict) -> tuple[list[float], list[float]]:

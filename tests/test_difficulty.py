@@ -15,6 +15,8 @@ from common.value_heads import response_values
 from paper import difficulty
 from tools.jobs import Jobs
 
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]
+
 
 def write(file, rows):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -56,7 +58,7 @@ def test_what_is_chosen_and_what_is_judged():
 
 def test_data(tmp_path, capsys):
     """Split by prompt, another split for another seed; a prompt that lacks an answer is left out and counted."""
-    rows = [row for i in range(10) for row in answers(f"q{i}", [1, 0], rewards={"other": 0.0})]
+    rows = [row for i in range(10) for row in answers(f"q{i}", [1, 0], rewards={"other": 0.0}, tools=TOOLS)]
     rows[3]["response"] = ""
     file = write(tmp_path / "scored.jsonl", rows)
     splits = []
@@ -70,6 +72,7 @@ def test_data(tmp_path, capsys):
             lines = (tmp_path / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
             parts[part] = {json.loads(line)["prompt"] for line in lines}
             assert len(lines) == 2 * len(parts[part])
+            assert all(json.loads(line)["tools"] == TOOLS for line in lines)  # the template reads them
         assert len(parts["test"]) == 3
         assert parts["train"] | parts["test"] == {f"q{i}" for i in range(10)} - {"q1"}
         splits.append(parts["test"])
